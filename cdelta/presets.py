@@ -140,11 +140,11 @@ TINY = Preset("tiny", "the embedded model, all five categories (default)")
 
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
-    "data": {"max_pairs": 8, "validation_limit": 8},
+    "data": {"max_pairs": 8, "validation_limit": 3},
     "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 1},
-    "edit": {"max_steps": 6, "check_every": 3, "batch_size": 8, "scales": [0.0, 0.5, 1.0]},
-    "evaluation": {"max_new_tokens": 12, "limit": 8},
-    "ablation": {"budgets": [0.05], "scales": [0.5, 1.0], "selective": ["difference"]},
+    "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
+    "evaluation": {"max_new_tokens": 12, "limit": 3},
+    "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
 }
 
 PRESETS = {

@@ -67,15 +67,15 @@ def smoke(tmp_path_factory):
     """A finished offline run of the true notebooks in a project of its own, with the processor seconds it took."""
     project = Project.real(tmp_path_factory.mktemp("smoke") / "project")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = project.run()
+    result = project.run("--jobs", "2")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stdout + result.stderr
     project.processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return project
 
 
-def test_smoke_runs_every_cell_offline_within_three_minutes_on_two_cores(smoke):
-    assert smoke.finished() == list(STAGES) and smoke.processor_seconds < 2 * 180
+def test_smoke_runs_every_cell_offline_within_three_minutes_of_one_core(smoke):
+    assert smoke.finished() == list(STAGES) and smoke.processor_seconds < 180, smoke.processor_seconds
     for stage in STAGES:
         cells = nbformat.read(smoke.run_dir / "notebooks" / f"{stage}.ipynb", as_version=4).cells
         assert all(cell.execution_count for cell in cells if cell.cell_type == "code" and cell.source)
