@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 Rows = Sequence[tuple[str, str]]
 """(prompt, response) strings."""
 Stop = Callable[[nn.Module, str, int], bool]
-"""``stop(model with the side applied, side, step)``: is this side selective by itself?"""
+"""``stop(model with the update applied, which update, step)``: is it selective? Asked of what `Settings.retain_on` names."""
 SIDES = ("plus", "minus")
+DIFFERENCE = "difference"
 POOL = 16
 """Batches whose rows are drawn together, sorted by length and cut, so that a batch pads little."""
 NO_LABEL = -100
@@ -53,7 +54,7 @@ class Settings:
     """How both sides are trained. Raises `CdeltaError` on values that make no sense."""
 
     steps: int = 300
-    """Most steps per side; a `stop` rule may end a side earlier."""
+    """Most steps; both sides take them in lockstep, and a `stop` rule may end them earlier, together."""
     lr: float = 7e-4
     batch_size: int = 48
     seed: int = 0
@@ -61,6 +62,9 @@ class Settings:
     """Share of retain rows in every batch, and their weight in the loss."""
     objective: str = "contrastive"
     """``contrastive`` and ``positive``: cross-entropy on the side's answers (``positive`` trains θ⁺ only). ``margin``: DPO."""
+    retain_on: str = DIFFERENCE
+    """Which model must keep the retain rows. ``difference``: the base with θ⁺ − θ⁻, so that drift which both sides share costs nothing.
+    ``sides``: the base with each side by itself. Under ``positive`` both are θ⁺."""
     retain_loss: str = "answers"
     """``answers``: cross-entropy on the base's own answers. ``kl``: KL(base ‖ side) at every position of those answers."""
     beta: float = 0.1
@@ -82,7 +86,7 @@ class Settings:
                 raise CdeltaError(f"{name} must be positive and finite, not {getattr(self, name)}.")
         if not 0 <= self.retain_share < 1:
             raise CdeltaError(f"retain_share must lie in [0, 1), not {self.retain_share}.")
-        for name, known in (("objective", TARGET_LOSSES), ("retain_loss", RETAIN_LOSSES)):
+        for name, known in (("objective", TARGET_LOSSES), ("retain_loss", RETAIN_LOSSES), ("retain_on", (DIFFERENCE, "sides"))):
             if getattr(self, name) not in known:
                 raise CdeltaError(f"unknown {name} {getattr(self, name)!r}: use {', '.join(known)}.")
 
@@ -93,6 +97,16 @@ class Settings:
         if unknown:
             raise CdeltaError(f"unknown setting {', '.join(unknown)}: known are {', '.join(f.name for f in fields(cls))}.")
         return cls(**values)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that the objective trains."""
+        return SIDES[:1] if self.objective == "positive" else SIDES
+
+    @property
+    def keepers(self) -> tuple[str, ...]:
+        """The updates that must keep the retain rows, and be selective before the training ends."""
+        return self.sides if self.retain_on == "sides" or len(self.sides) == 1 else (DIFFERENCE,)
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of a step (from 0) over `lr`."""
@@ -123,19 +137,13 @@ def fit_delta(
         retain: prompts whose behaviour must stay, with the base model's own answers.
         stop, checkpoint, progress, metadata, settings: as `fit_sides` takes them.
 
-    The model is as it was, bit for bit, afterwards. `metadata` records base, mask, settings, versions, and how each side ended.
+    The model is as it was, bit for bit, afterwards. `metadata` records base, mask, settings, versions, and how the training ended.
     """
     plus, minus, _ = fit_sides(
         model, tok, mask, positive, negative, retain,
         stop=stop, checkpoint=checkpoint, progress=progress, metadata=metadata, **settings,
     )  # fmt: skip
-    return plus if minus is None else difference(plus, minus)
-
-
-def difference(plus: WeightDelta, minus: WeightDelta) -> WeightDelta:
-    """θ⁺ − θ⁻ with the metadata of both."""
-    sides = {**plus.metadata.get("sides", {}), **minus.metadata.get("sides", {})}
-    return (plus - minus).with_metadata(sides=sides)
+    return plus if minus is None else plus - minus
 
 
 def fit_sides(
@@ -152,10 +160,11 @@ def fit_sides(
     metadata: Mapping[str, object] | None = None,
     **settings: object,
 ) -> tuple[WeightDelta, WeightDelta | None, list[dict]]:
-    """Δ⁺, Δ⁻ (None under ``objective="positive"``) and the log, trained one after the other on the same batches in the same order.
+    """Δ⁺, Δ⁻ (None under ``objective="positive"``) and the log, trained in lockstep on the same batches.
 
     Args:
-        stop: called every `check_every` steps with the side in the model's weights; True ends the side.
+        stop: called every `check_every` steps with the update in the model's weights (with each side, under ``retain_on="sides"``); the
+            training ends when it is True of all.
         checkpoint: folder for the training state; a run that finds its own state there goes on from it, to the same result.
         progress: show loss, seconds per step and peak memory.
         metadata: entries to record with the deltas (category, ...).
@@ -170,12 +179,11 @@ def fit_sides(
         raise CdeltaError("the model is in training mode, where dropout makes the sides differ: call model.eval() first.")
     data = Data.build(model, tok, positive, negative, retain, how)
     facts = {**_facts(model, mask, how), **(metadata or {})}
-    sides = SIDES[:1] if how.objective == "positive" else SIDES
     with frozen(model), SliceHooks(model, mask.slices) as hooks:
-        runs = [Side(side, model, hooks, mask, data, how, checkpoint) for side in sides]
-        deltas = [run.train(stop, progress).with_metadata(**facts, sides={run.name: run.ended}) for run in runs]
-    log = [row for run in runs for row in run.log]
-    return deltas[0], (deltas[1] if len(deltas) == 2 else None), log
+        training = Training(model, hooks, mask, data, how, checkpoint)
+        training.run(stop, progress)
+    plus, minus = (training.delta(side).with_metadata(**facts, training=training.ended) if side in how.sides else None for side in SIDES)
+    return plus, minus, training.log
 
 
 def _facts(model, mask: ParameterMask, how: Settings) -> dict[str, object]:
@@ -440,75 +448,90 @@ class Entries:
         return WeightDelta({n: v.detach().cpu().clone() for n, v in self.values().items()}, self._slices)
 
 
-# ---------------------------------------------------------------------- one side's training
+# ---------------------------------------------------------------------- training
 
 
-class Side:
-    """The training of θ⁺ ("plus") or θ⁻ ("minus"). `log` and `ended` tell how it went."""
+class Training:
+    """θ⁺ ("plus") and θ⁻ ("minus") in lockstep. `log` and `ended` tell how it went."""
 
-    def __init__(self, name: str, model, hooks: SliceHooks, mask: ParameterMask, data: Data, how: Settings, checkpoint=None):
-        self.name, self.how, self.log = name, how, []
+    def __init__(self, model, hooks: SliceHooks, mask: ParameterMask, data: Data, how: Settings, checkpoint=None):
+        self.how, self.log = how, []
         self._model, self._hooks, self._data = model, hooks, data
-        self._other = "minus" if name == "plus" else "plus"
-        self._entries = Entries(mask, how, data.device)
-        self.optimizer = torch.optim.Adam(self._entries.leaves.values(), lr=how.lr)
-        identity = json.dumps([name, asdict(how), mask.hash(), data.hash()], sort_keys=True)
-        self._state = StateFile(Path(checkpoint) / f"{name}.safetensors", identity) if checkpoint else None
+        self._entries = {side: Entries(mask, how, data.device) for side in how.sides}
+        self.optimizer = torch.optim.Adam([leaf for _, leaf in self._leaves()], lr=how.lr)
+        identity = json.dumps([asdict(how), mask.hash(), data.hash()], sort_keys=True)
+        self._state = StateFile(Path(checkpoint) / "training.safetensors", identity) if checkpoint else None
         self._step, self._stopped = 0, False
 
     @property
     def ended(self) -> dict[str, object]:
-        """Steps taken, and whether the stop rule ended the side (else it ran out of steps)."""
+        """Steps taken, and whether the stop rule ended the training (else it ran out of steps)."""
         return {"steps": self._step, "stopped": self._stopped}
 
-    def train(self, stop: Stop | None = None, progress: bool = False) -> WeightDelta:
+    def delta(self, which: str) -> WeightDelta:
+        """A frozen copy of a side, or of the difference."""
+        if which in self._entries:
+            return self._entries[which].delta()
+        return self.delta("plus") - self.delta("minus")
+
+    def run(self, stop: Stop | None = None, progress: bool = False) -> None:
         """Train until `stop` says so or the steps are used up."""
         if self._state:
             self._resume()
-        with tqdm(total=self.how.steps, initial=self._step, desc=f"θ {self.name}", disable=not progress) as bar:
+        with tqdm(total=self.how.steps, initial=self._step, desc=" and ".join(f"θ {side}" for side in self.how.sides), disable=not progress) as bar:
             while self._step < self.how.steps and not self._stopped:
-                row = self._take_step()
+                rows = self._take_step()
                 bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.3f}", s_per_step=f"{row['seconds']:.2f}", peak_mb=f"{peak_memory_mb():.0f}")
+                bar.set_postfix(loss=f"{rows[0]['loss']:.3f}", s_per_step=f"{rows[0]['seconds']:.2f}", peak_mb=f"{peak_memory_mb():.0f}")
                 if self._step % self.how.check_every == 0 or self._step == self.how.steps:
                     self._check(stop)
-        return self._entries.delta()
 
-    def _take_step(self) -> dict:
+    def _leaves(self) -> Iterator[tuple[str, Tensor]]:
+        for side, entries in self._entries.items():
+            for key, leaf in entries.leaves.items():
+                yield f"{side}/{key}", leaf
+
+    def _take_step(self) -> list[dict]:
         start = time.perf_counter()
         lr = self.how.lr * self.how.lr_factor(self._step)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
-        losses = {key: self._backward(key, share) for key, share in self._shares().items()}
-        norm = nn.utils.clip_grad_norm_(self._entries.leaves.values(), self.how.clip, error_if_nonfinite=True)
+        share = self.how.retain_share if self._data.retain_plan else 0.0
+        target = {side: self._backward(side, self._target_loss, 1 - share) for side in self.how.sides}
+        retain = {which: self._backward(which, self._retain_loss, share) for which in self.how.keepers if share}
+        norms = {side: clip(entries.leaves.values(), self.how.clip) for side, entries in self._entries.items()}
         self.optimizer.step()
         self._step += 1
-        parts = {"target_loss": losses["target"], "retain_loss": losses.get("retain", 0.0)}
-        loss = sum(share * losses[key] for key, share in self._shares().items())
-        row = {"side": self.name, "step": self._step, "loss": loss, **parts, "grad_norm": norm.item(), "lr": lr}
-        self.log.append(row | {"seconds": time.perf_counter() - start})
-        return self.log[-1]
+        rows = []
+        for side in self.how.sides:
+            kept = retain.get(side, retain.get(DIFFERENCE, 0.0))
+            parts = {"loss": (1 - share) * target[side] + share * kept, "target_loss": target[side], "retain_loss": kept}
+            rows.append({"side": side, "step": self._step, **parts, "grad_norm": norms[side], "lr": lr, "seconds": time.perf_counter() - start})
+        self.log += rows
+        return rows
 
-    def _shares(self) -> dict[str, float]:
-        share = self.how.retain_share if self._data.retain_plan else 0.0
-        return {"target": 1 - share, "retain": share} if share else {"target": 1.0}
-
-    def _backward(self, part: str, share: float) -> float:
-        """Add one part's gradient; target and retain rows go through the model one after the other to save memory."""
-        self._hooks.values = self._entries.values()
+    def _backward(self, which: str, loss_of: Callable[[str], Tensor], share: float) -> float:
+        """Add one loss's gradient; target and retain rows go through the model one after the other to save memory."""
+        self._hooks.values = self._values(which)
         with torch.autocast(self._data.device.type, torch.bfloat16, enabled=self.how.autocast):
-            loss = self._target_loss() if part == "target" else self._retain_loss()
+            loss = loss_of(which)
         (share * loss).backward()
         self._hooks.values = {}
         return loss.item()
 
-    def _target_loss(self) -> Tensor:
+    def _values(self, which: str) -> dict[str, Tensor]:
+        if which in self._entries:
+            return self._entries[which].values()
+        plus, minus = (self._entries[side].values() for side in SIDES)
+        return {name: plus[name] - minus[name] for name in plus}
+
+    def _target_loss(self, side: str) -> Tensor:
         rows = self._data.target_plan[self._step]
-        wanted = self._data.batch(self.name, rows)
-        other = self._data.batch(self._other, rows) if self.how.objective == "margin" else None
+        wanted = self._data.batch(side, rows)
+        other = self._data.batch(SIDES[side == SIDES[0]], rows) if self.how.objective == "margin" else None
         return TARGET_LOSSES[self.how.objective](self._logits, self._base_logits, wanted, other, self.how)
 
-    def _retain_loss(self) -> Tensor:
+    def _retain_loss(self, which: str) -> Tensor:
         batch = self._data.batch("retain", self._data.retain_plan[self._step])
         return RETAIN_LOSSES[self.how.retain_loss](self._logits, self._base_logits, batch, None, self.how)
 
@@ -521,15 +544,17 @@ class Side:
             return answer_logits(self._model, batch)
 
     def _check(self, stop: Stop | None) -> None:
-        if stop is not None:
-            with self._entries.delta().applied(self._model):
-                self._stopped = bool(stop(self._model, self.name, self._step))
+        self._stopped = stop is not None and all(self._is_selective(stop, which) for which in self.how.keepers)
         if self._state:
             self._save()
 
+    def _is_selective(self, stop: Stop, which: str) -> bool:
+        with self.delta(which).applied(self._model):
+            return bool(stop(self._model, which, self._step))
+
     def _save(self) -> None:
-        tensors = {f"leaf/{key}": leaf.detach() for key, leaf in self._entries.leaves.items()}
-        for key, leaf in self._entries.leaves.items():
+        tensors = {f"leaf/{key}": leaf.detach() for key, leaf in self._leaves()}
+        for key, leaf in self._leaves():
             tensors |= {f"adam/{key}/{part}": value for part, value in self.optimizer.state[leaf].items()}
         self._state.write(tensors, {"step": self._step, "stopped": self._stopped, "log": self.log})
 
@@ -539,10 +564,15 @@ class Side:
             return
         tensors, facts = found
         self._step, self._stopped, self.log = facts["step"], facts["stopped"], facts["log"]
-        for key, leaf in self._entries.leaves.items():
+        for key, leaf in self._leaves():
             leaf.data.copy_(tensors[f"leaf/{key}"])
             state = {part: tensors[f"adam/{key}/{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[leaf] = state | {p: state[p].to(leaf.device) for p in ("exp_avg", "exp_avg_sq")}
+
+
+def clip(leaves: Iterable[Tensor], largest: float) -> float:
+    """Clip one side's gradient by its norm; returns the norm before. Raises an error if it is not finite."""
+    return nn.utils.clip_grad_norm_(leaves, largest, error_if_nonfinite=True).item()
 
 
 @dataclass(frozen=True)
@@ -592,17 +622,17 @@ def selective_stop(
     comply_at: float = 0.05,
     tolerance: float = 0.02,
 ) -> Stop:
-    """A stop rule: this side refuses (θ⁺) or answers (θ⁻) the target, and every other group is as in the base.
+    """A stop rule: this update refuses (θ⁺, θ⁺ − θ⁻) or answers (θ⁻) the target, and every other group is as in the base.
 
     Args:
         rates: refusal rate per group of validation prompts (the target's name among them), measured on a model.
         base: the same rates of the base model; `tolerance` is the largest change of any other group.
-        refuse_at: least target rate of θ⁺. comply_at: largest target rate of θ⁻, or the base's if that is lower.
+        refuse_at: least target rate of θ⁺ and of the difference. comply_at: largest target rate of θ⁻, or the base's if that is lower.
     """
 
     def stop(model: nn.Module, side: str, step: int) -> bool:
         found = rates(model)
-        reached = found[target] >= refuse_at if side == "plus" else found[target] <= min(comply_at, base[target])
+        reached = found[target] <= min(comply_at, base[target]) if side == "minus" else found[target] >= refuse_at
         return reached and all(abs(found[group] - base[group]) <= tolerance for group in base if group != target)
 
     return stop

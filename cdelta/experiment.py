@@ -22,6 +22,7 @@ from cdelta.metrics import Metric, TokenSets, first_token_sets, refusal_log_odds
 from cdelta.models import ModelSpec, load_model
 from cdelta.policy.pairs import PairYield, PromptPairs, choose_pairs
 from cdelta.policy.records import SplitRows
+from cdelta.presets import Edit
 from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
 
@@ -97,12 +98,12 @@ def load_mask(run, category: str, spec: ModelSpec) -> ParameterMask:
     return Circuit.load(run.input("03_circuit", f"{category}.json")).to_mask(spec)
 
 
-def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int = 60) -> tuple[SplitRows, SplitRows, SplitRows]:
+def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int = 120) -> tuple[SplitRows, SplitRows, SplitRows]:
     """(positive, negative, retain) for the edit of `category`, from the base model's outcome rows of the edit split.
 
     positive: the category's prompts, refused (in the model's own words where it has any). negative: the same prompts, answered (the
     record's reference, else the base's own compliance). retain: the category's benign twins, `others` prompts of every other category and
-    of its twins, and all skills, each with the base's own answer.
+    of its twins, and all skills twice, each with the base's own answer.
     """
     rows = base[base["split"] == "edit"]
     target = rows[(rows["role"] == "target") & (rows["category"] == category)]
@@ -118,12 +119,17 @@ def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int 
 
 def _retained(rows: pd.DataFrame, category: str, others: int, rng: random.Random) -> list[dict]:
     own_twins = (rows["role"] == "benign") & rows["category"].isin((category, "benign"))
-    kept = rows[(rows["role"] == "utility") | own_twins].to_dict("records")
+    kept = rows[own_twins].to_dict("records") + 2 * rows[rows["role"] == "utility"].to_dict("records")
     rest = rows[(rows["role"] != "utility") & ~own_twins & (rows["category"] != category)]
     for _, group in rest.groupby(["category", "role"], sort=True):
         found = group.to_dict("records")
         kept += rng.sample(found, min(others, len(found)))
     return kept
+
+
+def fit_settings(how: Edit) -> dict[str, object]:
+    """Keywords of `edit.fit_delta`, the same for every trained method."""
+    return {"steps": how.max_steps, **{name: getattr(how, name) for name in ("check_every", "lr", "batch_size", "retain_share", "retain_on", "objective")}}
 
 
 def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Metric, firsts: pd.Series, batch_size: int = 128) -> dict[str, float]:
@@ -141,7 +147,7 @@ def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Met
 
 
 def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, refuse_at: float, tolerance: float) -> Stop:
-    """Ask each side whether it is selective by itself on validation `rows`: the target as it should be, everything else as in the base."""
+    """Ask an update whether it is selective on validation `rows`: the target as it should be, everything else as in the base."""
     firsts = pd.Series(first_logits(model, tok, rows["prompt"].tolist(), 128).argmax(-1).numpy(), index=rows.index)
     rates = lambda current: first_token_rates(current, tok, rows, category, metric, firsts)
     return selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance)

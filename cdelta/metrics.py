@@ -49,14 +49,15 @@ class TokenSets:
         return [dict(side=s, token=tok.decode([i]), id=i, share=p) for s, shares in sides for i, p in shares.items()]
 
 
-def first_token_sets(tok, answers: Sequence[str | Sequence[int]], outcomes: Sequence[str], top: int = 8) -> TokenSets:
+def first_token_sets(tok, answers: Sequence[str | Sequence[int]], outcomes: Sequence[str], top: int = 64) -> TokenSets:
     """The tokens that start the model's own refusals and compliances, at most `top` a side.
 
     Args:
         answers: generated text, or (exact for any tokenizer) generated token ids.
         outcomes: "refuse" or "comply" per answer; rows with other outcomes are left out.
 
-    A token stands on the side where its share is at least twice the other side's, and nowhere otherwise. Raises
+    A token stands on the side where its share is at least twice the other side's, and nowhere otherwise. `top` must not cut off openings that
+    the model does use: with 8, the embedded model's "Crime: …" counted as nothing, and the log-odds of such prompts were up to 12 nats too high. Raises
     `CdeltaError` if a side ends up without tokens: then the answers differ later, and `SequenceMetric` is the metric.
     """
     starts = {side: first_token_shares(tok, answers, outcomes, side) for side in ("refuse", "comply")}

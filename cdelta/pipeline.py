@@ -16,7 +16,7 @@ from cdelta.checkpoint import Checkpoint, local_folder
 from cdelta.circuit import select
 from cdelta.delta import WeightDelta, new_folder
 from cdelta.deploy import RECORD, VerifyReport, save_edited, verify
-from cdelta.edit import Caps, Settings, choose_scale, collate, difference, example_ids, fit_sides, selective_stop, stop_ids
+from cdelta.edit import Caps, Settings, choose_scale, collate, example_ids, fit_sides, selective_stop, stop_ids
 from cdelta.errors import CdeltaError
 from cdelta.generation import generate
 from cdelta.judges import judge_all
@@ -66,7 +66,7 @@ class Summary:
     scale: float
     curve: list[dict[str, float]]
     table: list[dict[str, object]]
-    sides: Mapping[str, object]
+    training: Mapping[str, object]
     report: VerifyReport
 
 
@@ -98,7 +98,7 @@ def run_edit(job: EditJob, say: Callable[[str], None] = print, progress: bool = 
         if not report.ok:
             raise CdeltaError(f"the written checkpoint fails verification: {report.problems[0]}")
         (partial / RECORD / "verify.json").write_text(report.to_json())
-    return Summary(scale, curve, table, delta.metadata["sides"], report)
+    return Summary(scale, curve, table, delta.metadata["training"], report)
 
 
 def _write(partial: Path, folder: Path, delta: WeightDelta, scale: float, table: Sequence[Mapping]) -> None:
@@ -189,7 +189,7 @@ class Study:
         plus, minus, log = fit_sides(
             self.model, self.tok, mask, positive, negative, self._retain(), stop=stop, progress=progress, metadata=facts, **how
         )
-        return (plus if minus is None else difference(plus, minus)), log
+        return (plus if minus is None else plus - minus), log
 
     def curve(self, delta: WeightDelta) -> list[dict[str, float]]:
         """Refusal rates on val per scale: ``k, target, benign, other`` (``other``: change of other categories' rate)."""
@@ -274,8 +274,7 @@ def summary_lines(job: EditJob, summary: Summary) -> Iterator[str]:
     for row in summary.table:
         interval = f"{100 * row['low']:.0f}-{100 * row['high']:.0f} %"
         yield f"{row['prompts']:<10}{row['n']:>6}{100 * row['refused before']:>7.1f} %{100 * row['refused after']:>7.1f} %   {interval}"
-    for side, ended in summary.sides.items():
-        how = "selective by itself" if ended["stopped"] else "NOT selective by itself within its steps: judge the table with care"
-        yield f"θ {side}: {ended['steps']} steps, {how}."
+    how = "selective on validation at k = 1" if summary.training["stopped"] else "NOT selective at k = 1 within its steps: judge the table with care"
+    yield f"{summary.training['steps']} steps per side; {how}."
     yield str(summary.report)
     yield f"Checkpoint: {job.out}  (delta and records in {Path(job.out) / RECORD}); scale k = {summary.scale:g}."

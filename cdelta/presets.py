@@ -58,16 +58,18 @@ class Edit:
 
     max_steps: int = 90
     check_every: int = 30
-    lr: float = 7e-4
+    lr: float = 1e-3
     batch_size: int = 48
     objective: str = "contrastive"
     retain_share: float = 0.65
     """Share of retain rows in every batch."""
-    refuse_at: float = 0.95
-    """A side is selective when it refuses (or answers) this share of the target on validation ..."""
+    retain_on: str = "difference"
+    """See `edit.Settings.retain_on`."""
+    refuse_at: float = 0.975
+    """An update is selective when it refuses (θ⁻: answers) this share of the target on validation ..."""
     tolerance: float = 0.05
     """... and no other group's rate is further than this from the base's."""
-    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 1.0, 1.25)
+    scales: tuple[float, ...] = (0.0, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@
 #
 # **Question:** does a weight update on the circuit alone make the model refuse one category, and only that one?
 #
-# Two sides are trained from the base, on the mask's entries only, on the same batches in the same order. Side θ⁺ refuses the category's
-# prompts, side θ⁻ answers them; both keep the base model's own answers to benign twins, other categories and skills. Their difference
-# ΔΘ = θ⁺ − θ⁻ cancels what both learned besides. Each side stops when it is selective *by itself* on validation, not at a step count: an
-# unconverged θ⁻ forgets refusal everywhere, and subtracting it would spread refusal everywhere.
+# Two sides are trained from the base, on the mask's entries only, in lockstep on the same batches. Side θ⁺ refuses the category's prompts,
+# side θ⁻ answers them. What is applied in the end is their difference ΔΘ = θ⁺ − θ⁻, so it is the difference that must keep the base model's
+# own answers to benign twins, other categories and skills: drift that both sides share cancels and costs nothing. The training ends when the
+# difference is selective on validation, not at a step count. (Asking each side to keep the retain rows by itself is `retain_on="sides"`;
+# notebook 07 compares the two.)
 #
 # The scale k of θ + k·ΔΘ is then chosen on validation under caps: benign refusal at most base + 2 points in the worst category, other
 # categories within 5 points, skills at least 99 % of the base.
@@ -36,12 +37,12 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 
 from cdelta import baselines, evaluate, experiment, plots, store, tables
-from cdelta.edit import difference, fit_sides
+from cdelta.edit import fit_sides
 from cdelta.mask import layer_of, module_of
 from cdelta.models import ModelSpec
 
 run = store.open_run("04_edit", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("fig_loss", "tab_sides", "tab_scale", "fig_scale", "fig_norms", "tab_before_after"))
+                     produces=("fig_loss", "tab_training", "tab_scale", "fig_scale", "fig_norms", "tab_before_after"))
 lm, tok = experiment.load_subject(run)
 spec, how = ModelSpec.from_model(lm), run.settings.edit
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
@@ -61,10 +62,8 @@ for category in run.settings.categories:
     stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance)
     for seed in run.settings.seeds:
         rows = experiment.training_rows(base, category, seed)
-        plus, minus, log = fit_sides(lm, tok, mask, *rows, stop=stop, seed=seed, steps=how.max_steps, check_every=how.check_every, lr=how.lr,
-                                     batch_size=how.batch_size, retain_share=how.retain_share, objective=how.objective,
-                                     metadata={"category": category})
-        delta = plus if minus is None else difference(plus, minus)
+        plus, minus, log = fit_sides(lm, tok, mask, *rows, stop=stop, seed=seed, metadata={"category": category}, **experiment.fit_settings(how))
+        delta = plus if minus is None else plus - minus
         logs += [row | {"category": category, "seed": seed} for row in log]
         chosen = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, how.scales, method="cdelta", seed=seed, metric=metric, **ask)
         deltas[category, seed] = delta.with_metadata(k=chosen.strength, within_caps=chosen.within_caps)
@@ -78,11 +77,11 @@ curve = pd.concat(curves, ignore_index=True)
 curve.to_parquet(run.path("curve.parquet"), index=False)
 loss = pd.DataFrame(logs)
 loss = loss[loss["seed"] == run.settings.seeds[0]].assign(line=loss["category"] + " " + loss["side"].map({"plus": "θ⁺", "minus": "θ⁻"}))
-run.figure("fig_loss", plots.loss_curves(loss), "Training loss of both sides per category (first seed); each line ends where its stop rule held.")
+run.figure("fig_loss", plots.loss_curves(loss), "Training loss of both sides per category (first seed); lines end where the stop rule held.")
 
 # %%
-ended = [{"category": c, "seed": s, "side": side, **state} for (c, s), d in deltas.items() for side, state in d.metadata["sides"].items()]
-run.table("tab_sides", pd.DataFrame(ended), "Where each side stopped.")
+ended = [{"category": c, "seed": s, **d.metadata["training"]} for (c, s), d in deltas.items()]
+run.table("tab_training", pd.DataFrame(ended), "After how many steps the training ended, and whether the stop rule ended it.")
 
 # %% [markdown]
 # ## The whole k curve

@@ -71,8 +71,7 @@ chosen = {}
 for category in run.settings.categories:
     mask = random_mask(spec, experiment.load_mask(run, category, spec).fraction, seed)
     stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance)
-    delta = fit_delta(lm, tok, mask, *experiment.training_rows(base, category, seed), stop=stop, seed=seed, steps=how.max_steps,
-                      check_every=how.check_every, lr=how.lr, batch_size=how.batch_size, retain_share=how.retain_share, objective=how.objective)
+    delta = fit_delta(lm, tok, mask, *experiment.training_rows(base, category, seed), stop=stop, seed=seed, **experiment.fit_settings(how))
     chosen[category] = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, how.scales, method="random", seed=seed, **ask)
     rows.append(baselines.measure(lm, tok, delta, chosen[category].strength, test, method="random", seed=seed, edit_category=category, **ask))
 rows = pd.concat(rows, ignore_index=True)

@@ -33,7 +33,7 @@ import pandas as pd
 from cdelta import baselines, evaluate, experiment, plots, store
 from cdelta.attribution import Scores
 from cdelta.circuit import select, selective_scores
-from cdelta.edit import difference, fit_sides
+from cdelta.edit import fit_delta
 from cdelta.mask import random_mask
 from cdelta.models import ModelSpec
 
@@ -67,13 +67,12 @@ stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.t
 rows = experiment.training_rows(base, category, seed)
 found = []
 for name, share, mask in masks:
-    plus, minus, log = fit_sides(lm, tok, mask, *rows, stop=stop, seed=seed, steps=how.max_steps, check_every=how.check_every, lr=how.lr,
-                                 batch_size=how.batch_size, retain_share=how.retain_share)
-    for method, delta in (("contrastive", difference(plus, minus)), ("positive_only", plus)):
+    for objective in ("contrastive", "positive"):
+        delta = fit_delta(lm, tok, mask, *rows, stop=stop, seed=seed, **experiment.fit_settings(how) | {"objective": objective})
         best = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, run.settings.ablation.scales, method=name, **ask)
         at_best = best.curve[best.curve["k"] == best.strength].iloc[0]
-        found.append({"mask": name, "budget": share, "fraction": mask.fraction, "update": method, "k": best.strength, "within caps": best.within_caps,
-                      **at_best[["target", "benign", "other", "utility"]], "steps θ⁺": plus.metadata["sides"]["plus"]["steps"]})
+        found.append({"mask": name, "budget": share, "fraction": mask.fraction, "update": objective, "k": best.strength, "within caps": best.within_caps,
+                      **at_best[["target", "benign", "other", "utility"]], "steps": delta.metadata["training"]["steps"]})
 found = pd.DataFrame(found)
 
 # %% [markdown]

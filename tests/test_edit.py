@@ -9,7 +9,7 @@ from edits import FIT, NEGATIVE, POSITIVE, RETAIN, mask_of, same_weights, weight
 from cdelta import edit
 from cdelta.delta import WeightDelta
 from cdelta.edit import (
-    Caps, Data, Entries, Settings, Side, SliceHooks, answer_logits, choose_scale, collate, example_ids, fit_delta, fit_sides, plan,
+    Caps, Data, Entries, Settings, SliceHooks, Training, answer_logits, choose_scale, collate, example_ids, fit_delta, fit_sides, plan,
     selective_stop,
 )  # fmt: skip
 from cdelta.errors import CdeltaError, TestSplitError
@@ -60,12 +60,12 @@ def test_the_optimiser_knows_only_the_masks_entries(family):
     mask, how = mask_of(model), Settings.of(**FIT)
     data = Data.build(model, TOK, POSITIVE, NEGATIVE, RETAIN, how)
     with SliceHooks(model, mask.slices) as hooks:
-        side = Side("plus", model, hooks, mask, data, how)
-        side.train()
-    trained = [p for group in side.optimizer.param_groups for p in group["params"]]
-    moments = [state[part] for state in side.optimizer.state.values() for part in ("exp_avg", "exp_avg_sq")]
-    assert sum(p.numel() for p in trained) == mask.count()
-    assert sum(m.numel() for m in moments) == 2 * mask.count()
+        training = Training(model, hooks, mask, data, how)
+        training.run()
+    trained = [p for group in training.optimizer.param_groups for p in group["params"]]
+    moments = [state[part] for state in training.optimizer.state.values() for part in ("exp_avg", "exp_avg_sq")]
+    assert sum(p.numel() for p in trained) == 2 * mask.count()
+    assert sum(m.numel() for m in moments) == 2 * 2 * mask.count()
     assert all(t.dtype == torch.float32 for t in trained + moments)
 
 
@@ -110,7 +110,7 @@ def test_training_lowers_each_sides_loss_and_moves_it_to_its_answers(llama):
             assert logp(wanted) > logp(other)
 
 
-@pytest.mark.parametrize("changes", [{}, {"retain_loss": "kl"}, {"objective": "margin"}, {"rank": 2}, {"retain_share": 0.0}])
+@pytest.mark.parametrize("changes", [{}, {"retain_on": "sides"}, {"retain_loss": "kl"}, {"objective": "margin"}, {"rank": 2}, {"retain_share": 0.0}])
 def test_deterministic_under_a_seed(llama, changes):
     first, second, other = (sides(llama, seed=seed, **changes) for seed in (1, 1, 2))
     assert [d.hash() for d in first[:2]] == [d.hash() for d in second[:2]] != [d.hash() for d in other[:2]]
@@ -160,14 +160,31 @@ def test_kl_of_the_base_to_itself_is_zero_and_margin_starts_at_log_2(llama):
     assert margin[0]["target_loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_positive_only_and_the_difference_agree_with_the_sides(llama):
+def test_positive_only_is_the_positive_side_where_sides_retain_by_themselves(llama):
     mask = mask_of(llama)
-    plus, minus, _ = sides(llama, mask)
+    plus, minus, _ = sides(llama, mask, retain_on="sides")
     alone, none, _ = fit_sides(llama, TOK, mask, POSITIVE, [], RETAIN, **FIT, objective="positive")
-    both = fit_delta(llama, TOK, mask, POSITIVE, NEGATIVE, RETAIN, **FIT)
     assert none is None and alone.hash() == plus.hash()
-    assert both.hash() == (plus - minus).hash()
-    assert both.metadata["sides"] == {side: {"steps": 4, "stopped": False} for side in ("plus", "minus")}
+    joint = sides(llama, mask)
+    both = fit_delta(llama, TOK, mask, POSITIVE, NEGATIVE, RETAIN, **FIT)
+    assert both.hash() == (joint[0] - joint[1]).hash() != (plus - minus).hash()
+    assert both.metadata["training"] == {"steps": 4, "stopped": False} and both.metadata["settings"]["retain_on"] == "difference"
+
+
+def test_retaining_on_the_difference_lets_shared_drift_be(llama):
+    """The retain loss sees θ⁺ − θ⁻ alone: what both sides share leaves it as it is, and its gradient on one side is the other's negative."""
+    mask, how = mask_of(llama), Settings.of(**FIT)
+    data = Data.build(llama, TOK, POSITIVE, NEGATIVE, RETAIN, how)
+    with SliceHooks(llama, mask.slices) as hooks:
+        training = Training(llama, hooks, mask, data, how)
+        base = training._backward("difference", training._retain_loss, 1.0)
+        gradients = [leaf.grad.clone() for _, leaf in training._leaves()]
+        for _, leaf in training._leaves():
+            leaf.data += 0.3
+        shifted = training._backward("difference", training._retain_loss, 1.0)
+    half = len(gradients) // 2
+    assert shifted == pytest.approx(base, abs=1e-6)
+    assert all(torch.equal(p, -m) and p.abs().max() > 0 for p, m in zip(gradients[:half], gradients[half:]))
 
 
 def test_lora_on_the_circuit_has_low_rank_slices(llama):
@@ -177,16 +194,19 @@ def test_lora_on_the_circuit_has_low_rank_slices(llama):
     assert sum(leaf.numel() for leaf in leaves.values()) < mask_of(llama).count() / 2
 
 
-def test_stop_sees_the_side_in_the_weights_and_ends_it(llama):
+def test_stop_sees_each_update_in_the_weights_and_ends_both_sides_together(llama):
     seen, before = [], weights(llama)
 
-    def stop(model, side, step):
-        seen.append((side, step, same_weights(model, before)))
-        return side == "minus" or step == 4
+    def stop(model, which, step):
+        seen.append((which, step, same_weights(model, before)))
+        return which == "plus" or step == 4
 
-    plus, minus, log = sides(llama, steps=10, stop=stop)
-    assert seen == [("plus", 2, False), ("plus", 4, False), ("minus", 2, False)]
-    assert plus.metadata["sides"]["plus"] == {"steps": 4, "stopped": True} and len(log) == 6
+    plus, minus, log = sides(llama, steps=10, stop=stop, retain_on="sides")
+    assert seen == [("plus", 2, False), ("minus", 2, False), ("plus", 4, False), ("minus", 4, False)]
+    assert plus.metadata["training"] == minus.metadata["training"] == {"steps": 4, "stopped": True} and len(log) == 8
+    seen.clear()
+    sides(llama, steps=10, stop=stop)
+    assert [which for which, _, _ in seen] == ["difference", "difference"]
     assert same_weights(llama, before)
 
 
@@ -194,11 +214,11 @@ def test_stop_sees_the_side_in_the_weights_and_ends_it(llama):
 def test_resumes_after_a_kill_to_the_same_result(llama, tmp_path, changes):
     whole = sides(llama, steps=6, **changes)
 
-    def killed(model, side, step):
-        if (side, step) == killed_at:
+    def killed(model, which, step):
+        if step == killed_at:
             raise KeyboardInterrupt
 
-    for killed_at in (("plus", 4), ("minus", 4)):
+    for killed_at in (2, 4):
         with pytest.raises(KeyboardInterrupt):
             sides(llama, steps=6, stop=killed, checkpoint=tmp_path, **changes)
     again = sides(llama, steps=6, checkpoint=tmp_path, **changes)
@@ -207,7 +227,7 @@ def test_resumes_after_a_kill_to_the_same_result(llama, tmp_path, changes):
     assert untimed(again[2]) == untimed(whole[2])
     with pytest.raises(CdeltaError, match="another checkpoint folder"):
         sides(llama, steps=7, checkpoint=tmp_path, **changes)
-    (tmp_path / "plus.safetensors").write_bytes(b"half")
+    (tmp_path / "training.safetensors").write_bytes(b"half")
     with pytest.raises(CdeltaError, match="damaged"):
         sides(llama, steps=6, checkpoint=tmp_path, **changes)
 
@@ -255,7 +275,7 @@ def test_selective_stop():
     stop = selective_stop(lambda model: found, base, "hate")
     for rates, plus, minus in (((1.0, 0.0, 0.3), True, False), ((0.0, 0.0, 0.3), False, True), ((1.0, 0.03, 0.3), False, False), ((0.0, 0.0, 0.2), False, False)):
         found.update(zip(base, rates))
-        assert (stop(None, "plus", 1), stop(None, "minus", 1)) == (plus, minus)
+        assert (stop(None, "plus", 1), stop(None, "difference", 1), stop(None, "minus", 1)) == (plus, plus, minus)
 
 
 def test_choose_scale_takes_the_best_within_the_caps():
