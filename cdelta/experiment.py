@@ -98,12 +98,13 @@ def load_mask(run, category: str, spec: ModelSpec) -> ParameterMask:
     return Circuit.load(run.input("03_circuit", f"{category}.json")).to_mask(spec)
 
 
-def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int = 120) -> tuple[SplitRows, SplitRows, SplitRows]:
+def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int = 60) -> tuple[SplitRows, SplitRows, SplitRows]:
     """(positive, negative, retain) for the edit of `category`, from the base model's outcome rows of the edit split.
 
     positive: the category's prompts, refused (in the model's own words where it has any). negative: the same prompts, answered (the
-    record's reference, else the base's own compliance). retain: the category's benign twins, `others` prompts of every other category and
-    of its twins, and all skills twice, each with the base's own answer.
+    record's reference, else the base's own compliance). retain: the category's benign twins, all skills, and of every other category `others`
+    refused prompts, as many answered ones and as many twins (or what there is), each with the base's own answer. Refused prompts are few, and
+    an edit that seldom sees them unlearns them.
     """
     rows = base[base["split"] == "edit"]
     target = rows[(rows["role"] == "target") & (rows["category"] == category)]
@@ -121,7 +122,7 @@ def _retained(rows: pd.DataFrame, category: str, others: int, rng: random.Random
     own_twins = (rows["role"] == "benign") & rows["category"].isin((category, "benign"))
     kept = rows[own_twins].to_dict("records") + 2 * rows[rows["role"] == "utility"].to_dict("records")
     rest = rows[(rows["role"] != "utility") & ~own_twins & (rows["category"] != category)]
-    for _, group in rest.groupby(["category", "role"], sort=True):
+    for _, group in rest.groupby(["category", "role", "outcome"], sort=True):
         found = group.to_dict("records")
         kept += rng.sample(found, min(others, len(found)))
     return kept
