@@ -195,7 +195,7 @@ class EdgeRuns:
         nothing = torch.zeros(1, 1, len(everything), self.spec.d_model, dtype=compute_dtype(self.model), device=ids.device)
         edge_pass = EdgePass(self.model, self.spec, everything, nothing.movedim(2, 0))
         edge_pass.run(ids, batch, self.metric)
-        return {("source", 0): torch.stack(edge_pass.now).movedim(0, 2)}
+        return {("source", 0): edge_pass.now.movedim(0, 2)}
 
     def values(self, batch: Batch, reference: Written) -> Float[Tensor, "circuit row"]:
         """The metric of every circuit and row."""
@@ -214,7 +214,8 @@ class EdgePass:
         self.model, self.spec, self.wiring, self.blocks = model, spec, Wiring(spec), spec.blocks(model)
         self.reference, self.dtype = reference, reference.dtype
         self.keep = keep.to(reference.device, reference.dtype)
-        self.now: list[Tensor] = []
+        self.now: Tensor | None = None
+        self.done = 0
         self.base: Tensor | float = 0.0
         self.seen: dict[str, Tensor] = {}
 
@@ -241,15 +242,18 @@ class EdgePass:
 
     def _read(self, readers: slice) -> Float[Tensor, "reader row pos d"]:
         """The residual stream of these readers."""
-        now = torch.stack(self.now)
-        return self.base + (self.keep[: len(now), readers].T @ now.flatten(1)).unflatten(1, now.shape[1:])
+        now = self.now[: self.done]
+        return self.base + (self.keep[: self.done, readers].T @ now.flatten(1)).unflatten(1, now.shape[1:])
 
     def _write(self, outputs: Float[Tensor, "source row pos d"], bias: Tensor | float = 0.0) -> None:
         """The next sources have run."""
         outputs = outputs.to(self.reference.device, self.dtype)
-        reference = self.reference[len(self.now) : len(self.now) + len(outputs)]
-        self.base = self.base + reference.sum(0) + bias
-        self.now += list(outputs - reference)
+        if self.now is None:
+            self.now = outputs.new_empty(len(self.reference), *outputs.shape[1:])
+        new = slice(self.done, self.done + len(outputs))
+        self.base = self.base + self.reference[new].sum(0) + bias
+        torch.sub(outputs, self.reference[new], out=self.now[new])
+        self.done = new.stop
 
     def _input(self, x: Float[Tensor, "row pos d"]) -> None:
         self._write(x[None])
@@ -323,7 +327,7 @@ def unit_circuits(
     spec: ModelSpec, heads: Float[Tensor, "layer head"], neurons: Float[Tensor, "layer neuron"], fractions: Sequence[float] = FRACTIONS
 ) -> list[Circuit]:
     """Circuits of units by falling |score| per parameter, each of at most a fraction of all units' parameters."""
-    share = spec.n_layers * layer_size(spec) / spec.n_params
+    share = unit_parameters(spec) / spec.n_params
     return [all_units(spec) if f == 1 else select(None, spec, param_budget=f * share, heads=heads, neurons=neurons, fill=True) for f in fractions]
 
 
@@ -336,17 +340,26 @@ def edge_circuits(scores, spec: ModelSpec, fractions: Sequence[float] = FRACTION
     return [Circuit((*wiring.sources, "logits"), every) if f == 1 else sized(f) for f in fractions]
 
 
-def layer_size(spec: ModelSpec) -> int:
-    """Entries of all units of one layer."""
+def unit_parameters(spec: ModelSpec) -> int:
+    """Parameters of all units together."""
     groups = spec.n_kv * slices_size(spec, spec.kv_slices(0, 0))
-    return groups + spec.n_heads * slices_size(spec, spec.head_slices(0, 0)) + spec.d_mlp * slices_size(spec, spec.neuron_slices(0, 0))
+    heads, neurons = spec.n_heads * slices_size(spec, spec.head_slices(0, 0)), spec.d_mlp * slices_size(spec, spec.neuron_slices(0, 0))
+    return spec.n_layers * (groups + heads + neurons)
 
 
 def curves(model, pairs: PromptPairs, metric, circuits: Mapping[str, Sequence[Circuit]], fractions: Sequence[float] = FRACTIONS, **how) -> dict[str, Curve]:
-    """Faithfulness against size for every named series of circuits, one per fraction; `how` goes to `evaluate`."""
-    runs = evaluate(model, pairs, metric, [c for series in circuits.values() for c in series], **how)
-    parts = runs.circuits.split([len(series) for series in circuits.values()])
-    return {name: Curve(tuple(fractions), Runs(runs.clean, runs.corrupted, part)) for name, part in zip(circuits, parts)}
+    """Faithfulness against size for every named series of circuits, one per fraction; `how` goes to `evaluate`.
+
+    A circuit at fraction 1 is the whole model, whose run is the clean one.
+    """
+    part = [i for i, fraction in enumerate(fractions) if fraction != 1]
+    runs = evaluate(model, pairs, metric, [series[i] for series in circuits.values() for i in part], **how)
+    found = {}
+    for name, values in zip(circuits, runs.circuits.unflatten(0, (len(circuits), len(part)))):
+        every = runs.clean.repeat(len(fractions), 1)
+        every[part] = values
+        found[name] = Curve(tuple(fractions), Runs(runs.clean, runs.corrupted, every))
+    return found
 
 
 def parts(circuit: Circuit) -> dict[str, Circuit]:
