@@ -36,8 +36,8 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """MIB's circuit sizes: shares of all edges, or of the parameters of all units."""
 OUTSIDE = ("corrupted", "zero", "mean")
 """What everything outside of a circuit writes: its value for the corrupted prompt, nothing, or its mean over all corrupted prompts' tokens."""
-ROWS = 64
-"""Rows in one forward pass: as many circuits side by side as fit."""
+ROWS, SIDE_BY_SIDE = 64, 8
+"""Rows in one forward pass; they hold up to so many circuits side by side, each on pairs of similar length."""
 
 Written = Mapping["tuple[str, int]", "Tensor"]
 """("attn" or "mlp", layer) -> input of the projection that writes, Float[row, pos, in]."""
@@ -116,7 +116,7 @@ def evaluate(
     if len({bool(c.edges) for c in circuits if c.nodes}) > 1:
         raise CdeltaError("some of these circuits have edges and some have none: evaluate the two kinds apart.")
     extended = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
-    todo = batches(extended, rows, input_device(model))
+    todo = batches(extended, max(1, rows // max(1, min(SIDE_BY_SIDE, len(circuits)))), input_device(model))
     kind = EdgeRuns if any(c.edges for c in circuits) else UnitRuns
     runner = kind(model, metric, circuits, ablate, rows)
     total = torch.zeros(len(circuits) + 2, len(pairs), dtype=torch.float64)

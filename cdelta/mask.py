@@ -271,7 +271,10 @@ def pack_units(spec: ModelSpec, heads: Tensor, neurons: Tensor, budget: float, f
     left = budget_entries(spec, budget)
     taken: list[Unit] = []
     skipped_groups: set[tuple[int, int]] = set()
+    cheapest = min(slices_size(spec, spec.head_slices(0, 0)), slices_size(spec, spec.neuron_slices(0, 0)))
     for unit, price in budget_order(spec, heads, neurons):
+        if left < cheapest:
+            break
         kind, layer, index = unit
         if kind == "a" and (layer, spec.group_of(index)) in skipped_groups:
             continue

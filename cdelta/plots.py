@@ -247,27 +247,30 @@ def panel_lines(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylab
                 ax.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0)
             if mark:
                 ax.axvline(mark, color="0.4", lw=0.8, ls=":")
-            ax.set(title=category, xlabel=xlabel, xscale="log")
+            ax.set(title=category, xscale="log")
         axes[0, 0].set_ylabel(ylabel)
+        fig.supxlabel(xlabel, fontsize=8)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return fig
 
 
 def forest(table: pd.DataFrame, label: str, value: str, xlabel: str, low: str = "low", high: str = "high", hue: str = "", line: float = 0.0,
-           colours: Mapping | None = None, height: float = 0.0) -> Figure:  # fmt: skip
-    """One panel per category: values with intervals, one line of the panel per `label`, from rows ``category, label, value, low, high``; `line` is drawn for comparison."""
-    categories, labels = list(dict.fromkeys(table["category"])), list(dict.fromkeys(table[label]))
+           categories: Sequence[str] = ()) -> Figure:  # fmt: skip
+    """One panel per category: values with intervals, one line of the panel per `label`, from rows ``category, label, value, low, high``.
+
+    `line` is drawn for comparison; `categories` are in the table's order unless given.
+    """
+    categories, labels = list(categories or dict.fromkeys(table["category"])), list(dict.fromkeys(table[label]))
     kinds = list(dict.fromkeys(table[hue])) if hue else [""]
     with style():
-        fig, axes = plt.subplots(1, len(categories), figsize=(PAGE, height or 0.9 + 0.2 * len(labels)), squeeze=False, sharey=True, sharex=True)
+        fig, axes = plt.subplots(1, len(categories), figsize=(PAGE, 0.9 + 0.2 * len(labels)), squeeze=False, sharey=True, sharex=True)
         for ax, category in zip(axes[0], categories):
             for place, kind in enumerate(kinds):
                 rows = table[(table["category"] == category) & ((table[hue] == kind) if hue else True)]
                 at = [labels.index(name) + (place - (len(kinds) - 1) / 2) * 0.7 / len(kinds) for name in rows[label]]
                 err = np.abs(np.stack([rows[value] - rows[low], rows[high] - rows[value]]))
-                ecolor = colour_of(kind, colours) if colours and hue else _PALETTE[place]
-                ax.errorbar(rows[value], at, xerr=err, fmt="o", ms=2.8, lw=1, color=ecolor, label=kind)
+                ax.errorbar(rows[value], at, xerr=err, fmt="o", ms=2.8, lw=1, color=_PALETTE[place], label=kind)
             ax.axvline(line, color="0.5", lw=0.7, ls=":", zorder=0)
             ax.set(title=category, ylim=(len(labels) - 0.5, -0.5))
             ax.set_yticks(range(len(labels)), labels)

@@ -60,9 +60,9 @@ class Circuit:
     """... and random masks (and layer-matched ones) for each of them."""
     edge_pairs: int = 8
     """Pairs on which circuits of edges are run, one forward pass per size."""
-    bootstrap: int = 100
+    bootstrap: int = 60
     """Redrawn samples of pairs behind the intervals of stability and overlap."""
-    again_pairs: int = 16
+    again_pairs: int = 10
     """Pairs that are attributed again with other numbers of steps and with another metric; also those on which single units are left out."""
     stable_at: float = 0.5
     """A circuit whose units' Jaccard overlap falls below this in any variation is called unstable."""
@@ -180,6 +180,7 @@ PRESETS = {
             "name": "llama-3.1-8b", "description": "Llama-3.1-8B-Instruct on CAST's prompts: needs --policy cast=PATH and a GPU",
             "threads": 0, "model": "meta-llama/Llama-3.1-8B-Instruct", "revision": "0e9e39f249a16976918f6564b8830bc894c89659", "policy": "",
             "data": {"max_pairs": 256},
+            "circuit": {"pairs": 16, "edge_pairs": 2, "bootstrap": 5},
             "edit": {"lr": 1e-5, "batch_size": 8},
             "evaluation": {"max_new_tokens": 64, "batch_size": 32},
         }),

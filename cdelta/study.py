@@ -182,11 +182,15 @@ def verdict(table: pd.DataFrame) -> str:
     lost = table[~table["beats"]]
     beaten = f"{len(table) - len(lost)} of {len(table)} comparisons: the circuit's CPR is above the control's, with an interval that excludes zero."
     shared = next(column for column in table if column.startswith("shared at"))
+    where = lambda row: "it restores more at no size" if row["control better at"] == "-" else f"it restores more at the sizes {row['control better at']}"
     return "\n".join([beaten, *(
-        f"NOT beaten: {row['control']} in {row['category']}: difference {row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]. It shares "
-        f"{row[shared]:.0%} of the units ({shared}) and restores more at the fractions {row['control better at']}."
+        f"NOT beaten: {row['control']} in {row['category']}: CPR {row['CPR control']:.3f} against {row['CPR circuit']:.3f}, difference {row['difference']:.3f} "
+        f"[{row['low']:.3f}, {row['high']:.3f}]. Why: {row[shared]:.0%} of its units are the circuit's ({shared}), and {where(row)}."
         for row in lost.to_dict("records")
     )])
+
+
+UNITS_LEFT_OUT = 300
 
 
 def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
@@ -204,14 +208,15 @@ def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
 def faithfulness_row(model, pairs: PromptPairs, metric, circuit: Circuit, curve: Curve, by_edge: Curve | None, few: int, rows: int = 64) -> dict[str, float]:
     """One circuit's numbers: CPR and CMD of its ranking, f of the circuit itself under every kind of ablation, completeness, minimality.
 
-    ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units whose removal from the
-    circuit's own run does not lower the metric, on the first `few` pairs.
+    ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units (at most `UNITS_LEFT_OUT`,
+    evenly from all) whose removal from the circuit's own run does not lower the metric, on the first `few` pairs.
     """
     f = {outside: evaluate(model, pairs, metric, [circuit], outside, rows=rows).faithfulness.item() for outside in OUTSIDE}
     whole = evaluate(model, pairs, metric, [circuit], rows=rows)
     interval = stats.bootstrap_ratio(whole.restored[0].numpy(), whole.effect.numpy())
+    tried = circuit.nodes[:: -(-len(circuit.nodes) // UNITS_LEFT_OUT) or 1]
     rest = evaluate(model, pairs, metric, [circuit], ablate=True, rows=rows).faithfulness.item()
-    falls = leave_one_out(model, pairs[:few], metric, circuit, {node: Circuit((node,)) for node in circuit.nodes}, rows=rows)
+    falls = leave_one_out(model, pairs[:few], metric, circuit, {node: Circuit((node,)) for node in tried}, rows=rows)
     sign = np.sign(whole.effect.mean().item())
     idle = float(np.mean([sign * fall.mean().item() <= 0 for fall in falls.values()])) if falls else 0.0
     edges = {"CPR edges": by_edge.cpr, "CMD edges": by_edge.cmd} if by_edge else {}
@@ -336,7 +341,7 @@ def attention_patterns(bridge, rows: Sequence[Sequence[int]], heads: Sequence[st
 
 
 def strongest_parts(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:
-    """The rows of the parts with the largest |value| of any category, heads and layers in the model's order."""
+    """The rows of the parts with the largest |value| of any category, in the model's order."""
     size = table["value"].abs().groupby(table["part"]).max().nlargest(most)
     kept = table[table["part"].isin(size.index)]
     return kept.sort_values("part", key=lambda names: names.map(node_order), kind="stable").reset_index(drop=True)

@@ -38,11 +38,11 @@ import pandas as pd
 
 from cdelta import drawing, experiment, plots, store, study
 from cdelta.attribution import Scores, attribute
-from cdelta.circuit import select, selective_scores
+from cdelta.circuit import Circuit, select, selective_scores
 from cdelta.delta import model_hash
 from cdelta.errors import CdeltaError
 from cdelta.faithfulness import curves, direct_effects, edge_circuits, leave_one_out, parts, total_effects, unit_circuits, unit_parameters
-from cdelta.mask import layer_of, module_of, parse_unit
+from cdelta.mask import layer_of, module_of, parse_unit, random_mask
 from cdelta.models import ModelSpec
 from cdelta.policy.build import Policy
 
@@ -153,7 +153,8 @@ run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pa
 # ## Would other pairs, phrasings or settings give the same circuit?
 #
 # Every variation makes two sets of scores that should select the same units: pairs redrawn with replacement, disjoint halves of the pairs,
-# disjoint phrasings (prompts that open with different words), fewer or more steps, and the metric over the first tokens of whole answers.
+# disjoint phrasings (prompts that open with different words; the held-out templates are test rows, which attribution refuses), fewer or more
+# steps, and as metric the log-odds of whole answers' first tokens instead of the first one's.
 
 # %%
 answers, table = experiment.sequence_metric(tok, base), []
@@ -175,13 +176,15 @@ for row in table[table["Jaccard"] < settings.stable_at].to_dict("records"):
 # %% [markdown]
 # ## What the circuits share
 #
-# Jaccard overlap of the selected units; the table has its interval when the pairs are redrawn. Random masks of this size overlap by far less.
+# Jaccard overlap of the selected units; the table has its interval when the pairs are redrawn, the last print what chance gives.
 
 # %%
 jaccard = pd.DataFrame([[circuits[a].jaccard(circuits[b]) for b in names] for a in names], index=names, columns=names)
 run.figure("fig_overlap_circuits", plots.heatmap(jaccard, "Jaccard overlap of units", percent=False, vmax=1.0), "Overlap of the categories' circuits.")
 table = study.overlap(spec, {c: scores[c] for c in names}, settings.param_budget, settings.bootstrap)
 run.table("tab_overlap", table, f"Overlap of every two circuits of the plain scores, with the middle 95 % over {settings.bootstrap} redrawn samples of pairs.")
+chance = random_mask(spec, settings.param_budget, 0), random_mask(spec, settings.param_budget, 1)
+print(f"Two random masks of this size: {Circuit(chance[0].units).jaccard(Circuit(chance[1].units)):.2f}.")
 
 # %%
 sharing = study.sharing(circuits)
@@ -203,7 +206,7 @@ for category in names:
     table.append(study.component_table(category, effects))
 table = study.strongest_parts(pd.concat(table, ignore_index=True))
 run.table("tab_components", table, "Effect of the circuits' parts on the metric (nats), with 95 % bootstrap intervals over pairs.")
-run.figure("fig_components", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect"), "Effect of the circuits' parts (tab_components).")
+run.figure("fig_components", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names), "Effect of the circuits' parts (tab_components).")
 
 # %% [markdown]
 # ## What the heads attend to
