@@ -76,7 +76,7 @@ def layout(graph: nx.DiGraph) -> dict[str, np.ndarray]:
     for row, names in enumerate(rows):
         y = row / (len(rows) - 1)
         for i, name in enumerate(names):
-            alone = 0.5 + (0.3 * (-1) ** row if 0 < row < len(rows) - 1 else 0.0)
+            alone = 0.5 + (0.32 * (-1) ** row if 0 < row < len(rows) - 1 else 0.0)
             x = 0.06 + 0.88 * i / (len(names) - 1) if len(names) > 1 else alone
             place[name] = np.array([x, y])
     return place
@@ -116,7 +116,7 @@ def _draw(ax, graph: nx.DiGraph, edges: int) -> None:
 def _bend(start: np.ndarray, end: np.ndarray) -> float:
     """Towards the middle of the drawing, more so between nodes of the same side; none for short arrows."""
     side = (start[0] + end[0]) / 2 - 0.5
-    return -float(np.sign(side) * min(0.35, 0.9 * abs(side))) if end[1] - start[1] > 0.15 else 0.0
+    return -float(np.sign(side) * min(0.45, 1.6 * abs(side))) if end[1] - start[1] > 0.15 else 0.0
 
 
 def _fill(name: str) -> str:
@@ -171,7 +171,7 @@ function draw() {
   for (const edge of shown) {
     const [x1, y1] = at(byId[edge.from]), [x2, y2] = at(byId[edge.to]), size = Math.abs(edge.score) / bound;
     const side = (byId[edge.from].x + byId[edge.to].x) / 2 - 0.5, long = y1 - y2 > 90;
-    const bend = long ? -Math.sign(side) * Math.min(0.35, 0.9 * Math.abs(side)) * 2 * (y1 - y2) : 0;
+    const bend = long ? -Math.sign(side) * Math.min(0.45, 1.6 * Math.abs(side)) * 2 * (y1 - y2) : 0;
     const path = make("path", {d: `M${x1},${y1} Q${(x1 + x2) / 2 + bend},${(y1 + y2) / 2} ${x2},${y2 + 12}`, "stroke-width": 1 + 6 * size,
       stroke: edge.score < 0 ? "#2166ac" : "#b2182b", opacity: 0.35 + 0.6 * size}, get("edges"));
     make("title", {}, path, `${edge.from} → ${edge.to}: ${edge.score}`);

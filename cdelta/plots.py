@@ -163,7 +163,7 @@ def stacked_by_layer(table: pd.DataFrame, ylabel: str, x: str = "layer", part: s
             wide = table[table["category"] == category].pivot_table(index=x, columns=part, values="value", aggfunc="sum").reindex(columns=modules).fillna(0)
             base = np.zeros(len(wide))
             for place, module in enumerate(modules):
-                ax.bar(range(len(wide)), wide[module], bottom=base, color=_PALETTE[place], width=0.8, label=module)
+                ax.bar(range(len(wide)), wide[module], bottom=base, color=_PALETTE[place], width=0.8, lw=0, label=module)
                 base += wide[module].to_numpy()
             ax.set(title=category, xlabel=x)
             ax.set_xticks(range(len(wide)), list(wide.index), rotation=rotation)
@@ -251,7 +251,7 @@ def panel_lines(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylab
         axes[0, 0].set_ylabel(ylabel)
         fig.supxlabel(xlabel, fontsize=8)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        fig.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return fig
 
 

@@ -185,7 +185,7 @@ def verdict(table: pd.DataFrame) -> str:
     where = lambda row: "it restores more at no size" if row["control better at"] == "-" else f"it restores more at the sizes {row['control better at']}"
     return "\n".join([beaten, *(
         f"NOT beaten: {row['control']} in {row['category']}: CPR {row['CPR control']:.3f} against {row['CPR circuit']:.3f}, difference {row['difference']:.3f} "
-        f"[{row['low']:.3f}, {row['high']:.3f}]. Why: {row[shared]:.0%} of its units are the circuit's ({shared}), and {where(row)}."
+        f"[{row['low']:.3f}, {row['high']:.3f}]. Why: its units overlap the circuit's by {row[shared]:.2f} (Jaccard, {shared}), and {where(row)}."
         for row in lost.to_dict("records")
     )])
 

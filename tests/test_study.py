@@ -97,7 +97,7 @@ def test_the_verdict_says_which_control_is_not_beaten_and_why():
     assert table["beats"].tolist() == [True, False]
     assert table["difference"][0] == pytest.approx((0.825 - 0.1) * 0.25) and table["low"][0] > 0
     words = study.verdict(table)
-    assert words.startswith("1 of 2") and "NOT beaten: random in lost" in words and "60% of its units" in words and "sizes 0.5" in words
+    assert words.startswith("1 of 2") and "NOT beaten: random in lost" in words and "by 0.60 (Jaccard" in words and "sizes 0.5" in words
 
 
 def test_a_circuits_numbers(organism):
