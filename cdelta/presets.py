@@ -63,7 +63,9 @@ class Circuit:
     bootstrap: int = 60
     """Redrawn samples of pairs behind the intervals of stability and overlap."""
     again_pairs: int = 10
-    """Pairs that are attributed again with other numbers of steps and with another metric; also those on which single units are left out."""
+    """Pairs that are attributed again with other numbers of steps and with another metric; also those on which single units are left out ..."""
+    left_out: int = 300
+    """... and at most so many of the circuit's units, evenly from all."""
     stable_at: float = 0.5
     """A circuit whose units' Jaccard overlap falls below this in any variation is called unstable."""
 
@@ -158,7 +160,7 @@ _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
     "data": {"max_pairs": 8, "validation_limit": 3},
     "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 1},
-    "circuit": {"pairs": 3, "fractions": [0.05, 0.5, 1.0], "seeds": 2, "draws": 1, "edge_pairs": 1, "bootstrap": 3, "again_pairs": 2},
+    "circuit": {"pairs": 3, "fractions": [0.05, 0.5, 1.0], "seeds": 1, "draws": 1, "edge_pairs": 1, "bootstrap": 3, "again_pairs": 2, "left_out": 10},
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
     "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},

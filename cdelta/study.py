@@ -190,9 +190,6 @@ def verdict(table: pd.DataFrame) -> str:
     )])
 
 
-UNITS_LEFT_OUT = 300
-
-
 def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
     """f at every fraction, mean over draws and seeds, with its 95 % bootstrap interval over pairs: rows ``category, kind, fraction, f, low, high``."""
     rows = []
@@ -205,22 +202,21 @@ def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def faithfulness_row(model, pairs: PromptPairs, metric, circuit: Circuit, curve: Curve, by_edge: Curve | None, few: int, rows: int = 64) -> dict[str, float]:
+def faithfulness_row(model, pairs: PromptPairs, metric, circuit: Circuit, curve: Curve, by_edge: Curve, few: int, left_out: int, rows: int = 64) -> dict[str, float]:  # fmt: skip
     """One circuit's numbers: CPR and CMD of its ranking, f of the circuit itself under every kind of ablation, completeness, minimality.
 
-    ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units (at most `UNITS_LEFT_OUT`,
+    ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units (at most `left_out`,
     evenly from all) whose removal from the circuit's own run does not lower the metric, on the first `few` pairs.
     """
     f = {outside: evaluate(model, pairs, metric, [circuit], outside, rows=rows).faithfulness.item() for outside in OUTSIDE}
     whole = evaluate(model, pairs, metric, [circuit], rows=rows)
     interval = stats.bootstrap_ratio(whole.restored[0].numpy(), whole.effect.numpy())
-    tried = circuit.nodes[:: -(-len(circuit.nodes) // UNITS_LEFT_OUT) or 1]
+    tried = circuit.nodes[:: -(-len(circuit.nodes) // left_out) or 1]
     rest = evaluate(model, pairs, metric, [circuit], ablate=True, rows=rows).faithfulness.item()
     falls = leave_one_out(model, pairs[:few], metric, circuit, {node: Circuit((node,)) for node in tried}, rows=rows)
     sign = np.sign(whole.effect.mean().item())
     idle = float(np.mean([sign * fall.mean().item() <= 0 for fall in falls.values()])) if falls else 0.0
-    edges = {"CPR edges": by_edge.cpr, "CMD edges": by_edge.cmd} if by_edge else {}
-    return {"CPR": curve.cpr, "CMD": curve.cmd, **edges, "f": interval.value, "low": interval.low, "high": interval.high,
+    return {"CPR": curve.cpr, "CMD": curve.cmd, "CPR edges": by_edge.cpr, "CMD edges": by_edge.cmd, "f": interval.value, "low": interval.low, "high": interval.high,
             "f zero": f["zero"], "f mean": f["mean"], "rest": rest, "idle units": idle}  # fmt: skip
 
 

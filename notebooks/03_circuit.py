@@ -146,7 +146,7 @@ for category in names:
     by_unit = curves(lm, held_out[category], metric, series, settings.fractions, rows=rows)["units"]
     few = held_out[category][: settings.edge_pairs]
     by_edge = curves(lm, few, metric, {"edges": edge_circuits(scores[category], spec, settings.fractions)}, settings.fractions, rows=rows)["edges"]
-    table.append({"category": category, **study.faithfulness_row(lm, held_out[category], metric, circuits[category], by_unit, by_edge, settings.again_pairs, rows)})
+    table.append({"category": category, **study.faithfulness_row(lm, held_out[category], metric, circuits[category], by_unit, by_edge, settings.again_pairs, settings.left_out, rows)})
 run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pairs (edges: {settings.edge_pairs} of them), completeness and minimality.")
 
 # %% [markdown]
