@@ -54,6 +54,8 @@ class Scores:
     n_pairs: int
     metric_clean: float
     metric_corrupted: float
+    pairs_hash: str = ""
+    """`PromptPairs.hash` of the pairs; circuits carry it on."""
     pair_heads: Float[Tensor, "pair layer head"] | None = None
     pair_neurons: Float[Tensor, "pair layer d_mlp"] | None = None
 
@@ -143,7 +145,7 @@ def attribute(
     with frozen(model), tqdm(total=len(todo) * (2 + len(schedule)), disable=not progress, desc=method, unit="pass") as bar:
         for batch in todo:
             totals.add(model, batch, metric, schedule, bar)
-    return totals.scores(method, steps if method == "eap-ig" else len(schedule), rule)
+    return totals.scores(method, steps if method == "eap-ig" else len(schedule), rule, pairs.hash())
 
 
 def estimate_cost(
@@ -200,7 +202,7 @@ class Totals:
             bar.update()
         self._collect(batch, *sums)
 
-    def scores(self, method: str, steps: int, rule: str) -> Scores:
+    def scores(self, method: str, steps: int, rule: str, pairs_hash: str) -> Scores:
         """Means over pairs."""
         edges = self.edges * Wiring(self.spec).edges() / self.n_pairs
         keep = dict(pair_heads=self.heads, pair_neurons=self.neurons) if self.per_pair else {}
@@ -216,6 +218,7 @@ class Totals:
             n_pairs=self.n_pairs,
             metric_clean=self.metric_clean / self.n_pairs,
             metric_corrupted=self.metric_corrupted / self.n_pairs,
+            pairs_hash=pairs_hash,
             **keep,
         )
 

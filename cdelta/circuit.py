@@ -29,7 +29,7 @@ class Circuit:
     """Nodes and edges, and where they come from.
 
     Nodes are units (``a0.h3``, ``m2.n17``) or, in edge circuits, whole MLPs (``m2``), ``input`` and ``logits``. `provenance` is JSON:
-    hashes of model and pairs, method, budget, what was pruned.
+    hashes of model (`delta.model_hash`, from the caller) and pairs, method, budget, what was pruned; of a set operation, both sides'.
     """
 
     nodes: tuple[str, ...]
@@ -37,13 +37,13 @@ class Circuit:
     provenance: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __and__(self, other: Circuit) -> Circuit:
-        return self._with(set(self.nodes) & set(other.nodes), set(self.edges) & set(other.edges))
+        return self._with("and", other, set(self.nodes) & set(other.nodes), set(self.edges) & set(other.edges))
 
     def __or__(self, other: Circuit) -> Circuit:
-        return self._with(set(self.nodes) | set(other.nodes), set(self.edges) | set(other.edges))
+        return self._with("or", other, set(self.nodes) | set(other.nodes), set(self.edges) | set(other.edges))
 
     def __sub__(self, other: Circuit) -> Circuit:
-        return self._with(set(self.nodes) - set(other.nodes), set(self.edges) - set(other.edges))
+        return self._with("without", other, set(self.nodes) - set(other.nodes), set(self.edges) - set(other.edges))
 
     def jaccard(self, other: Circuit) -> float:
         """Shared over united edges, or nodes where neither has edges; 1 for two empty circuits."""
@@ -78,8 +78,9 @@ class Circuit:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CdeltaError(f"{path} holds no circuit ({error}): write it with Circuit.save.") from error
 
-    def _with(self, nodes: Iterable[str], edges: Iterable[Edge]) -> Circuit:
-        return Circuit(tuple(sorted(nodes, key=node_order)), tuple(sorted(edges)), self.provenance)
+    def _with(self, operation: str, other: Circuit, nodes: Iterable[str], edges: Iterable[Edge]) -> Circuit:
+        provenance = {"operation": operation, "of": [self.provenance, other.provenance]}
+        return Circuit(tuple(sorted(nodes, key=node_order)), tuple(sorted(edges)), provenance)
 
 
 # ---------------------------------------------------------------------- selection by parameters
@@ -108,7 +109,8 @@ def select(
     """
     if (param_budget is None) == (edges is None):
         raise CdeltaError("give either param_budget (a fraction of the parameters) or edges (a number), not both or neither.")
-    origin = {"method": getattr(scores, "method", "given scores"), "n_pairs": getattr(scores, "n_pairs", None), **(provenance or {})}
+    facts = {name: getattr(scores, name) for name in ("method", "steps", "rule", "n_pairs", "pairs_hash") if hasattr(scores, name)}
+    origin = {"method": "given scores", **facts, **(provenance or {})}
     if edges is not None:
         return select_edges(scores, spec, edges, how, origin)
     heads = scores.heads if heads is None else heads

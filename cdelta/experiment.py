@@ -18,7 +18,7 @@ from cdelta.edit import Caps, Stop, selective_stop
 from cdelta.errors import CdeltaError
 from cdelta.generation import first_logits
 from cdelta.mask import ParameterMask
-from cdelta.metrics import Metric, TokenSets, first_token_sets, refusal_log_odds
+from cdelta.metrics import Metric, SequenceMetric, TokenSets, first_token_sets, refusal_log_odds
 from cdelta.models import ModelSpec, load_model
 from cdelta.policy.pairs import PairYield, PromptPairs, choose_pairs
 from cdelta.policy.records import SplitRows
@@ -59,12 +59,28 @@ def limited(records: pd.DataFrame, limit: int) -> pd.DataFrame:
     return records.groupby(["category", "role", "skill", "ood_set", "split"], sort=False).head(limit) if limit else records
 
 
-def category_pairs(records: pd.DataFrame, category: str, tok, max_pairs: int = 0, minimum: int = 8) -> tuple[PromptPairs, PairYield]:
-    """Prompt pairs of one category from the discover split, at most `max_pairs` of them (0: all), and the yield."""
-    rows = records[(records["split"] == "discover") & records["category"].isin((category, "benign")) & records["role"].isin(("target", "other_harm", "benign"))]
+def category_pairs(
+    records: pd.DataFrame, category: str, tok, max_pairs: int = 0, minimum: int = 8, split: str = "discover"
+) -> tuple[PromptPairs, PairYield]:
+    """Prompt pairs of one category from one split, at most `max_pairs` of them (0: all), and the yield."""
+    rows = records[(records["split"] == split) & records["category"].isin((category, "benign")) & records["role"].isin(("target", "other_harm", "benign"))]
     rows = rows.assign(role=rows["role"].replace("other_harm", "target"))
     pairs, found = choose_pairs(SplitRows.of(rows.to_dict("records")), tok, minimum=minimum)
     return (pairs[:max_pairs] if max_pairs else pairs), found
+
+
+def held_out_pairs(records: pd.DataFrame, category: str, tok, max_pairs: int = 0) -> PromptPairs:
+    """Pairs that attribution never saw: of the val split, or where that has none, of the edit split."""
+    try:
+        return category_pairs(records, category, tok, max_pairs, minimum=1, split="val")[0]
+    except CdeltaError:
+        return category_pairs(records, category, tok, max_pairs, minimum=1, split="edit")[0]
+
+
+def openings(records: pd.DataFrame, found: PairYield) -> list[str]:
+    """First word of every pair's prompt: in this policy set the template, elsewhere a rough guide to the phrasing."""
+    prompts = dict(zip(records["id"], records["prompt"]))
+    return [prompts[target].split()[0].casefold() for target, _ in found.ids]
 
 
 def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
@@ -80,6 +96,13 @@ def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
         refuse, comply = (list(dict.fromkeys(map(start, words))) for words in STOCK_TOKENS)
         share = lambda ids: {i: 1 / len(ids) for i in ids}
         return TokenSets(share(refuse), share([i for i in comply if i not in refuse])), False
+
+
+def sequence_metric(tok, base: pd.DataFrame, tokens: int = 4) -> SequenceMetric:
+    """Log-odds of the model's own most frequent refusal against its most frequent compliance (stock ones where it has none), over their first tokens."""
+    rows = base[(base["split"] != "test") & (base["role"] != "utility") & (base["answer"].str.strip() != "")]
+    common = lambda outcome, stock: rows.loc[rows["outcome"] == outcome, "answer"].mode().tolist()[:1] or [stock]
+    return SequenceMetric.from_answers(tok, *common("refuse", STOCK_REFUSALS[0]), *common("comply", STOCK_COMPLIANCE), tokens=tokens)
 
 
 def save_token_sets(sets: TokenSets, path: Path) -> None:

@@ -95,13 +95,14 @@ class ParameterMask:
         """Masked entries per kind of module (``self_attn.q_proj``, ``mlp.down_proj``, ...)."""
         return self._summed(module_of)
 
-    def report(self) -> dict[str, object]:
-        """What a reader wants to know: units by kind, entries, exact fraction, shares by module and layer."""
+    def report(self, spec: ModelSpec | None = None) -> dict[str, object]:
+        """What a reader wants to know: units by kind, kv groups (with `spec`), entries, exact fraction, shares by module and layer."""
         kinds = Counter(name[0] for name in self.units)
         total = max(self.count(), 1)
         return {
             "heads": kinds["a"],
             "neurons": kinds["m"],
+            **({"kv_groups": len(kv_groups(self, spec))} if spec else {}),
             "entries": self.count(),
             "fraction": self.fraction,
             "module_share": {key: n / total for key, n in self.by_module().items()},
@@ -270,7 +271,10 @@ def pack_units(spec: ModelSpec, heads: Tensor, neurons: Tensor, budget: float, f
     left = budget_entries(spec, budget)
     taken: list[Unit] = []
     skipped_groups: set[tuple[int, int]] = set()
+    cheapest = min(slices_size(spec, spec.head_slices(0, 0)), slices_size(spec, spec.neuron_slices(0, 0)))
     for unit, price in budget_order(spec, heads, neurons):
+        if left < cheapest:
+            break
         kind, layer, index = unit
         if kind == "a" and (layer, spec.group_of(index)) in skipped_groups:
             continue
@@ -309,12 +313,17 @@ def module_mask(spec: ModelSpec, attention: Iterable[int] = (), mlp: Iterable[in
     return ParameterMask.from_units(spec, heads, [(layer, n) for layer in mlp for n in range(spec.d_mlp)])
 
 
-def random_mask(spec: ModelSpec, budget: float, seed: int) -> ParameterMask:
-    """Units in random order, as many as the budget buys: the parameter-matched control."""
+def random_scores(spec: ModelSpec, seed: int) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer neuron"]]:
+    """Scores that put units, whatever their size, into random order."""
     generator = torch.Generator().manual_seed(seed)
     price = slices_size(spec, unit_slices(spec, ("a", 0, 0))), slices_size(spec, spec.neuron_slices(0, 0))
     draw = lambda width, cost: (torch.rand(spec.n_layers, width, generator=generator, dtype=torch.float64) + 1e-9) * cost
-    return mask_of_units(spec, pack_units(spec, draw(spec.n_heads, price[0]), draw(spec.d_mlp, price[1]), budget, fill=True))
+    return draw(spec.n_heads, price[0]), draw(spec.d_mlp, price[1])
+
+
+def random_mask(spec: ModelSpec, budget: float, seed: int) -> ParameterMask:
+    """Units in random order, as many as the budget buys: the parameter-matched control."""
+    return mask_of_units(spec, pack_units(spec, *random_scores(spec, seed), budget, fill=True))
 
 
 def layer_matched(mask: ParameterMask, spec: ModelSpec, seed: int) -> ParameterMask:

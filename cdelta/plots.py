@@ -22,7 +22,7 @@ _PALETTE = sns.color_palette("colorblind")
 CATEGORY_COLOURS = dict(zip(("crime", "hate", "health", "legal", "sexual", "weapons"), (_PALETTE[i] for i in (0, 3, 2, 4, 6, 7))))
 METHOD_COLOURS = {
     "base": _PALETTE[7], "cdelta": _PALETTE[0], "random": _PALETTE[1], "random_layer": _PALETTE[8], "magnitude": _PALETTE[5],
-    "gradient": _PALETTE[6], "other_circuit": _PALETTE[9], "positive_only": _PALETTE[2], "dense": _PALETTE[3], "as": _PALETTE[4],
+    "gradient": _PALETTE[6], "other_circuit": _PALETTE[9], "circuit": _PALETTE[0], "union": (0.2, 0.2, 0.2), "positive_only": _PALETTE[2], "dense": _PALETTE[3], "as": _PALETTE[4],
 }
 KIND_COLOURS = {
     "target": _PALETTE[3], "benign": _PALETTE[0], "other": _PALETTE[1], "skills": _PALETTE[2], "refused": _PALETTE[7], "borderline": _PALETTE[4],
@@ -88,8 +88,12 @@ def heatmap(table: pd.DataFrame, label: str, percent: bool = True, width: float 
     return fig
 
 
-def component_maps(maps: Mapping[str, np.ndarray], xlabel: str, label: str, height: float = 1.7, width: float = PAGE, ylabels: Sequence[str] = ()) -> Figure:
-    """One layer x component map per category on one shared, symmetric colour scale (linear up to a thirtieth of its range, then logarithmic); `ylabels` name the rows if they are not layers."""
+def component_maps(maps: Mapping[str, np.ndarray], xlabel: str, label: str, height: float = 1.7, width: float = PAGE, ylabels: Sequence[str] = (),
+                   marked: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> Figure:
+    """One layer x component map per category on one shared, symmetric colour scale (linear up to a thirtieth of its range, then logarithmic).
+
+    `ylabels` name the rows if they are not layers; `marked` (layer, component) cells get a frame.
+    """
     bound = max(float(np.abs(m).max()) for m in maps.values()) or 1.0
     norm = AsinhNorm(linear_width=bound / 30, vmin=-bound, vmax=bound)
     with style():
@@ -99,6 +103,8 @@ def component_maps(maps: Mapping[str, np.ndarray], xlabel: str, label: str, heig
             ax.set(title=name, xlabel=xlabel)
             ax.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 4)))
             ax.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 6)))
+            for layer, component in (marked or {}).get(name, ()):
+                ax.add_patch(plt.Rectangle((component - 0.5, layer - 0.5), 1, 1, fill=False, ec="black", lw=1.2, clip_on=False, zorder=3))
             for spine in ax.spines.values():
                 spine.set_visible(True)
         if ylabels:
@@ -148,22 +154,23 @@ def small_lines(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylab
     return fig
 
 
-def stacked_by_layer(table: pd.DataFrame, ylabel: str) -> Figure:
-    """Stacked bars per layer, one panel per category, from rows ``category, layer, module, value``."""
-    categories, modules = list(dict.fromkeys(table["category"])), list(dict.fromkeys(table["module"]))
+def stacked_by_layer(table: pd.DataFrame, ylabel: str, x: str = "layer", part: str = "module", rotation: int = 0) -> Figure:
+    """Stacked bars per layer (or another `x`), one panel per category, from rows ``category, x, part, value``."""
+    categories, modules = list(dict.fromkeys(table["category"])), list(dict.fromkeys(table[part]))
     with style():
-        fig, axes = plt.subplots(1, len(categories), figsize=(PAGE, 1.9), squeeze=False, sharey=True)
+        fig, axes = plt.subplots(1, max(len(categories), 1), figsize=(PAGE, 1.9), squeeze=False, sharey=True)
         for ax, category in zip(axes[0], categories):
-            wide = table[table["category"] == category].pivot_table(index="layer", columns="module", values="value", aggfunc="sum").reindex(columns=modules).fillna(0)
+            wide = table[table["category"] == category].pivot_table(index=x, columns=part, values="value", aggfunc="sum").reindex(columns=modules).fillna(0)
             base = np.zeros(len(wide))
             for place, module in enumerate(modules):
-                ax.bar(wide.index, wide[module], bottom=base, color=_PALETTE[place], width=0.8, label=module)
+                ax.bar(range(len(wide)), wide[module], bottom=base, color=_PALETTE[place], width=0.8, lw=0, label=module)
                 base += wide[module].to_numpy()
-            ax.set(title=category, xlabel="layer")
-            ax.set_xticks(list(wide.index))
+            ax.set(title=category, xlabel=x)
+            ax.set_xticks(range(len(wide)), list(wide.index), rotation=rotation)
         axes[0, 0].set_ylabel(ylabel)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        if labels:
+            fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return fig
 
 
@@ -225,4 +232,50 @@ def panels(table: pd.DataFrame, panel: str, x: str, hue: str, ylabel: str) -> Fi
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if labels:
             fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return fig
+
+
+def panel_lines(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylabel: str, colours: Mapping, mark: float | None = None) -> Figure:
+    """One panel per category of lines with interval bands against a logarithmic axis, from rows ``category, x, y, hue, low, high``; `mark` is a vertical line."""
+    categories = list(dict.fromkeys(table["category"]))
+    with style():
+        fig, axes = plt.subplots(1, len(categories), figsize=(PAGE, 2.2), squeeze=False, sharey=True)
+        for ax, category in zip(axes[0], categories):
+            for name, rows in table[table["category"] == category].groupby(hue, sort=False):
+                colour = colour_of(name, colours)
+                ax.plot(rows[x], rows[y], color=colour, lw=1.8 if name == "circuit" else 1.0, marker="o", ms=2.2, label=name, zorder=3 if name == "circuit" else 2)
+                ax.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0)
+            if mark:
+                ax.axvline(mark, color="0.4", lw=0.8, ls=":")
+            ax.set(title=category, xscale="log")
+        axes[0, 0].set_ylabel(ylabel)
+        fig.supxlabel(xlabel, fontsize=8)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return fig
+
+
+def forest(table: pd.DataFrame, label: str, value: str, xlabel: str, low: str = "low", high: str = "high", hue: str = "", line: float = 0.0,
+           categories: Sequence[str] = ()) -> Figure:  # fmt: skip
+    """One panel per category: values with intervals, one line of the panel per `label`, from rows ``category, label, value, low, high``.
+
+    `line` is drawn for comparison; `categories` are in the table's order unless given.
+    """
+    categories, labels = list(categories or dict.fromkeys(table["category"])), list(dict.fromkeys(table[label]))
+    kinds = list(dict.fromkeys(table[hue])) if hue else [""]
+    with style():
+        fig, axes = plt.subplots(1, len(categories), figsize=(PAGE, 0.9 + 0.2 * len(labels)), squeeze=False, sharey=True, sharex=True)
+        for ax, category in zip(axes[0], categories):
+            for place, kind in enumerate(kinds):
+                rows = table[(table["category"] == category) & ((table[hue] == kind) if hue else True)]
+                at = [labels.index(name) + (place - (len(kinds) - 1) / 2) * 0.7 / len(kinds) for name in rows[label]]
+                err = np.abs(np.stack([rows[value] - rows[low], rows[high] - rows[value]]))
+                ax.errorbar(rows[value], at, xerr=err, fmt="o", ms=2.8, lw=1, color=_PALETTE[place], label=kind)
+            ax.axvline(line, color="0.5", lw=0.7, ls=":", zorder=0)
+            ax.set(title=category, ylim=(len(labels) - 0.5, -0.5))
+            ax.set_yticks(range(len(labels)), labels)
+        fig.supxlabel(xlabel, fontsize=8)
+        if hue:
+            handles, names = axes[0, 0].get_legend_handles_labels()
+            fig.legend(handles, names, loc="outside upper center", ncols=len(names))
     return fig

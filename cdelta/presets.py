@@ -50,6 +50,24 @@ class Circuit:
     """Largest share of all the model's parameters that the mask may own (the paper: < 5 %)."""
     selective: str = ""
     """How a category's scores are set against the other categories' (`circuit.selective_scores`: difference, ratio, orthogonalised); "" ranks the plain scores."""
+    pairs: int = 30
+    """Held-out pairs per category (val split) that circuits are run on; 0: all."""
+    fractions: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    """Sizes of the circuits of a faithfulness curve (MIB's), shares of all units' parameters, or of all edges."""
+    seeds: int = 3
+    """Samples of pairs, each with a circuit of its own, that meet the controls ..."""
+    draws: int = 2
+    """... and random masks (and layer-matched ones) for each of them."""
+    edge_pairs: int = 8
+    """Pairs on which circuits of edges are run, one forward pass per size."""
+    bootstrap: int = 60
+    """Redrawn samples of pairs behind the intervals of stability and overlap."""
+    again_pairs: int = 10
+    """Pairs that are attributed again with other numbers of steps and with another metric; also those on which single units are left out ..."""
+    left_out: int = 300
+    """... and at most so many of the circuit's units, evenly from all."""
+    stable_at: float = 0.5
+    """A circuit whose units' Jaccard overlap falls below this in any variation is called unstable."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +162,7 @@ _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
     "data": {"max_pairs": 8, "validation_limit": 3},
     "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 1},
+    "circuit": {"pairs": 3, "fractions": [0.05, 0.5, 1.0], "seeds": 1, "draws": 1, "edge_pairs": 1, "bootstrap": 3, "again_pairs": 2, "left_out": 10},
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
     "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
@@ -165,6 +184,7 @@ PRESETS = {
             "name": "llama-3.1-8b", "description": "Llama-3.1-8B-Instruct on CAST's prompts: needs --policy cast=PATH and a GPU",
             "threads": 0, "model": "meta-llama/Llama-3.1-8B-Instruct", "revision": "0e9e39f249a16976918f6564b8830bc894c89659", "policy": "",
             "data": {"max_pairs": 256},
+            "circuit": {"pairs": 16, "edge_pairs": 2, "bootstrap": 5},
             "edit": {"lr": 1e-5, "batch_size": 8},
             "evaluation": {"max_new_tokens": 64, "batch_size": 32},
         }),

@@ -1,4 +1,4 @@
-"""The report of a run, and recording a run into the repository. Pages work offline: no script, no font, no style from elsewhere."""
+"""The report of a run, and recording a run into the repository. All pages work offline: no script, no font, no style from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 syst
 img { max-width: 100%; } table { border-collapse: collapse; font-size: 0.9rem; } td, th { padding: 0.15rem 0.7rem; text-align: right; }
 thead { border-bottom: 1px solid #888; } pre { overflow-x: auto; background: #f6f6f6; padding: 0.6rem; font-size: 0.85rem; }
 .prompt, .anchor-link { display: none; } .output_stderr pre { background: #fdecea; } figure { margin: 2rem 0; } figcaption { color: #555; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } iframe { width: 100%; height: 48rem; border: 1px solid #ddd; }
 """
 
 
@@ -77,6 +77,8 @@ def _item(figures: Path, item: dict[str, Any]) -> str:
     caption = f"<figcaption><b>{html.escape(item['id'])}</b> ({links}): {html.escape(item['caption'])}</figcaption>"
     if item["kind"] == "figure":
         return f'<figure id="{item["id"]}"><img src="{item["id"]}.png" alt="{html.escape(item["caption"])}">{caption}</figure>'
+    if item["kind"] == "page":
+        return f'<figure id="{item["id"]}"><iframe src="{item["id"]}.html" title="{html.escape(item["caption"])}"></iframe>{caption}</figure>'
     with (figures / f"{item['id']}.csv").open(newline="", encoding="utf-8") as file:
         return f'<figure id="{item["id"]}"><div class="scroll">{_html_table(list(csv.reader(file)))}</div>{caption}</figure>'
 

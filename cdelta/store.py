@@ -123,6 +123,13 @@ class Run:
         view = table.style.format(precision=digits).set_uuid(id)  # pandas would draw a new id for every run
         display(view.hide(axis="index") if counts_rows else view)
 
+    def page(self, id: str, page: str, caption: str) -> None:
+        """Save an HTML page that needs no other file under `id`, record it in the manifest and say where it is."""
+        (path,) = self._files(id, "html")
+        path.write_text(page, encoding="utf-8")
+        self._record(id, "page", (path,), caption)
+        print(f"{caption} Interactive, in the report and in figures/{path.name}.")
+
     def finish(self) -> None:
         """Publish the stage: its figures, then its folder. Until then nobody sees either."""
         self._check_current()

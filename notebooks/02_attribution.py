@@ -74,7 +74,8 @@ refused = [c for c in data.records.loc[data.records["role"] == "other_harm", "ca
 for category in (*run.settings.categories, *refused):
     pairs, found = experiment.category_pairs(data.records, category, tok, run.settings.data.max_pairs)
     began = time.perf_counter()
-    scores[category] = s = attribute(lm, pairs, metric, method=how.method, steps=how.steps, rule=how.rule, micro_batch=how.micro_batch)
+    scores[category] = s = attribute(lm, pairs, metric, method=how.method, steps=how.steps, rule=how.rule, micro_batch=how.micro_batch,
+                                     per_pair=True)
     s.save(run.path(f"scores/{category}"))
     rows.append({"category": category, "pairs": len(pairs), "metric clean": s.metric_clean, "metric corrupted": s.metric_corrupted,
                  "completeness error": s.completeness_error, "seconds": time.perf_counter() - began})

@@ -15,7 +15,8 @@
 # %% [markdown]
 # # 03 · Circuits
 #
-# **Question:** which parameters does each category's refusal own, and how much do the categories share?
+# **Question:** which parameters does each category's refusal own, does that part of the model really do the refusing, and how much do the
+# categories share?
 #
 # Units are attention heads and MLP neurons. A head owns its query rows, its output columns and, counted once, its kv group's key and value
 # rows; a neuron owns its gate and up rows and its down column. Units are ranked by score per parameter until the budget, counted exactly in
@@ -35,48 +36,60 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 # %%
 import pandas as pd
 
-from cdelta import experiment, plots, store
-from cdelta.attribution import Scores
-from cdelta.circuit import select, selective_scores
-from cdelta.mask import kv_groups, layer_of, module_of
+from cdelta import drawing, experiment, plots, store, study
+from cdelta.attribution import Scores, attribute
+from cdelta.circuit import Circuit, select, selective_scores
+from cdelta.delta import model_hash
+from cdelta.errors import CdeltaError
+from cdelta.faithfulness import curves, direct_effects, edge_circuits, leave_one_out, parts, total_effects, unit_circuits, unit_parameters
+from cdelta.mask import layer_of, module_of, parse_unit, random_mask
 from cdelta.models import ModelSpec
+from cdelta.policy.build import Policy
 
 run = store.open_run("03_circuit", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_masks", "fig_overlap_circuits", "fig_depth", "tab_top_units"))
+                     produces=("tab_masks", "fig_circuit_heads", "fig_depth", "tab_top_units", "tab_faithfulness", "fig_faithfulness", "tab_controls", "fig_controls",
+                               "tab_stability", "fig_stability", "fig_overlap_circuits", "tab_overlap", "tab_sharing", "tab_components", "fig_components",
+                               "fig_attention", "fig_graph", "page_graph"))
+# %%
 lm, tok = experiment.load_subject(run)
-spec, settings = ModelSpec.from_model(lm), run.settings.circuit
+spec, settings, metric = ModelSpec.from_model(lm), run.settings.circuit, experiment.load_metric(run)
+names, rows = run.settings.categories, 8 * run.settings.attribution.micro_batch
 scores = {folder.name: Scores.load(folder) for folder in sorted(run.input("02_attribution", "scores").iterdir())}
+data, base = Policy.load(run.input("01_dataset", "policy")), pd.read_parquet(run.input("01_dataset", "base.parquet"))
+discover, held_out, phrasing = {}, {}, {}
+for category in names:
+    discover[category], found = experiment.category_pairs(data.records, category, tok, run.settings.data.max_pairs)
+    phrasing[category] = experiment.openings(data.records, found)[: len(discover[category])]
+    held_out[category] = experiment.held_out_pairs(data.records, category, tok, settings.pairs)
 
 # %% [markdown]
 # ## Selection
 
 # %%
-circuits, masks = {}, {}
-for category in run.settings.categories:
+circuits, masks, used = {}, {}, {}
+identity = model_hash(lm)
+for category in names:
     others = [s for name, s in scores.items() if name != category]
-    ranked = selective_scores(scores[category], others, settings.selective) if settings.selective and others else (scores[category].heads, scores[category].neurons)
-    circuits[category] = select(None, spec, param_budget=settings.param_budget, heads=ranked[0], neurons=ranked[1], fill=True,
-                                provenance={"category": category, "selective": settings.selective, "attribution": scores[category].method})
+    used[category] = selective_scores(scores[category], others, settings.selective) if settings.selective and others else (scores[category].heads, scores[category].neurons)
+    origin = {name: getattr(scores[category], name) for name in ("method", "steps", "rule", "n_pairs", "pairs_hash")}
+    circuits[category] = select(None, spec, param_budget=settings.param_budget, heads=used[category][0], neurons=used[category][1], fill=True,
+                                provenance={"category": category, "selective": settings.selective, "model_hash": identity, **origin})
     circuits[category].save(run.path(f"{category}.json"))
     masks[category] = circuits[category].to_mask(spec)
 
 # %%
-table = pd.DataFrame([{"category": c, "fraction": m.fraction, "parameters": m.count(), "heads": m.report()["heads"],
-                       "kv groups": len(kv_groups(m, spec)), "neurons": m.report()["neurons"]} for c, m in masks.items()])
+facts = {c: m.report(spec) for c, m in masks.items()}
+table = pd.DataFrame([{"category": c, "fraction": m["fraction"], "parameters": m["entries"], "heads": m["heads"], "kv groups": m["kv_groups"], "neurons": m["neurons"]}
+                      for c, m in facts.items()])
 run.table("tab_masks", table, f"The parameter masks at a budget of {settings.param_budget:.0%} of all parameters, counted exactly.", digits=4)
 
 # %% [markdown]
-# ## What the circuits share
-#
-# Jaccard overlap of the selected units. On the diagonal: the circuit itself.
+# ## Where they sit
 
 # %%
-names = list(circuits)
-jaccard = pd.DataFrame([[circuits[a].jaccard(circuits[b]) for b in names] for a in names], index=names, columns=names)
-run.figure("fig_overlap_circuits", plots.heatmap(jaccard, "Jaccard overlap of units", percent=False, vmax=1.0), "Overlap of the categories' circuits.")
-
-# %% [markdown]
-# ## Where they sit
+chosen = {c: [parse_unit(node)[1:] for node in circuit.nodes if node.startswith("a")] for c, circuit in circuits.items()}
+run.figure("fig_circuit_heads", plots.component_maps({c: used[c][0].numpy() for c in names}, "head", "effect (nats)", marked=chosen),
+           "Score of every attention head; framed: in the circuit. Blue carries refusal.")
 
 # %%
 depth = pd.DataFrame([{"category": c, "layer": layer_of(name), "module": module_of(name), "value": 100 * m.size(name) / m.count()}
@@ -88,6 +101,143 @@ top = [{"category": c, "unit": f"a{layer}.h{head}", "score": float(scores[c].hea
        for c in names for layer, head in sorted(((l, h) for l in range(spec.n_layers) for h in range(spec.n_heads)),
                                                 key=lambda at: -abs(float(scores[c].heads[at])))[:3]]
 run.table("tab_top_units", pd.DataFrame(top), "The three strongest heads of every category (nats), and whether the budget bought them.")
+
+# %% [markdown]
+# ## Does the circuit do the refusing?
+#
+# Run the clean prompt, but let every unit outside of the circuit write what it wrote for the corrupted prompt. If the metric stays where it was,
+# the circuit is all that the metric needs:
+#
+# $$f(C) = \frac{m(C) - m_\mathrm{corr}}{m_\mathrm{clean} - m_\mathrm{corr}}$$
+#
+# is 1; if the circuit carries nothing, it is 0. All pairs here are held out (the *val* split: attribution never saw them). Circuits of growing
+# size, from 0.1 % to all units' parameters, give a curve; its area is the CPR (higher is better), the area between it and 1 the CMD (lower is
+# better), both as MIB integrates them: trapezoids on the linear axis, from the first size to the last.
+#
+# A ranking is only worth something against other rankings cut at the same sizes:
+
+# %%
+pd.DataFrame(study.CONTROLS.items(), columns=["control", "what it is"]).style.hide(axis="index").set_uuid("controls")
+
+# %%
+compared = study.compare_controls(lm, held_out, discover, metric, {c: scores[c] for c in names}, settings.seeds, settings.draws, settings.fractions, rows)
+lines = study.curve_table(compared)
+run.figure("fig_faithfulness", plots.panel_lines(lines, "fraction", "f", "kind", "share of units' parameters", "faithfulness f", plots.METHOD_COLOURS,
+                                                 mark=settings.param_budget * spec.n_params / unit_parameters(spec)),
+           f"Faithfulness against size on {len(held_out[names[0]])} held-out pairs per category, mean over {settings.seeds} samples of pairs, bands: bootstrap over "
+           "pairs. Dotted: the mask's budget.")
+
+# %%
+controls = study.control_table(compared)
+run.table("tab_controls", controls, "CPR of the circuit minus that of every control, paired over the held-out pairs (95 % bootstrap interval), means over draws and seeds.")
+run.figure("fig_controls", plots.forest(controls, "control", "difference", "CPR of the circuit minus CPR of the control"), "The circuit against its controls (tab_controls).")
+print(study.verdict(controls))
+
+# %% [markdown]
+# The numbers of the circuit that becomes the mask: `f` with its interval, under each kind of ablation; `rest`, what remains when the circuit is
+# ablated and all else runs (*completeness*: 0 would mean that nothing else can do its work); `idle units`, the share of single units whose
+# removal from the circuit's own run does not lower the metric (*minimality*: 0 would mean that no unit is dispensable). `edges`: the same curve
+# for circuits of edges, where every reader reads its own sum of clean and corrupted outputs; an edge is a far smaller piece than a head.
+
+# %%
+table = []
+for category in names:
+    series = {"units": unit_circuits(spec, *used[category], settings.fractions)}
+    by_unit = curves(lm, held_out[category], metric, series, settings.fractions, rows=rows)["units"]
+    few = held_out[category][: settings.edge_pairs]
+    by_edge = curves(lm, few, metric, {"edges": edge_circuits(scores[category], spec, settings.fractions)}, settings.fractions, rows=rows)["edges"]
+    table.append({"category": category, **study.faithfulness_row(lm, held_out[category], metric, circuits[category], by_unit, by_edge, settings.again_pairs, settings.left_out, rows)})
+run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pairs (edges: {settings.edge_pairs} of them), completeness and minimality.")
+
+# %% [markdown]
+# ## Would other pairs, phrasings or settings give the same circuit?
+#
+# Every variation makes two sets of scores that should select the same units: pairs redrawn with replacement, disjoint halves of the pairs,
+# disjoint phrasings (prompts that open with different words; the held-out templates are test rows, which attribution refuses), fewer or more
+# steps, and as metric the log-odds of whole answers' first tokens instead of the first one's.
+
+# %%
+answers, table = experiment.sequence_metric(tok, base), []
+how = {"method": run.settings.attribution.method, "rule": run.settings.attribution.rule, "micro_batch": run.settings.attribution.micro_batch, "per_pair": True}
+for category in names:
+    few = discover[category][: settings.again_pairs]
+    again = {f"{steps} steps": attribute(lm, few, metric, steps=steps, **how) for steps in (run.settings.attribution.convergence[0], run.settings.attribution.convergence[-1])}
+    again["metric over answers"] = attribute(lm, few, answers, steps=run.settings.attribution.steps, **how)
+    table.append(study.stability(spec, category, scores[category], phrasing[category], again, settings.param_budget, settings.bootstrap))
+table = pd.concat(table, ignore_index=True)
+
+# %%
+run.table("tab_stability", table, f"Overlap of the selected units and rank correlation of all units' scores, medians over {settings.bootstrap} draws and the middle 95 % of them.")
+run.figure("fig_stability", plots.forest(table, "variation", "Jaccard", "Jaccard overlap of the selected units", "Jaccard low", "Jaccard high", line=settings.stable_at),
+           f"Stability of the selection. Dotted: {settings.stable_at:g}, below which a circuit is called unstable.")
+for row in table[table["Jaccard"] < settings.stable_at].to_dict("records"):
+    print(f"WARNING: the circuit of {row['category']} is unstable under '{row['variation']}': Jaccard {row['Jaccard']:.2f} (threshold {settings.stable_at:g}).")
+
+# %% [markdown]
+# ## What the circuits share
+#
+# Jaccard overlap of the selected units; the table has its interval when the pairs are redrawn, the last print what chance gives.
+
+# %%
+jaccard = pd.DataFrame([[circuits[a].jaccard(circuits[b]) for b in names] for a in names], index=names, columns=names)
+run.figure("fig_overlap_circuits", plots.heatmap(jaccard, "Jaccard overlap of units", percent=False, vmax=1.0), "Overlap of the categories' circuits.")
+table = study.overlap(spec, {c: scores[c] for c in names}, settings.param_budget, settings.bootstrap)
+run.table("tab_overlap", table, f"Overlap of every two circuits of the plain scores, with the middle 95 % over {settings.bootstrap} redrawn samples of pairs.")
+chance = random_mask(spec, settings.param_budget, 0), random_mask(spec, settings.param_budget, 1)
+print(f"Two random masks of this size: {Circuit(chance[0].units).jaccard(Circuit(chance[1].units)):.2f}.")
+
+# %%
+sharing = study.sharing(circuits)
+run.table("tab_sharing", sharing, "Units of every circuit by how many categories' circuits own them.")
+
+# %% [markdown]
+# ## What the parts do
+#
+# Three numbers per head and per layer's neurons, in nats, on held-out pairs. *total*: the model's metric falls by this much when the part alone
+# writes its corrupted output. *direct*: the same when only the unembedding reads that output, the part's direct logit attribution; what is
+# missing to the total goes through later layers. *left out*: the circuit's own run loses this much without the part.
+
+# %%
+table = []
+for category in names:
+    pieces, pairs = parts(circuits[category]), held_out[category]
+    effects = {"total": total_effects(lm, pairs, metric, pieces, rows=rows), "direct": direct_effects(lm, pairs, metric, pieces, rows=rows),
+               "left out": leave_one_out(lm, pairs, metric, circuits[category], pieces, rows=rows)}
+    table.append(study.component_table(category, effects))
+table = study.strongest_parts(pd.concat(table, ignore_index=True))
+run.table("tab_components", table, "Effect of the circuits' parts on the metric (nats), with 95 % bootstrap intervals over pairs.")
+run.figure("fig_components", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names), "Effect of the circuits' parts (tab_components).")
+
+# %% [markdown]
+# ## What the heads attend to
+#
+# Attention from the last prompt token, where the answer starts, through TransformerLens's TransformerBridge on a copy of the model.
+
+# %%
+try:
+    bridge, table = study.bridge_of(lm, tok), []
+    for category in names:
+        pairs = held_out[category][: settings.again_pairs]
+        heads = sorted(chosen[category], key=lambda at: used[category][0][at].abs().item(), reverse=True)[:4]
+        patterns = study.attention_patterns(bridge, pairs.clean, [f"a{layer}.h{head}" for layer, head in heads])
+        table.append(study.attention_table(patterns, pairs).assign(category=category))
+    attention = pd.concat(table, ignore_index=True)
+except CdeltaError as error:
+    print(error)
+    attention = pd.DataFrame(columns=["category", "head", "key", "value"])
+run.figure("fig_attention", plots.stacked_by_layer(attention, "attention (%)", "head", "key", rotation=30),
+           "Attention from the last prompt token of each circuit's strongest heads, by what it goes to (mean over held-out pairs).")
+
+# %% [markdown]
+# ## The circuits, drawn
+#
+# Heads are boxes of their own, a layer's neurons share one. An arrow's width is the size of its edge score; blue carries refusal. Scores of
+# arrows into and out of neurons are those of the whole MLP.
+
+# %%
+graphs = {c: drawing.circuit_graph(scores[c], circuits[c]) for c in names}
+run.figure("fig_graph", drawing.graph_figure(graphs), f"The circuits: their strongest parts (at most {drawing.NODES}) and the strongest edges between them (at most {drawing.EDGES}).")
+run.page("page_graph", drawing.graph_page(graphs, f"Circuits ({run.settings.name})"), "The circuits as graphs: choose a category, click a part.")
 
 # %%
 run.finish()

@@ -39,6 +39,15 @@ def test_set_operations_are_those_of_sets(a, b, c):
     assert (a | b) & c == (a & c) | (b & c)
 
 
+def test_provenance_says_where_a_circuit_comes_from(scored):
+    scores, spec = scored["llama"]
+    one, two = select(scores, spec, param_budget=0.1), select(scores, spec, edges=5, provenance={"model_hash": "abc"})
+    pairs = toys.toy_pairs()
+    assert one.provenance["pairs_hash"] == pairs.hash() != toys.toy_pairs(seed=1).hash() and one.provenance["method"] == "eap-ig"
+    assert two.provenance["model_hash"] == "abc" and two.provenance["edges"] == 5
+    assert (one | two).provenance == {"operation": "or", "of": [one.provenance, two.provenance]}
+
+
 def test_param_budget_is_kept_and_masks_are_nested(family, scored):
     scores, spec = scored[family]
     masks = [select(scores, spec, param_budget=budget).to_mask(spec) for budget in (0.05, 0.1, 0.2, 0.4)]

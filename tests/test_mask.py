@@ -129,14 +129,14 @@ def test_random_masks_are_seeded_and_nearly_use_their_budget(family, specs):
     assert 0.2 - neuron < random_mask(spec, 0.2, 1).fraction <= 0.2
 
 
-def test_same_entries_in_another_process(specs):
+def test_same_entries_in_another_process():
     tests = Path(__file__).parent
     code = (
         f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
-        "import toys; from edits import mask_of; print(mask_of(toys.toy('llama')).hash())"
+        "import toys; from edits import mask_of\nfor family in toys.FAMILIES: print(mask_of(toys.toy(family)).hash())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == mask_of(toys.toy("llama")).hash()
+    assert out.split() == [mask_of(toys.toy(family)).hash() for family in toys.FAMILIES]
 
 
 def test_union_and_intersection_are_those_of_the_entries(family, specs):
@@ -149,7 +149,8 @@ def test_union_and_intersection_are_those_of_the_entries(family, specs):
 
 def test_report_says_what_the_mask_holds(specs):
     mask = ParameterMask.from_units(specs["llama"], heads=[(0, 1)], neurons=[(1, 2), (1, 3)])
-    report = mask.report()
+    report = mask.report(specs["llama"])
+    assert report["kv_groups"] == 1 and "kv_groups" not in mask.report()
     assert (report["heads"], report["neurons"]) == (1, 2)
     assert mask.units == ("a0.h1", "m1.n2", "m1.n3")
     assert sum(report["module_share"].values()) == pytest.approx(1) == sum(report["layer_share"].values())

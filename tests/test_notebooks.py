@@ -90,5 +90,5 @@ def test_the_guard_blocks_the_network(smoke):
 
 def test_every_kind_of_result_is_there(smoke):
     items = read_manifest(smoke.run_dir / "figures")["items"]
-    assert {item["notebook"] for item in items} == set(STAGES) and {item["kind"] for item in items} == {"figure", "table"}
+    assert {item["notebook"] for item in items} == set(STAGES) and {item["kind"] for item in items} == {"figure", "table", "page"}
     assert all(len(pd.read_csv(path)) for path in (smoke.run_dir / "figures").glob("*.csv"))

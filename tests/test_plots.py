@@ -57,3 +57,19 @@ def test_scale_curve_marks_the_chosen_scale():
     table = pd.DataFrame({"category": "crime", "k": [0.0, 1.0], "kind": "target", "rate": [0.2, 1.0], "low": [0.1, 0.9], "high": [0.3, 1.0]})
     axis = plots.scale_curves(table, {"crime": 0.75}).axes[0]
     assert axis.lines[0].get_ydata().tolist() == [20.0, 100.0] and list(axis.lines[1].get_xdata()) == [0.75, 0.75]
+
+
+def test_panel_lines_and_forest_draw_values_with_their_intervals():
+    table = pd.DataFrame({"category": "crime", "kind": ["circuit"] * 2 + ["random"] * 2, "x": [0.1, 1.0] * 2, "f": [0.5, 1.0, 0.0, 1.0]})
+    table = table.assign(low=table["f"] - 0.1, high=table["f"] + 0.2)
+    axis = plots.panel_lines(table, "x", "f", "kind", "size", "f", plots.METHOD_COLOURS, mark=0.05).axes[0]
+    assert [line.get_ydata().tolist() for line in axis.lines[:2]] == [[0.5, 1.0], [0.0, 1.0]] and list(axis.lines[2].get_xdata()) == [0.05, 0.05]
+    axis = plots.forest(table[table["x"] == 0.1], "kind", "f", "f").axes[0]
+    points, _, (bars,) = axis.containers[0]
+    assert points.get_xdata().tolist() == [0.5, 0.0] and [text.get_text() for text in axis.get_yticklabels()] == ["circuit", "random"]
+    assert [np.round(segment[:, 0], 6).tolist() for segment in bars.get_segments()] == [[0.4, 0.7], [-0.1, 0.2]]
+
+
+def test_marked_cells_are_framed():
+    fig = plots.component_maps({"crime": np.zeros((2, 3))}, "head", "nats", marked={"crime": [(1, 2)]})
+    assert [patch.get_xy() for patch in fig.axes[0].patches] == [(1.5, 0.5)]

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from cdelta import store
+from cdelta import report, store
 from cdelta.errors import CdeltaError
 
 matplotlib.use("Agg")
@@ -62,6 +62,17 @@ def test_tables_keep_full_precision_and_are_booktabs(tmp_path):
     assert pd.read_csv(tmp_path / "figures" / "tab_a.csv").equals(TABLE)
     tex = (tmp_path / "figures" / "tab_a.tex").read_text()
     assert r"\toprule" in tex and r"a\_b" in tex and r"50 \%" in tex and "1.235" in tex
+
+
+def test_a_page_is_an_item_like_others_and_shown_in_the_report(tmp_path, capsys):
+    run = open_stage(tmp_path, produces=("page_a",))
+    run.page("page_a", "<!DOCTYPE html><title>x</title>", "Click <here>.")
+    run.finish()
+    store.check_figures(tmp_path)
+    (item,) = store.read_manifest(tmp_path / "figures")["items"]
+    assert (item["kind"], item["files"]) == ("page", ["page_a.html"]) and "figures/page_a.html" in capsys.readouterr().out
+    shown = report._item(tmp_path / "figures", item)
+    assert '<iframe src="page_a.html"' in shown and "Click &lt;here&gt;." in shown
 
 
 def test_an_index_with_a_meaning_is_written(tmp_path):

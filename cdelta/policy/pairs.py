@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable, Mapping, Sequence
@@ -56,6 +57,10 @@ class PromptPairs:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def hash(self) -> str:
+        """sha256 of all token ids: equal exactly when the rows are."""
+        return hashlib.sha256(repr((self.clean, self.corrupted)).encode()).hexdigest()
 
     def __getitem__(self, rows: slice) -> "PromptPairs":
         return PromptPairs(self.clean[rows], self.corrupted[rows], self.split)
