@@ -52,15 +52,17 @@ def dropped_table(policy: Policy) -> pd.DataFrame:
 
 
 def sources_table(policy: Policy) -> pd.DataFrame:
-    """One line per source: revision, licence, gating, rows kept, and what was not selected or why it was skipped."""
-    gated = {source["source"]: source["gated"] for source in policy.manifest["sources"]}
+    """One line per source: revision and whether we pinned it, licence, gating, rows kept, what was not selected or why it was skipped."""
+    known = {source["source"]: source for source in policy.manifest["sources"]}
     whole = policy.report[policy.report["split"] == ""]
     notes = {row.source: f"{row.step}: {row.rows} rows other than {row.detail}" for row in whole.itertuples() if row.rows}
-    kept = [row | {"gated": gated.get(row["source"], False), "note": notes.get(row["source"], "")} for row in policy.manifest["contents"]]
+    facts = lambda name: {key: known[name].get(key, False) for key in ("pinned", "gated")}
+    kept = [row | facts(row["source"]) | {"note": notes.get(row["source"], "")} for row in policy.manifest["contents"]]
     skipped = [
-        {"source": row.source, "source_revision": "", "license": SOURCES[row.source].license, "rows": 0, "gated": SOURCES[row.source].gated, "note": row.detail}
+        {"source": row.source, "source_revision": SOURCES[row.source].revision or "", "license": SOURCES[row.source].license, "rows": 0,
+         "pinned": SOURCES[row.source].revision is not None, "gated": SOURCES[row.source].gated, "note": row.detail}
         for row in whole[whole["step"] == "skipped"].itertuples()
-    ]
+    ]  # fmt: skip
     return pd.DataFrame(kept + skipped)
 
 

@@ -30,7 +30,7 @@ def test_dropped_table_balances(cast):
 
 def test_sources_table_names_revision_and_licence(cast):
     table = overview.sources_table(cast).set_index("source")
-    assert table.loc["xstest", "license"] == "CC-BY-4.0" and table.loc["cast", "source_revision"].startswith("52be602") and table["rows"].sum() == len(cast.records)
+    assert table.loc["xstest", "license"] == "CC-BY-4.0" and table.loc["cast", "source_revision"].startswith("52be602") and table["pinned"].all() and table["rows"].sum() == len(cast.records)
 
 
 def test_sources_table_says_why_a_source_is_missing(monkeypatch):
@@ -38,8 +38,9 @@ def test_sources_table_says_why_a_source_is_missing(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    table = overview.sources_table(build_policy("synthetic", extra=["advbench"])).set_index("source")
-    assert table.loc["advbench", "rows"] == 0 and "no route" in table.loc["advbench", "note"] and table.loc["advbench", "gated"]
+    table = overview.sources_table(build_policy("synthetic", extra=["sorry-bench"])).set_index("source")
+    missing = table.loc["sorry-bench"]
+    assert missing["rows"] == 0 and "no route" in missing["note"] and missing["gated"] and not missing["pinned"]
 
 
 def test_overlaps_show_the_data_as_they_came(cast):
