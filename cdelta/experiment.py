@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import pandas as pd
 
-from cdelta.attribution import Scores
+from cdelta.attribution import RULES, Scores, attribute
 from cdelta.circuit import Circuit
 from cdelta.edit import Caps, Stop, selective_stop
 from cdelta.errors import CdeltaError
@@ -20,7 +20,8 @@ from cdelta.generation import first_logits
 from cdelta.mask import ParameterMask
 from cdelta.metrics import Metric, TokenSets, first_token_sets, refusal_log_odds
 from cdelta.models import ModelSpec, load_model
-from cdelta.policy.pairs import PairYield, PromptPairs, choose_pairs
+from cdelta.policy.overview import shorten
+from cdelta.policy.pairs import PairYield, PromptPairs, chat_ids, choose_pairs
 from cdelta.policy.records import SplitRows
 from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
@@ -64,6 +65,33 @@ def category_pairs(records: pd.DataFrame, category: str, tok, max_pairs: int = 0
     rows = rows.assign(role=rows["role"].replace("other_harm", "target"))
     pairs, found = choose_pairs(SplitRows.of(rows.to_dict("records")), tok, minimum=minimum)
     return (pairs[:max_pairs] if max_pairs else pairs), found
+
+
+def first_prompts(records: pd.DataFrame, found: PairYield) -> tuple[str, str]:
+    """The first pair's two prompts, shortened."""
+    prompts = records.drop_duplicates("id").set_index("id")["prompt"]
+    return tuple(shorten(prompts[id], 9) for id in found.ids[0])
+
+
+def seen_pairs(records: pd.DataFrame, base: pd.DataFrame, tok, category: str, most: int = 30) -> pd.DataFrame:
+    """What the model sees and says for one category: ``role, tokens, differs, outcome, answer``, a target and its twin after each other.
+
+    One pair per outcome of the target (refusals first, at most two), outside of the test split. `differs` marks the tokens that the other
+    prompt does not have. At most `most` tokens and a dozen words of the answer: the text may be a third party's.
+    """
+    rows = records[(records["split"] != "test") & (records["pair_id"] != "")].merge(base[["id", "outcome", "answer"]], on="id")
+    twins = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
+    targets = rows[(rows["role"] == "target") & (rows["category"] == category) & rows["pair_id"].isin(twins.index)]
+    chosen = targets.drop_duplicates("outcome").sort_values("outcome", ascending=False, ignore_index=True).head(2)
+    found = []
+    for target in chosen.to_dict("records"):
+        sides = [target, twins.loc[target["pair_id"]]]
+        tokens = [[tok.decode([i]) for i in chat_ids(tok, side["prompt"])] for side in sides]
+        for side, own, other in zip(sides, tokens, tokens[::-1]):
+            shown = own[:most] + ["…"] * (len(own) > most)
+            found.append({"role": side["role"], "tokens": shown, "differs": [token not in (*other, "…") for token in shown],
+                          "outcome": side["outcome"], "answer": shorten(side["answer"], 12)})
+    return pd.DataFrame(found, columns=["role", "tokens", "differs", "outcome", "answer"])
 
 
 def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
@@ -164,6 +192,30 @@ def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:
          "estimate": estimate.edges[u, v].item()}
         for u, v in rows
     )  # fmt: skip
+
+
+def strongest(scores: Scores, n: int) -> pd.DataFrame:
+    """The `n` edges of largest size: ``source, reader, score``, strongest first."""
+    chosen = scores.edges.abs().flatten().topk(n).indices.tolist()
+    places = [divmod(i, len(scores.readers)) for i in chosen]
+    return pd.DataFrame([{"source": scores.sources[u], "reader": scores.readers[v], "score": scores.edges[u, v].item()} for u, v in places])
+
+
+def convergence(model, pairs: PromptPairs, metric: Metric, steps: Sequence[int]) -> tuple[pd.DataFrame, Scores]:
+    """Quadrature errors of EAP, clean-corrupted and EAP-IG under each rule: ``method, gradients, completeness, edges``; and the reference.
+
+    `completeness` is `Scores.completeness_error`; `edges` the L2 distance of all edge scores from those of the reference (midpoint, four
+    times the most steps), relative to its size. `gradients` counts gradient steps per pair.
+    """
+    fine = attribute(model, pairs, metric, steps=4 * max(steps))
+    runs = [(f"EAP-IG {rule}", n, dict(rule=rule, steps=n)) for rule in RULES for n in steps]
+    runs += [("EAP", 1, dict(method="eap")), ("clean-corrupted", 2, dict(method="clean-corrupted"))]
+    found = []
+    for name, gradients, how in runs:
+        scores = attribute(model, pairs, metric, **how)
+        distance = ((scores.edges - fine.edges).norm() / fine.edges.norm()).item()
+        found.append({"method": name, "gradients": gradients, "completeness": scores.completeness_error, "edges": distance})
+    return pd.DataFrame(found), fine
 
 
 def targets_met(rows: pd.DataFrame) -> pd.DataFrame:

@@ -85,7 +85,26 @@ def overlap_matrix(policy: Policy) -> pd.DataFrame:
     pairs = np.concatenate([overlaps[["left", "right"]].to_numpy(), overlaps[["right", "left"]].to_numpy()])
     hits = pd.DataFrame({"row": pairs[:, 0], "of": name[pairs[:, 0]], "in": name[pairs[:, 1]]}).drop_duplicates()
     names = sorted(set(name), key=lambda n: (n.rsplit(" ", 1)[0], SPLITS.index(n.rsplit(" ", 1)[1])))
-    return hits.groupby(["of", "in"]).size().unstack(fill_value=0).reindex(index=names, columns=names, fill_value=0).astype(int)
+    counts = hits.groupby(["of", "in"]).size().unstack(fill_value=0).reindex(index=names, columns=names, fill_value=0).astype(int)
+    return counts.rename_axis(index="rows of", columns="that nearly repeat one of")
+
+
+def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str, object]:
+    """Tokenizers to compare yields under: the model's own, a byte-level BPE trained on `prompts`, and GPT-2's where it is in the local cache."""
+    import tokenizers as hf
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    bpe = hf.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(prompts, vocabulary, show_progress=False)
+    special = {name: getattr(tok, name) for name in ("bos_token", "eos_token") if getattr(tok, name, None)}
+    found = {"the model's own": tok, f"BPE of {vocabulary} trained here": PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)}
+    try:
+        found["GPT-2"] = AutoTokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
+    except OSError:
+        pass  # not downloaded here: two will do
+    for other in found.values():
+        other.chat_template = tok.chat_template
+    return found
 
 
 def pair_yields(policy: Policy, tokenizers: Mapping[str, object], splits: Sequence[str] = ("discover", "edit", "val")) -> pd.DataFrame:
