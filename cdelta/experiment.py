@@ -204,10 +204,10 @@ def strongest(scores: Scores, n: int) -> pd.DataFrame:
 def convergence(model, pairs: PromptPairs, metric: Metric, steps: Sequence[int]) -> tuple[pd.DataFrame, Scores]:
     """Quadrature errors of EAP, clean-corrupted and EAP-IG under each rule: ``method, gradients, completeness, edges``; and the reference.
 
-    `completeness` is `Scores.completeness_error`; `edges` the L2 distance of all edge scores from those of the reference (midpoint, four
-    times the most steps), relative to its size. `gradients` counts gradient steps per pair.
+    `completeness` is `Scores.completeness_error`; `edges` the L2 distance of all edge scores from those of the reference (midpoint, twice
+    the most steps), relative to its size. `gradients` counts gradient steps per pair.
     """
-    fine = attribute(model, pairs, metric, steps=4 * max(steps))
+    fine = attribute(model, pairs, metric, steps=2 * max(steps))
     runs = [(f"EAP-IG {rule}", n, dict(rule=rule, steps=n)) for rule in RULES for n in steps]
     runs += [("EAP", 1, dict(method="eap")), ("clean-corrupted", 2, dict(method="clean-corrupted"))]
     found = []

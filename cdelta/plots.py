@@ -333,7 +333,7 @@ def prompt_view(rows: pd.DataFrame) -> Figure:
         ax = fig.add_axes((0, 0, 1, 1))
         y = 0.0
         for number, row in enumerate(rows.itertuples()):
-            y -= line * (1.0 if number % 2 or not number else 1.9)
+            y -= line * (0.3 if number == 0 else 1.0 if number % 2 else 1.9)
             x, colour = 0.75, colour_of(row.role, KIND_COLOURS)
             ax.text(0.0, y, row.role, color=colour, fontsize=7.5, va="center")
             for token, differs in zip(row.tokens, row.differs):

@@ -49,13 +49,16 @@ def rounds(jobs: dict[tuple, tuple[str, str]], repeats: int) -> list[dict[tuple,
 
 
 def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
-    """The table's rows of one task: medians over rounds, and ratios formed within each round."""
+    """The table's rows of one task: medians over rounds, and ratios formed within each round; a tool that did not run has a note."""
     theirs, ours = TASKS[task]
     rows = []
     for job in (theirs, *ours):
         row = {"task": task, **dict(zip(("tool", "pairs", "micro_batch"), job)), "rounds": len(found), "threads": THREADS, "machine": machine()}
+        if job not in found[0]:
+            rows.append(row | {"rounds": 0, "note": "skipped: give --reference-python and --reference-source"})
+            continue
         row |= {name: round(median(r[job][name] for r in found), 3) for name in MEASURES if name in found[0][job]}
-        if job != theirs:
+        if job != theirs and theirs in found[0]:
             faster = [r[theirs]["cpu_seconds"] / r[job]["cpu_seconds"] for r in found]
             row |= {"times_faster": round(median(faster), 2), "times_faster_low": round(min(faster), 2), "times_faster_high": round(max(faster), 2)}
             row["memory_share"] = round(median(r[job]["added_mb"] / r[theirs]["added_mb"] for r in found), 4)
@@ -79,15 +82,14 @@ def save_tokenizer(folder: str) -> None:
 
 
 def table(repeats: int, reference: tuple[str, str], tokenizer: str) -> list[dict]:
-    """All rows; `reference` is its interpreter and source folder, or empty strings: then a row says that it was skipped."""
-    first, second = TASKS
-    chosen = [task for task in TASKS if task != first or reference[0]]
-    jobs = {job: (sys.executable, "") for task in chosen for job in TASKS[task][1]} | {TASKS[second][0]: (sys.executable, tokenizer)}
-    if reference[0]:
-        jobs[TASKS[first][0]] = reference
+    """All rows; `reference` is its interpreter and source folder, or empty strings: then its row says that it was skipped."""
+    others = {"reference": reference, "bridge": (sys.executable, tokenizer)}
+    jobs = {}
+    for theirs, ours in TASKS.values():
+        jobs |= {theirs: others[theirs[0]]} if others[theirs[0]][0] else {}
+        jobs |= {job: (sys.executable, "") for job in ours}
     found = rounds(jobs, repeats)
-    skipped = {"task": first, "tool": "reference", "note": "skipped: give --reference-python and --reference-source"}
-    return [row for task in TASKS for row in (rows_of(task, found) if task in chosen else [skipped])]
+    return [row for task in TASKS for row in rows_of(task, found)]
 
 
 def main() -> None:

@@ -58,6 +58,15 @@ def test_lengths_and_yields_per_tokenizer(synthetic):
     assert len(yields) == 10 and (yields["targets"] == yields["pairs"] + yields["unpaired"]).all() and (yields["own_row"] <= yields["pairs"]).all()
 
 
+def test_tokenizers_to_compare_share_the_models_template(synthetic):
+    tok = trained_tokenizer(synthetic.records["prompt"].tolist(), 1500)
+    found = overview.tokenizers(tok, synthetic.records["prompt"].tolist(), vocabulary=400)
+    assert list(found)[:2] == ["the model's own", "BPE of 400 trained here"] and found["the model's own"] is tok
+    assert all(other.chat_template == tok.chat_template for other in found.values())
+    yields = overview.pair_yields(synthetic, found, splits=("discover",)).groupby("tokenizer", sort=False)["pairs"].sum()
+    assert (yields > 0).all() and yields.iloc[0] != yields.iloc[1]
+
+
 def test_third_party_prompts_are_shortened_and_ours_are_not(synthetic, cast):
     assert overview.shorten("a b c", 2) == "a b ..." and overview.shorten("a b", 2) == "a b"
     foreign, ours = overview.example_pairs(cast, 5), overview.example_pairs(synthetic, 1)
