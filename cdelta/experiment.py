@@ -15,7 +15,7 @@ import pandas as pd
 from cdelta.attribution import RULES, Scores, attribute
 from cdelta.circuit import Circuit
 from cdelta.edit import Caps, Stop, selective_stop
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, refuse_test
 from cdelta.generation import first_logits
 from cdelta.mask import ParameterMask
 from cdelta.metrics import Metric, TokenSets, first_token_sets, refusal_log_odds
@@ -170,6 +170,7 @@ def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Met
 
 def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, refuse_at: float, tolerance: float) -> Stop:
     """Ask each side whether it is selective by itself on validation `rows`: the target as it should be, everything else as in the base."""
+    refuse_test(rows, "the stop rule")
     firsts = pd.Series(first_logits(model, tok, rows["prompt"].tolist(), 128).argmax(-1).numpy(), index=rows.index)
     rates = lambda current: first_token_rates(current, tok, rows, category, metric, firsts)
     return selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance)
@@ -177,6 +178,7 @@ def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, ref
 
 def caps_of(base: pd.DataFrame) -> Caps:
     """What a scale may cost on validation: benign refusal 2 points over the base in the worst category, other categories 5 points, skills 1 %."""
+    refuse_test(base, "the choice of k")
     benign = base[base["role"] == "benign"]
     worst = (benign["outcome"] == "refuse").groupby(benign["category"]).mean().max()
     skills = base.loc[base["role"] == "utility", "correct"].astype(float)

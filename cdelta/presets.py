@@ -141,7 +141,7 @@ TINY = Preset("tiny", "the embedded model, all five categories (default)")
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
     "data": {"max_pairs": 8, "validation_limit": 3},
-    "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 1},
+    "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 0},
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
     "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},

@@ -106,7 +106,7 @@ def test_all_edges_of_a_source_patched_together_are_its_head_score(llama):
     assert exact.heads[1, 1].item() == pytest.approx((patched - clean).item(), abs=1e-5)
 
 
-def test_follows_exact_patching_in_every_edge_class(family):
+def test_follows_exact_patching_in_every_edge_class(family, record_property):
     """Pearson per class of readers, where clean and corrupted are near but the model is no longer linear."""
     model = toy(family)
     pairs = close_pairs(model, distance=0.1)
@@ -116,6 +116,7 @@ def test_follows_exact_patching_in_every_edge_class(family):
         columns = torch.tensor([letter in name if "<" in letter else name.startswith(letter) for name in ig.readers])
         chosen = exists & columns
         pearson = torch.corrcoef(torch.stack([ig.edges[chosen], exact.edges[chosen]]))[0, 1]
+        record_property(f"pearson into {letter}", round(pearson.item(), 4))
         assert pearson > 0.95, (letter, pearson.item())
 
 

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from cdelta import experiment, paths
 from cdelta.attribution import attribute
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.policy.build import build_policy
 from toys import toy_pairs
 
@@ -43,6 +43,13 @@ def test_another_seed_keeps_other_retain_rows(base):
 def test_an_unknown_category_is_named(base):
     with pytest.raises(CdeltaError, match="'fraud' has no target rows in the edit split"):
         experiment.training_rows(base, "fraud")
+
+
+def test_test_rows_reach_neither_the_stop_rule_nor_the_choice_of_k(base):
+    with pytest.raises(TestSplitError, match="the choice of k must not see test rows"):
+        experiment.caps_of(base)
+    with pytest.raises(TestSplitError, match="the stop rule must not see test rows"):
+        experiment.stop_rule(None, None, base, "crime", metric, 0.95, 0.05)
 
 
 def test_caps_are_the_bases_plus_the_allowance(base):

@@ -94,10 +94,11 @@ def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str,
     import tokenizers as hf
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    bpe = hf.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(prompts, vocabulary, show_progress=False)
+    bpe, bytes_first = hf.Tokenizer(hf.models.BPE()), hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = bytes_first
+    bpe.train_from_iterator(prompts, hf.trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=bytes_first.alphabet(), show_progress=False))
     special = {name: getattr(tok, name) for name in ("bos_token", "eos_token") if getattr(tok, name, None)}
-    found = {"the model's own": tok, f"BPE of {vocabulary} trained here": PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)}
+    found = {"the model's own": tok, f"BPE of {vocabulary} trained here": PreTrainedTokenizerFast(tokenizer_object=bpe, **special)}
     try:
         found["GPT-2"] = AutoTokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
     except OSError:
