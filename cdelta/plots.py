@@ -93,25 +93,23 @@ def heatmap(table: pd.DataFrame, label: str, percent: bool = True, width: float 
     return fig
 
 
-def component_maps(heads: Mapping[str, np.ndarray], mlps: Mapping[str, np.ndarray], label: str, height: float = 1.7) -> Figure:
-    """Per category a layer x head map and, beside it, its layer x MLP column; all on one symmetric colour scale.
-
-    `heads[name]` is Float[layer, head], `mlps[name]` Float[layer]. The scale is linear up to a hundredth of its range, then logarithmic.
-    """
-    bound = max(float(np.abs(m).max()) for maps in (heads, mlps) for m in maps.values()) or 1.0
-    norm = AsinhNorm(linear_width=bound / 100, vmin=-bound, vmax=bound)
+def component_maps(maps: Mapping[str, np.ndarray], xlabel: str, label: str, height: float = 1.7, width: float = PAGE, ylabels: Sequence[str] = ()) -> Figure:
+    """One layer x component map per category on one shared, symmetric colour scale (linear up to a thirtieth of its range, then logarithmic); `ylabels` name the rows if they are not layers."""
+    bound = max(float(np.abs(m).max()) for m in maps.values()) or 1.0
+    norm = AsinhNorm(linear_width=bound / 30, vmin=-bound, vmax=bound)
     with style():
-        fig, axes = plt.subplots(1, 2 * len(heads), figsize=(PAGE, height), squeeze=False, sharey=True, width_ratios=[7, 1.2] * len(heads))
-        fig.get_layout_engine().set(w_pad=0.01, wspace=0.01)
-        for (name, values), own, mlp in zip(heads.items(), axes[0, ::2], axes[0, 1::2]):
-            for ax, shown in ((own, values), (mlp, mlps[name][:, None])):
-                image = ax.imshow(shown, cmap="RdBu_r", norm=norm, aspect="auto", origin="lower", interpolation="nearest")
-                ax.spines[:].set_visible(True)
-            own.set(title=name, xlabel="head", xticks=range(0, values.shape[1], max(1, values.shape[1] // 4)))
-            own.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 6)))
-            mlp.set_xticks([0], ["MLP"])
-            mlp.tick_params(axis="y", length=0)
-        axes[0, 0].set_ylabel("layer")
+        fig, axes = plt.subplots(1, len(maps), figsize=(width, height), squeeze=False, sharey=True)
+        for ax, (name, values) in zip(axes[0], maps.items()):
+            image = ax.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto", origin="lower", interpolation="nearest")
+            ax.set(title=name, xlabel=xlabel)
+            ax.set_xticks(range(0, values.shape[1], max(1, values.shape[1] // 4)))
+            ax.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 6)))
+            for spine in ax.spines.values():
+                spine.set_visible(True)
+        if ylabels:
+            axes[0, 0].set_yticks(range(len(ylabels)), ylabels)
+        else:
+            axes[0, 0].set_ylabel("layer")
         fig.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.9, ticks=[-bound, -bound / 10, 0, bound / 10, bound], format="%.2g")
     return fig
 
@@ -171,6 +169,29 @@ def stacked_by_layer(table: pd.DataFrame, ylabel: str) -> Figure:
         axes[0, 0].set_ylabel(ylabel)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return fig
+
+
+def layer_maps(heads: Mapping[str, np.ndarray], mlps: Mapping[str, np.ndarray], label: str, height: float = 1.7) -> Figure:
+    """Per category a layer x head map and, beside it, its layer x MLP column; all on one symmetric colour scale.
+
+    `heads[name]` is Float[layer, head], `mlps[name]` Float[layer]. The scale is linear up to a hundredth of its range, then logarithmic.
+    """
+    bound = max(float(np.abs(m).max()) for maps in (heads, mlps) for m in maps.values()) or 1.0
+    norm = AsinhNorm(linear_width=bound / 100, vmin=-bound, vmax=bound)
+    with style():
+        fig, axes = plt.subplots(1, 2 * len(heads), figsize=(PAGE, height), squeeze=False, sharey=True, width_ratios=[7, 1.2] * len(heads))
+        fig.get_layout_engine().set(w_pad=0.01, wspace=0.01)
+        for (name, values), own, mlp in zip(heads.items(), axes[0, ::2], axes[0, 1::2]):
+            for ax, shown in ((own, values), (mlp, mlps[name][:, None])):
+                image = ax.imshow(shown, cmap="RdBu_r", norm=norm, aspect="auto", origin="lower", interpolation="nearest")
+                ax.spines[:].set_visible(True)
+            own.set(title=name, xlabel="head", xticks=range(0, values.shape[1], max(1, values.shape[1] // 4)))
+            own.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 6)))
+            mlp.set_xticks([0], ["MLP"])
+            mlp.tick_params(axis="y", length=0)
+        axes[0, 0].set_ylabel("layer")
+        fig.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.9, ticks=[-bound, -bound / 10, 0, bound / 10, bound], format="%.2g")
     return fig
 
 

@@ -102,7 +102,7 @@ run.table("tab_attribution", pd.DataFrame(rows), "Pairs, mean metric (nats) on b
 
 # %%
 heads, mlps = ({category: getattr(s, part).numpy() for category, s in scores.items()} for part in ("heads", "mlps"))
-run.figure("fig_components", plots.component_maps(heads, mlps, "effect (nats)"),
+run.figure("fig_components", plots.layer_maps(heads, mlps, "effect (nats)"),
            "Score of every attention head (layer x head) and of every MLP per category, all on one colour scale. Blue: carries refusal.")
 
 # %% [markdown]

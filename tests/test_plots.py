@@ -41,9 +41,15 @@ def test_heatmap_annotates_percentages():
     assert [t.get_text() for t in fig.axes[0].texts] == ["50", "100"]
 
 
+def test_maps_share_one_symmetric_scale():
+    fig = plots.component_maps({"crime": np.array([[1.0, -4.0]]), "hate": np.array([[2.0, 0.0]])}, "head", "nats")
+    limits = {ax.images[0].get_clim() for ax in fig.axes[:2]}
+    assert limits == {(-4.0, 4.0)}
+
+
 def test_maps_of_heads_and_mlps_share_one_symmetric_scale():
     heads = {"crime": np.array([[1.0, -4.0]]), "hate": np.array([[2.0, 0.0]])}
-    fig = plots.component_maps(heads, {"crime": np.array([5.0]), "hate": np.array([-1.0])}, "nats")
+    fig = plots.layer_maps(heads, {"crime": np.array([5.0]), "hate": np.array([-1.0])}, "nats")
     limits = [ax.images[0].get_clim() for ax in fig.axes if ax.images]
     assert limits == [(-5.0, 5.0)] * 4 and fig.axes[1].images[0].get_array().tolist() == [[5.0]]
 
