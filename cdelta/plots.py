@@ -326,7 +326,7 @@ def attribution_idea(clean: str, corrupted: str, metric_clean: float, metric_cor
 
 def length_histograms(table: pd.DataFrame, xlabel: str) -> Figure:
     """Histograms of integer values, one panel per category, both roles in each, from rows ``category, role, tokens``."""
-    categories, roles = list(dict.fromkeys(table["category"])), list(dict.fromkeys(table["role"]))
+    categories, roles = list(dict.fromkeys(table["category"])), sorted(table["role"].unique(), reverse=True)  # target first, benign over it
     bins = np.arange(table["tokens"].min() - 0.5, table["tokens"].max() + 1.5)
     bins = bins if len(bins) <= 40 else np.linspace(bins[0], bins[-1], 40)
     with style():

@@ -133,7 +133,8 @@ run.figure("fig_convergence", plots.convergence(errors, {"completeness": "relati
 # ## Against the oracle
 #
 # Exact patching of every edge, one at a time, on a few pairs. No estimate that is made of gradients can follow a patch so large that the
-# model answers it with something new: such edges leave the diagonal.
+# model answers it with something new: such edges leave the diagonal. On a real model it would take hours; there `exact_pairs` is 0 and a finer
+# EAP-IG stands in, which checks the quadrature alone.
 
 # %%
 pairs = few[: how.exact_pairs] if how.exact_pairs else few
