@@ -9,6 +9,7 @@ means over pairs, in the metric's unit. (EAP: Syed et al. 2310.10348; EAP-IG: Ha
 from __future__ import annotations
 
 import json
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from cdelta.cost import Cost, check_memory, estimate, memory_needed
+from cdelta.cost import Cost, check_memory, memory_needed, passes
 from cdelta.engine import Batch, GradientPass, SourceDifferences, Wiring, batches, input_device
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.metrics import Metric, SequenceMetric
@@ -151,14 +152,30 @@ def attribute(
 def estimate_cost(
     model, pairs: PromptPairs, metric, method: str = "eap-ig", steps: int = 5, micro_batch: int = 8
 ) -> Cost:
-    """Seconds and peak memory that `attribute` with these arguments would take; runs three forward passes to find out.
+    """Seconds and peak memory that `attribute` with these arguments would take; runs one gradient step of one micro-batch to find out.
 
-    Of "exact" only the memory is predicted (its seconds count the two runs for the differences alone).
+    Of "exact" only the memory is predicted (its seconds count the two runs for the differences alone). Raises `CdeltaError`
+    as `attribute` does where it would not fit.
     """
+    spec, steps = ModelSpec.from_model(model), len(gradient_schedule(method, steps, "midpoint"))
     rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
     todo = batches(rows, micro_batch, input_device(model))
-    schedule = gradient_schedule(method, steps, "midpoint")
-    return estimate(model, ModelSpec.from_model(model), todo, metric, len(schedule))
+    needed = memory_needed(model, spec, todo, steps)
+    check_memory(needed, input_device(model), micro_batch)
+    largest, tokens = max(todo, key=lambda batch: batch.mask.numel()), sum(batch.mask.numel() for batch in todo)
+    one_step = step_seconds(model, Totals(spec, len(rows), len(rows), False, wide_dtype(model)), largest, metric)
+    return Cost(one_step * passes(spec, steps) / passes(spec, 1) * tokens / largest.mask.numel(), needed)
+
+
+def step_seconds(model, totals: Totals, batch: Batch, metric) -> float:
+    """Seconds of a micro-batch with one gradient step, after one to warm up."""
+    seconds = []
+    with frozen(model), tqdm(disable=True) as bar:
+        for _ in range(2):
+            start = time.perf_counter()
+            totals.add(model, batch, metric, [(0.5, 1.0)], bar)  # ends by copying to the CPU, so a GPU is done as well
+            seconds.append(time.perf_counter() - start)
+    return seconds[1]
 
 
 def gradient_schedule(method: str, steps: int, rule: str) -> list[tuple[float, float]]:

@@ -1,47 +1,39 @@
-"""What an attribution run will take, before it runs: seconds and peak memory, and a refusal where it would not fit."""
+"""What an attribution run takes: a prediction before it runs, a refusal where it would not fit, and what a call took."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, TypeVar
 
 import torch
 
-from cdelta.engine import Batch, Wiring, compute_dtype, run
+from cdelta.engine import Batch, Wiring, compute_dtype
 from cdelta.errors import CdeltaError
 from cdelta.models import ModelSpec
 
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True)
 class Cost:
-    """Predicted `seconds`, and peak `memory` in bytes on top of the loaded model."""
+    """`seconds`, and peak `memory` in bytes on top of the loaded model; predicted (`attribution.estimate_cost`) or `measured`."""
 
     seconds: float
     memory: int
 
 
-def estimate(model, spec: ModelSpec, todo: list[Batch], metric, steps: int) -> Cost:
-    """Predict a run of `steps` gradient steps over the batches `todo` by timing one forward pass of the largest."""
-    largest = max(todo, key=lambda batch: batch.mask.numel())
-    tokens = sum(batch.mask.numel() for batch in todo)
-    passes = 2 + steps * (2 + extra_work(spec))
-    seconds = forward_seconds(model, largest, metric) * passes * tokens / largest.mask.numel()
-    return Cost(seconds, memory_needed(model, spec, todo, steps))
-
-
-def forward_seconds(model, batch: Batch, metric) -> float:
-    """Seconds of one forward pass, the better of two after one to warm up."""
-    times = []
-    with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            run(model, batch.clean, batch, metric).sum().item()
-            times.append(time.perf_counter() - start)
-    return min(times[1:])
+def passes(spec: ModelSpec, steps: int) -> float:
+    """Arithmetic of a run, in forward passes: the two runs for the differences, and each step's forward, backward and products."""
+    return 2 + steps * (2 + extra_work(spec))
 
 
 def extra_work(spec: ModelSpec) -> float:
-    """Arithmetic of reader gradients and products with source differences, in forward passes."""
+    """Arithmetic of a step's reader gradients and products with source differences, in forward passes."""
     wiring, width = Wiring(spec), spec.n_heads * spec.head_dim
     kv_width = 2 * spec.n_kv * spec.head_dim
     forward = spec.n_layers * spec.d_model * (2 * width + kv_width + 3 * spec.d_mlp)
@@ -99,3 +91,62 @@ def free_memory(device: torch.device) -> int | None:
         return None
     line = next(line for line in facts.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
+
+
+def measured(call: Callable[[], Result], device: torch.device | str = "cpu") -> tuple[Result, Cost]:
+    """``call()``'s result, its seconds, and the peak of the memory it took: allocated on a GPU; resident, sampled (Linux), on a CPU."""
+    on_gpu = torch.device(device).type == "cuda"
+    with GpuPeak() if on_gpu else ResidentPeak() as peak:
+        start = time.perf_counter()
+        result = call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return result, Cost(seconds, peak.memory)
+
+
+class GpuPeak:
+    """Context: `memory` is the peak of allocated bytes above what was allocated before."""
+
+    def __enter__(self) -> GpuPeak:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.base = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.memory = torch.cuda.max_memory_allocated() - self.base
+
+
+class ResidentPeak:
+    """Context: `memory` is the peak of the process's resident bytes above what they were before, looked at every 2 ms."""
+
+    def __enter__(self) -> ResidentPeak:
+        release_free_memory()
+        self.base = self.highest = resident_bytes()
+        self.stop = threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop.set()
+        self.watcher.join()
+        self.memory = max(self.highest, resident_bytes()) - self.base
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.002):
+            self.highest = max(self.highest, resident_bytes())
+
+
+def release_free_memory() -> None:
+    """Give what the C allocator keeps from earlier calls back to the system, where it can (glibc): it would hide a call's own need."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not tell."""
+    facts = Path("/proc/self/statm")
+    return int(facts.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if facts.exists() else 0

@@ -195,8 +195,8 @@ def in_out(module: nn.Module, dtype: torch.dtype) -> Float[Tensor, "in out"]:
 def input_device(model) -> torch.device:
     """Where the embedding runs."""
     embedding = model.get_input_embeddings()
-    offload = getattr(embedding, "_hf_hook", None)
-    return getattr(offload, "execution_device", None) or embedding.weight.device
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)  # accelerate writes 0, "cpu" or a device
+    return embedding.weight.device if device is None else torch.device(device)
 
 
 def compute_dtype(model) -> torch.dtype:

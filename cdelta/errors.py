@@ -12,6 +12,7 @@ class TestSplitError(CdeltaError):
 
 
 def refuse_test(rows: object, step: str) -> None:
-    """Raise `TestSplitError` if `rows` carries ``split == "test"``; plain lists carry no split and pass."""
-    if getattr(rows, "split", None) == "test":
+    """Raise `TestSplitError` if `rows` carries ``split == "test"``, a frame in any of its rows; plain lists carry no split and pass."""
+    split = getattr(rows, "split", None)
+    if "test" in (split.tolist() if hasattr(split, "tolist") else [split]):
         raise TestSplitError(f"{step} must not see test rows: pass rows of the discover, edit or val split.")

@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import pandas as pd
 
-from cdelta.attribution import Scores
+from cdelta.attribution import RULES, Scores, attribute
 from cdelta.circuit import Circuit
 from cdelta.edit import Caps, Stop, selective_stop
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, refuse_test
 from cdelta.generation import first_logits
 from cdelta.mask import ParameterMask
 from cdelta.metrics import Metric, SequenceMetric, TokenSets, first_token_sets, refusal_log_odds
 from cdelta.models import ModelSpec, load_model
-from cdelta.policy.pairs import PairYield, PromptPairs, choose_pairs
+from cdelta.policy.overview import shorten
+from cdelta.policy.pairs import PairYield, PromptPairs, chat_ids, choose_pairs
 from cdelta.policy.records import SplitRows
 from cdelta.presets import Edit
 from cdelta.results import matrix, ood, selectivity
@@ -81,6 +82,33 @@ def openings(records: pd.DataFrame, found: PairYield) -> list[str]:
     """First word of every pair's prompt: in this policy set the template, elsewhere a rough guide to the phrasing."""
     prompts = dict(zip(records["id"], records["prompt"]))
     return [prompts[target].split()[0].casefold() for target, _ in found.ids]
+
+
+def first_prompts(records: pd.DataFrame, found: PairYield) -> tuple[str, str]:
+    """The first pair's two prompts, shortened."""
+    prompts = records.drop_duplicates("id").set_index("id")["prompt"]
+    return tuple(shorten(prompts[id], 9) for id in found.ids[0])
+
+
+def seen_pairs(records: pd.DataFrame, base: pd.DataFrame, tok, category: str, most: int = 30) -> pd.DataFrame:
+    """What the model sees and says for one category: ``role, tokens, differs, outcome, answer``, a target and its twin after each other.
+
+    One pair per outcome of the target (refusals first, at most two), outside of the test split. `differs` marks the tokens that the other
+    prompt does not have. At most `most` tokens and a dozen words of the answer: the text may be a third party's.
+    """
+    rows = records[(records["split"] != "test") & (records["pair_id"] != "")].merge(base[["id", "outcome", "answer"]], on="id")
+    twins = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
+    targets = rows[(rows["role"] == "target") & (rows["category"] == category) & rows["pair_id"].isin(twins.index)]
+    chosen = targets.drop_duplicates("outcome").sort_values("outcome", ascending=False, ignore_index=True).head(2)
+    found = []
+    for target in chosen.to_dict("records"):
+        sides = [target, twins.loc[target["pair_id"]]]
+        tokens = [[tok.decode([i]) for i in chat_ids(tok, side["prompt"])] for side in sides]
+        for side, own, other in zip(sides, tokens, tokens[::-1]):
+            shown = own[:most] + ["…"] * (len(own) > most)
+            found.append({"role": side["role"], "tokens": shown, "differs": [token not in (*other, "…") for token in shown],
+                          "outcome": side["outcome"], "answer": shorten(side["answer"], 12)})
+    return pd.DataFrame(found, columns=["role", "tokens", "differs", "outcome", "answer"])
 
 
 def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
@@ -172,6 +200,7 @@ def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Met
 
 def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, refuse_at: float, tolerance: float) -> Stop:
     """Ask an update whether it is selective on validation `rows`: the target as it should be, everything else as in the base."""
+    refuse_test(rows, "the stop rule")
     firsts = pd.Series(first_logits(model, tok, rows["prompt"].tolist(), 128).argmax(-1).numpy(), index=rows.index)
     rates = lambda current: first_token_rates(current, tok, rows, category, metric, firsts)
     return selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance)
@@ -179,6 +208,7 @@ def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, ref
 
 def caps_of(base: pd.DataFrame) -> Caps:
     """What a scale may cost on validation: benign refusal 2 points over the base in the worst category, other categories 5 points, skills 1 %."""
+    refuse_test(base, "the choice of k")
     benign = base[base["role"] == "benign"]
     worst = (benign["outcome"] == "refuse").groupby(benign["category"]).mean().max()
     skills = base.loc[base["role"] == "utility", "correct"].astype(float)
@@ -194,6 +224,30 @@ def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:
          "estimate": estimate.edges[u, v].item()}
         for u, v in rows
     )  # fmt: skip
+
+
+def strongest(scores: Scores, n: int) -> pd.DataFrame:
+    """The `n` edges of largest size: ``source, reader, score``, strongest first."""
+    chosen = scores.edges.abs().flatten().topk(n).indices.tolist()
+    places = [divmod(i, len(scores.readers)) for i in chosen]
+    return pd.DataFrame([{"source": scores.sources[u], "reader": scores.readers[v], "score": scores.edges[u, v].item()} for u, v in places])
+
+
+def convergence(model, pairs: PromptPairs, metric: Metric, steps: Sequence[int]) -> tuple[pd.DataFrame, Scores]:
+    """Quadrature errors of EAP, clean-corrupted and EAP-IG under each rule: ``method, gradients, completeness, edges``; and the reference.
+
+    `completeness` is `Scores.completeness_error`; `edges` the L2 distance of all edge scores from those of the reference (midpoint, twice
+    the most steps), relative to its size. `gradients` counts gradient steps per pair.
+    """
+    fine = attribute(model, pairs, metric, steps=2 * max(steps))
+    runs = [(f"EAP-IG {rule}", n, dict(rule=rule, steps=n)) for rule in RULES for n in steps]
+    runs += [("EAP", 1, dict(method="eap")), ("clean-corrupted", 2, dict(method="clean-corrupted"))]
+    found = []
+    for name, gradients, how in runs:
+        scores = attribute(model, pairs, metric, **how)
+        distance = ((scores.edges - fine.edges).norm() / fine.edges.norm()).item()
+        found.append({"method": name, "gradients": gradients, "completeness": scores.completeness_error, "edges": distance})
+    return pd.DataFrame(found), fine
 
 
 def targets_met(rows: pd.DataFrame) -> pd.DataFrame:

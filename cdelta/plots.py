@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import networkx as nx
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths in inches of one and of two paper columns."""
@@ -27,6 +29,8 @@ METHOD_COLOURS = {
 KIND_COLOURS = {
     "target": _PALETTE[3], "benign": _PALETTE[0], "other": _PALETTE[1], "skills": _PALETTE[2], "refused": _PALETTE[7], "borderline": _PALETTE[4],
 }
+LOSS, GAIN = "#2166ac", "#b2182b"
+"""Ends of the map for signed effects (RdBu_r): the component carries the metric, or works against it."""
 KIND_MARKERS = {"target": "o", "benign": "s", "other": "^", "skills": "D", "refused": "v", "borderline": "P"}
 
 
@@ -80,7 +84,8 @@ def heatmap(table: pd.DataFrame, label: str, percent: bool = True, width: float 
     with style():
         fig, ax = plt.subplots(figsize=(width, height or 0.7 + 0.32 * len(table)))
         sns.heatmap(values, ax=ax, annot=True, fmt=fmt or (".0f" if percent else ".2f"), annot_kws={"size": 7}, cmap=cmap, vmin=0,
-                    vmax=vmax if vmax is not None else (100 if percent else None), linewidths=0.5, cbar_kws={"label": label})
+                    vmax=vmax if vmax is not None else (100 if percent else None), linewidths=0.5,
+                    cbar_kws={"label": label, "ticks": MaxNLocator(5, integer=fmt == "d")})
         ax.tick_params(length=0)
         ax.set_xticklabels(ax.get_xticklabels(), rotation=30, ha="right")
         ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
@@ -174,28 +179,204 @@ def stacked_by_layer(table: pd.DataFrame, ylabel: str, x: str = "layer", part: s
     return fig
 
 
-def scatter(x: Sequence[float], y: Sequence[float], groups: Sequence[str], xlabel: str, ylabel: str) -> Figure:
-    """Points against the diagonal, one colour per group."""
-    table = pd.DataFrame({"x": x, "y": y, "group": groups})
-    bound = 1.05 * float(np.abs(table[["x", "y"]].to_numpy()).max() or 1)
+def layer_maps(heads: Mapping[str, np.ndarray], mlps: Mapping[str, np.ndarray], label: str, height: float = 1.7) -> Figure:
+    """Per category a layer x head map and, beside it, its layer x MLP column; all on one symmetric colour scale.
+
+    `heads[name]` is Float[layer, head], `mlps[name]` Float[layer]. The scale is linear up to a hundredth of its range, then logarithmic.
+    """
+    bound = max(float(np.abs(m).max()) for maps in (heads, mlps) for m in maps.values()) or 1.0
+    norm = AsinhNorm(linear_width=bound / 100, vmin=-bound, vmax=bound)
     with style():
-        fig, ax = plt.subplots(figsize=(COLUMN, 2.6))
-        ax.plot([-bound, bound], [-bound, bound], color="0.7", lw=0.8, zorder=0)
-        for place, (name, rows) in enumerate(table.groupby("group", sort=False)):
-            ax.scatter(rows["x"], rows["y"], s=7, color=_PALETTE[place], alpha=0.7, lw=0, label=name)
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.legend(loc="upper left")
+        fig, axes = plt.subplots(1, 2 * len(heads), figsize=(PAGE, height), squeeze=False, sharey=True, width_ratios=[7, 1.2] * len(heads))
+        fig.get_layout_engine().set(w_pad=0.01, wspace=0.01)
+        for (name, values), own, mlp in zip(heads.items(), axes[0, ::2], axes[0, 1::2]):
+            for ax, shown in ((own, values), (mlp, mlps[name][:, None])):
+                image = ax.imshow(shown, cmap="RdBu_r", norm=norm, aspect="auto", origin="lower", interpolation="nearest")
+                ax.spines[:].set_visible(True)
+            own.set(title=name, xlabel="head", xticks=range(0, values.shape[1], max(1, values.shape[1] // 4)))
+            own.set_yticks(range(0, values.shape[0], max(1, values.shape[0] // 6)))
+            mlp.set_xticks([0], ["MLP"])
+            mlp.tick_params(axis="y", length=0)
+        axes[0, 0].set_ylabel("layer")
+        fig.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.9, ticks=[-bound, -bound / 10, 0, bound / 10, bound], format="%.2g")
     return fig
 
 
-def histogram(table: pd.DataFrame, value: str, hue: str, xlabel: str, colours: Mapping | None = None) -> Figure:
-    """Overlaid step histograms of integer values, one per `hue`."""
+def agreement(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
+    """Estimate against truth, one panel per reader class with its Pearson correlation, from rows ``reader class, exact, estimate``.
+
+    Axes are linear up to a thousandth of the largest value, then logarithmic: most edges do next to nothing.
+    """
+    names = list(dict.fromkeys(table["reader class"]))
+    bound = 1.3 * float(np.abs(table[["exact", "estimate"]].to_numpy()).max() or 1)
+    decade = 10.0 ** np.floor(np.log10(bound))
     with style():
-        fig, ax = plt.subplots(figsize=(COLUMN, 2.0))
-        sns.histplot(table, x=value, hue=hue, element="step", fill=False, discrete=True, stat="proportion", common_norm=False, ax=ax,
-                     palette=colours and {k: colour_of(k, colours) for k in table[hue].unique()})
-        ax.set(xlabel=xlabel, ylabel="share of prompts")
-        ax.get_legend().set_title("")
+        fig, axes = plt.subplots(1, len(names), figsize=(PAGE, 1.9), squeeze=False, sharex=True, sharey=True)
+        for place, (ax, name) in enumerate(zip(axes[0], names)):
+            rows = table[table["reader class"] == name]
+            r = np.corrcoef(rows["exact"], rows["estimate"])[0, 1] if len(rows) > 2 else np.nan
+            ax.plot([-bound, bound], [-bound, bound], color="0.7", lw=0.8, zorder=0)
+            ax.scatter(rows["exact"], rows["estimate"], s=6, color=_PALETTE[place], alpha=0.6, lw=0)
+            ax.set(title=f"into {name}\nr = {r:.2f}, {len(rows)} edges", xlim=(-bound, bound), ylim=(-bound, bound))
+            for scale in (ax.set_xscale, ax.set_yscale):
+                scale("symlog", linthresh=bound / 1000, linscale=0.4)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(FixedLocator([-decade, 0, decade]))
+                axis.set_minor_locator(FixedLocator([sign * decade / power for sign in (-1, 1) for power in (10, 100)]))
+        axes[0, 0].set_ylabel(ylabel)
+        fig.supxlabel(xlabel, fontsize=8)
+    return fig
+
+
+def convergence(table: pd.DataFrame, panels: Mapping[str, str], xlabel: str) -> Figure:
+    """Errors against the number of gradients, one panel per column of `panels` (column -> its label), from rows ``method, gradients, ...``.
+
+    A method with one row only is drawn as a star.
+    """
+    with style():
+        fig, axes = plt.subplots(1, len(panels), figsize=(PAGE, 2.2), squeeze=False, sharex=True)
+        for ax, (column, label) in zip(axes[0], panels.items()):
+            for place, (name, rows) in enumerate(table.groupby("method", sort=False)):
+                look = {"marker": "o", "ms": 3} if len(rows) > 1 else {"marker": "*", "ms": 8, "ls": "", "zorder": 5}
+                ax.plot(rows["gradients"], rows[column], lw=1.1, color=_PALETTE[place], label=name, **look)
+            ticks = sorted(table["gradients"].unique())
+            ax.set(xlabel=xlabel, ylabel=label, xscale="log", yscale="log")
+            ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    return fig
+
+
+def edge_graph(edges: pd.DataFrame, n_layers: int, heads_per_group: int = 0) -> Figure:
+    """Edges ``source, reader, score`` as a graph from the input (left) to the logits (right), in the order of computation.
+
+    Heads (round) and kv groups (square) stand above the line of MLPs; a dotted line joins a head to the group it reads, if
+    `heads_per_group` is given. A line's width is the score's size; blue is negative (it carries the metric), red positive; the
+    letters on a line say which of q, k, v it enters (their scores summed).
+    """
+    parts = edges["reader"].str.extract(r"^(?P<node>[^<]+)(?:<(?P<letter>\w)>)?$")
+    joined = edges.assign(target=parts["node"], letter=parts["letter"].fillna("")).groupby(["source", "target"], sort=False)
+    links = joined.agg(score=("score", "sum"), letters=("letter", lambda found: ",".join(sorted(set(found) - {""})))).reset_index()
+    place = graph_places(set(links["source"]) | set(links["target"]) | {"input", "logits"}, n_layers)
+    columns, tall = 1 + max(x for x, _ in place.values()), max(y for _, y in place.values())
+    with style():
+        fig, ax = plt.subplots(figsize=(PAGE, 1.3 + 0.27 * tall))
+        for head in (node for node in place if ".h" in node and heads_per_group):
+            layer, number = head.split(".h")
+            group = f"{layer}.g{int(number) // heads_per_group}"
+            if group in place:
+                ax.plot(*zip(place[group], place[head]), color="0.6", lw=0.8, ls=":", zorder=0)
+        for link in links.sort_values("score", key=abs).itertuples():
+            _draw_link(ax, place, link, width=0.4 + 2.6 * abs(link.score) / links["score"].abs().max())
+        for node, at in place.items():
+            shape = "round,pad=0.25" if ".h" in node else "square,pad=0.25"
+            ax.text(*at, node, ha="center", va="center", fontsize=6.5, zorder=6, bbox={"boxstyle": shape, "fc": "white", "ec": "0.3", "lw": 0.7})
+        ax.set(xlim=(-0.5, columns - 0.5), ylim=(-0.9 - 0.17 * columns, tall + 0.6))
+        ax.axis("off")
+    return fig
+
+
+def _draw_link(ax, place: Mapping[str, tuple[float, float]], link, width: float) -> None:
+    """One arrow of `edge_graph`: an arc below the line between nodes on it, a slight bow elsewhere."""
+    on_line = place[link.source][1] == place[link.target][1] == 0
+    graph, bend = nx.DiGraph([(link.source, link.target)]), f"arc3,rad={0.25 if on_line else -0.1}"
+    nx.draw_networkx_edges(graph, place, ax=ax, connectionstyle=bend, node_size=450, width=width, edge_color=[GAIN if link.score > 0 else LOSS],
+                           alpha=0.85, arrowsize=6)
+    if link.letters:
+        nx.draw_networkx_edge_labels(graph, place, {(link.source, link.target): link.letters}, label_pos=0.58, font_size=6, rotate=False, ax=ax, node_size=450,
+                                     connectionstyle=bend, bbox={"fc": "white", "ec": "none", "pad": 0.3, "alpha": 0.9})
+
+
+def graph_places(nodes: set[str], n_layers: int) -> dict[str, tuple[float, float]]:
+    """Where each node of `edge_graph` stands: columns (a layer's kv groups, its heads, its MLP) that have a node, heads and groups stacked."""
+    within = {"g": 0.0, "h": 0.3, "m": 0.6}
+    layer = lambda node: int(node[1:].split(".")[0])
+    ends = {"input": -1.0, "logits": float(n_layers)}
+    stage = {node: ends[node] if node in ends else layer(node) + within["m" if node[0] == "m" else node.split(".")[1][0]] for node in nodes}
+    column = {value: x for x, value in enumerate(sorted(set(stage.values())))}
+    stacked: dict[float, int] = {}
+    place = {}
+    for node in sorted(nodes, key=lambda n: (stage[n], len(n), n)):
+        on_line = node in ends or node[0] == "m"
+        stacked[stage[node]] = stacked.get(stage[node], 0) + (not on_line)
+        place[node] = (float(column[stage[node]]), 0.0 if on_line else float(stacked[stage[node]]))
+    return place
+
+
+def attribution_idea(clean: str, corrupted: str, metric_clean: float, metric_corrupted: float, points: Sequence[float]) -> Figure:
+    """What an edge's score means: the two runs with one edge patched between them, and where EAP-IG takes its gradients (`points`, each a_t)."""
+    with style():
+        fig, (runs, path) = plt.subplots(1, 2, figsize=(PAGE, 2.3), width_ratios=[2.1, 1])
+        for y, colour, name, prompt, value in ((2.1, LOSS, "clean", clean, metric_clean), (0.0, "0.45", "corrupted", corrupted, metric_corrupted)):
+            runs.text(-0.3, y + (0.7 if y else -0.7), f"{name}: “{prompt}”", color=colour, fontsize=7.5, ha="left", va="center")
+            runs.annotate("", (8.3, y), (-0.3, y), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.3})
+            for x, label in ((1.6, "source u"), (5.0, "reader v")):
+                runs.text(x, y, label, ha="center", va="center", fontsize=7.5, bbox={"boxstyle": "round,pad=0.35", "fc": "white", "ec": colour})
+            runs.text(8.45, y, f"metric\n{value:.1f}".replace("-", "−"), ha="left", va="center", fontsize=7.5, color=colour)
+        runs.annotate("", (4.6, 1.72), (1.9, 0.3), arrowprops={"arrowstyle": "-|>", "color": _PALETTE[1], "lw": 2, "connectionstyle": "arc3,rad=-0.15"})
+        runs.text(4.0, 1.0, "the edge u→v alone carries\nthe corrupted run’s output of u", color=_PALETTE[1], fontsize=7.5, ha="left", va="center")
+        runs.text(-0.3, -1.35, "score S(u→v): how much the clean run’s metric changes by that", fontsize=7.5, ha="left", va="center")
+        runs.set(xlim=(-0.4, 9.8), ylim=(-1.6, 3.0))
+        path.plot([0, 1], [0, 0], color="0.6", lw=1.2, zorder=0)
+        path.scatter(points, [0] * len(points), s=22, color=_PALETTE[1], zorder=3)
+        path.scatter([0, 1], [0, 0], s=30, color=["0.45", LOSS], marker="s", zorder=2)
+        for a in points:
+            path.annotate("", (a + 0.02, 0.55), (a, 0.06), arrowprops={"arrowstyle": "->", "color": _PALETTE[1], "lw": 1})
+        path.text(0.5, 0.78, f"EAP-IG: mean of the gradients at v\nfrom {len(points)} points of the path", ha="center", fontsize=7.5, color=_PALETTE[1])
+        path.text(0, -0.28, "corrupted\nembedding", ha="center", va="center", fontsize=7, color="0.45")
+        path.text(1, -0.28, "clean\nembedding\n(EAP: here only)", ha="center", va="top", fontsize=7, color=LOSS).set_y(-0.16)
+        path.set(xlim=(-0.2, 1.25), ylim=(-0.75, 1.25))
+        runs.axis("off")
+        path.axis("off")
+    return fig
+
+
+def length_histograms(table: pd.DataFrame, xlabel: str) -> Figure:
+    """Histograms of integer values, one panel per category, both roles in each, from rows ``category, role, tokens``."""
+    categories, roles = list(dict.fromkeys(table["category"])), sorted(table["role"].unique(), reverse=True)  # target first, benign over it
+    bins = np.arange(table["tokens"].min() - 0.5, table["tokens"].max() + 1.5)
+    bins = bins if len(bins) <= 40 else np.linspace(bins[0], bins[-1], 40)
+    with style():
+        fig, axes = plt.subplots(1, len(categories), figsize=(PAGE, 1.8), squeeze=False, sharex=True, sharey=True)
+        for ax, category in zip(axes[0], categories):
+            for place, role in enumerate(roles):
+                values = table.loc[(table["category"] == category) & (table["role"] == role), "tokens"]
+                shape = {"alpha": 0.35, "histtype": "stepfilled"} if place == 0 else {"histtype": "step", "lw": 1.2}
+                ax.hist(values, bins, weights=np.full(len(values), 100 / max(1, len(values))), color=colour_of(role, KIND_COLOURS), label=role, **shape)
+            ax.set(title=category)
+        axes[0, 0].set_ylabel("prompts (%)")
+        fig.supxlabel(xlabel, fontsize=8)
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    return fig
+
+
+def prompt_view(rows: pd.DataFrame) -> Figure:
+    """Prompts token by token, and what was answered, from rows ``role, tokens, differs, outcome, answer``.
+
+    Every token is a box; those that `differs` marks (they are not in the twin) are filled.
+    """
+    size, line, em = 6.5, 0.19, 6.5 * 0.602 / 72  # points; inches per line and per monospaced character
+    with style():
+        fig = plt.figure(figsize=(PAGE, 1.0), layout="none")
+        ax = fig.add_axes((0, 0, 1, 1))
+        y = 0.0
+        for number, row in enumerate(rows.itertuples()):
+            y -= line * (0.3 if number == 0 else 1.0 if number % 2 else 1.9)
+            x, colour = 0.75, colour_of(row.role, KIND_COLOURS)
+            ax.text(0.0, y, row.role, color=colour, fontsize=7.5, va="center")
+            for token, differs in zip(row.tokens, row.differs):
+                shown = token.replace(" ", "·").replace("\n", "↵") or "∅"
+                if x + em * len(shown) > PAGE:
+                    x, y = 0.75, y - line
+                ax.text(x, y, shown, fontsize=size, family="monospace", va="center",
+                        bbox={"boxstyle": "square,pad=0.12", "fc": (*colour, 0.35) if differs else "white", "ec": "0.75", "lw": 0.5})
+                x += em * (len(shown) + 0.7)
+            y -= line
+            ax.text(0.75, y, f"{row.outcome}: “{row.answer}”", fontsize=7, va="center", style="italic", color="0.25")
+            y -= 0.35 * line
+        ax.set(xlim=(0, PAGE), ylim=(y - line / 2, line / 2))
+        fig.set_figheight(line - y)
+        ax.axis("off")
     return fig
 
 

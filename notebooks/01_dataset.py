@@ -35,8 +35,8 @@ from cdelta.policy import overview
 from cdelta.policy.build import build_policy
 
 run = store.open_run("01_dataset", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_counts", "tab_sources", "tab_dropped", "tab_examples", "fig_lengths", "fig_overlap", "tab_pairs",
-                               "tab_lookup", "fig_category"))
+                     produces=("tab_counts", "tab_sources", "tab_dropped", "tab_keywords", "tab_examples", "fig_lengths", "fig_overlap", "tab_pairs",
+                               "tab_lookup", "fig_category", "fig_seen"))
 lm, tok = experiment.load_subject(run)
 context = lm.config.get_text_config().max_position_embeddings - run.settings.evaluation.max_new_tokens
 data = build_policy(run.settings.policy, run.settings.categories, tok=tok, max_tokens=context)
@@ -55,28 +55,34 @@ print(f"{len(data.records)} prompts, frozen as sha256 {data.manifest['sha256'][:
 counts = overview.counts_table(data.records).reset_index()
 run.table("tab_counts", counts, "Prompts per source, category, role and split.")
 
+# %% [markdown]
+# A source is *pinned* when its bytes are those of a commit written into `cdelta/policy/sources.py`. A hub data set whose commit we do not know
+# is read at its newest one, which is printed above and named here.
+
 # %%
 run.table("tab_sources", overview.sources_table(data).astype(str), "Sources with revision and licence.")
 run.table("tab_dropped", overview.dropped_table(data).groupby(level=[0, 1]).sum().reset_index(),
           "What was read, what was dropped for which reason, and what was kept.")
+run.table("tab_keywords", overview.keyword_audit(data.records), "Target prompts without any keyword of their category: label noise, or a prompt worded otherwise.")
 
 # %% [markdown]
 # ## Pairs
 #
 # A clean prompt and its corrupted counterpart have the same number of tokens under the model's own tokenizer and chat template: only then
-# does patching a position mean anything. Harmful text of third-party sources is shortened here.
+# does patching a position mean anything. Harmful text of third-party sources is shortened here. How many pairs there are depends on the
+# tokenizer; another one is trained on the prompts for comparison. *Own row*: a prompt and its own counterpart; *back-up*: another row's
+# benign prompt of the same length and first word.
 
 # %%
 run.table("tab_examples", overview.example_pairs(data, count=2), "Example pairs from the discover split.")
 
 # %%
-yields = overview.pair_yields(data, {type(tok).__name__: tok})
-run.table("tab_pairs", yields, "Pairs of equal token length per category and split.")
+toks = overview.tokenizers(tok, data.records["prompt"].tolist())
+run.table("tab_pairs", overview.pair_yields(data, toks, splits=("discover",)), "Pairs of equal token length per tokenizer and category in the discover split.")
 
 # %%
-lengths = overview.token_lengths(data.records[data.records["role"].isin(("target", "benign"))], tok)
-run.figure("fig_lengths", plots.histogram(lengths.assign(kind=lengths["category"]), "tokens", "kind", "tokens in the chat template", plots.CATEGORY_COLOURS),
-           "Token lengths of harmful and benign prompts per category.")
+lengths = overview.token_lengths(data.records[data.records["role"].isin(("target", "other_harm", "benign"))], tok).replace({"role": {"other_harm": "target"}})
+run.figure("fig_lengths", plots.length_histograms(lengths, "tokens in the chat template"), "Token lengths of harmful and benign prompts per category.")
 
 # %% [markdown]
 # ## Leakage
@@ -118,9 +124,12 @@ if (base["outcome"] == "refuse").mean() == 0:
 run.figure("fig_category", plots.rates(refused, "category", "role", "refused by the base (%)", {r: plots.KIND_COLOURS[k] for r, k in (
     ("target", "target"), ("benign", "benign"), ("other_harm", "refused"), ("borderline", "borderline"))}),
            "What the base model refuses, per category and role, over all splits in distribution.")
+
+# %%
 category = run.settings.categories[0]
-shown = base[(base["category"] == category) & (base["split"] == "discover")].groupby(["role", "outcome"]).head(2)
-shown[["role", "prompt", "outcome", "answer"]].assign(prompt=shown["prompt"].map(overview.shorten)).style.hide(axis="index")
+seen = experiment.seen_pairs(data.records, base, tok, category)
+run.figure("fig_seen", plots.prompt_view(seen), f"What the base model sees of {category}, token by token, and what it says: a prompt of each outcome, "
+           "and its benign counterpart. Filled: not in the other prompt of the pair; · is a space, ↵ a new line.")
 
 # %%
 run.finish()

@@ -36,17 +36,17 @@ model = ""  # checkpoint folder or hub id, by default the one of the preset
 policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
 
 # %%
-import time
-
 import pandas as pd
 
-from cdelta import experiment, plots, store, tables
-from cdelta.attribution import attribute
+from cdelta import experiment, plots, store
+from cdelta.attribution import attribute, estimate_cost, gradient_schedule
+from cdelta.cost import measured
 from cdelta.models import ModelSpec
 from cdelta.policy.build import Policy
 
 run = store.open_run("02_attribution", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_tokens", "tab_attribution", "fig_heads", "fig_mlps", "fig_convergence", "fig_exact", "tab_edges"))
+                     produces=("tab_tokens", "fig_idea", "tab_attribution", "fig_components", "fig_edges", "tab_edges", "fig_convergence", "fig_exact",
+                               "tab_cost"))
 lm, tok = experiment.load_subject(run)
 spec, how = ModelSpec.from_model(lm), run.settings.attribution
 data, base = Policy.load(run.input("01_dataset", "policy")), pd.read_parquet(run.input("01_dataset", "base.parquet"))
@@ -66,64 +66,94 @@ if not own:
 run.table("tab_tokens", pd.DataFrame(sets.rows(tok)), "First tokens of the model's refusals and compliances, with their share of that side's answers.")
 
 # %% [markdown]
+# ## The idea in one picture
+#
+# Two runs of the same length, token for token. One edge of the clean run is given what its source wrote in the corrupted run; everything
+# else stays. The score estimates how far the clean run's metric would move.
+
+# %%
+first = run.settings.categories[0]
+few, found = experiment.category_pairs(data.records, first, tok, min(16, run.settings.data.max_pairs))
+one = attribute(lm, few[:1], metric, method="eap")
+points = [a for a, _ in gradient_schedule(how.method, how.steps, how.rule)]
+run.figure("fig_idea", plots.attribution_idea(*experiment.first_prompts(data.records, found), one.metric_clean, one.metric_corrupted, points),
+           f"What an edge's score means (left, with one pair of {first} and its metric in nats), and where its gradients are taken (right).")
+
+# %% [markdown]
 # ## Scores of every category
 
 # %%
-scores, rows = {}, []
+scores, rows, costs = {}, [], []
 refused = [c for c in data.records.loc[data.records["role"] == "other_harm", "category"].unique() if c not in run.settings.categories]
+arguments = {"method": how.method, "steps": how.steps, "micro_batch": how.micro_batch}
 for category in (*run.settings.categories, *refused):
-    pairs, found = experiment.category_pairs(data.records, category, tok, run.settings.data.max_pairs)
-    began = time.perf_counter()
-    scores[category] = s = attribute(lm, pairs, metric, method=how.method, steps=how.steps, rule=how.rule, micro_batch=how.micro_batch,
-                                     per_pair=True)
+    pairs, _ = experiment.category_pairs(data.records, category, tok, run.settings.data.max_pairs)
+    guess = estimate_cost(lm, pairs, metric, **arguments)
+    scores[category], cost = measured(lambda: attribute(lm, pairs, metric, rule=how.rule, per_pair=True, **arguments), lm.device)
+    s = scores[category]
     s.save(run.path(f"scores/{category}"))
     rows.append({"category": category, "pairs": len(pairs), "metric clean": s.metric_clean, "metric corrupted": s.metric_corrupted,
-                 "completeness error": s.completeness_error, "seconds": time.perf_counter() - began})
+                 "completeness error": s.completeness_error})
+    costs.append({"category": category, "pairs": len(pairs), "tokens": sum(map(len, pairs.clean)), "seconds": cost.seconds,
+                  "predicted seconds": guess.seconds, "added MB": cost.memory / 1e6, "predicted MB": guess.memory / 1e6})
 
 # %%
-run.table("tab_attribution", pd.DataFrame(rows), "Pairs, mean metric (nats) on both sides, relative completeness error of the quadrature, and time.")
+run.table("tab_attribution", pd.DataFrame(rows), "Pairs, mean metric (nats) on both sides, and relative completeness error of the quadrature.")
 
 # %%
-heads = {category: s.heads.numpy() for category, s in scores.items()}
-run.figure("fig_heads", plots.component_maps(heads, "head", "effect (nats)"),
-           "Score of every attention head per category, one colour scale. Blue: carries refusal.")
+heads, mlps = ({category: getattr(s, part).numpy() for category, s in scores.items()} for part in ("heads", "mlps"))
+run.figure("fig_components", plots.layer_maps(heads, mlps, "effect (nats)"),
+           "Score of every attention head (layer x head) and of every MLP per category, all on one colour scale. Blue: carries refusal.")
+
+# %% [markdown]
+# ## The strongest edges
+#
+# Sums over a component's edges hide the paths. The graph shows the strongest edges of one category on their way from the input to the logits.
 
 # %%
-by_layer = pd.DataFrame({category: s.mlps.numpy() for category, s in scores.items()}).rename_axis("layer")
-run.figure("fig_mlps", plots.component_maps({"MLP score": by_layer.T.to_numpy()}, "layer", "effect (nats)", width=plots.COLUMN + 0.6, ylabels=list(by_layer)),
-           "Score of every MLP per category.")
+top = experiment.strongest(scores[first], 24)
+run.figure("fig_edges", plots.edge_graph(top, spec.n_layers, spec.n_heads // spec.n_kv),
+           f"The {len(top)} strongest edges of {first}: width is the size of the score, blue carries refusal, letters name the q, k or v that is read; "
+           "dotted lines join a head to the kv group that it reads.")
+run.table("tab_edges", top.head(12), f"The strongest edges of {first} (nats).")
 
 # %% [markdown]
 # ## Does the estimate converge?
 #
-# Completeness: the scores of all edges out of the input must sum to the metric's difference between the runs. The error falls with the number
-# of steps, and fastest under the midpoint rule.
+# Completeness: the scores of all edges out of the input must sum to the metric's difference between the runs. That error, and the one of all
+# edges together against a much finer run, fall with the number of gradients, and fastest under the midpoint rule. EAP takes one gradient,
+# at the clean end.
 
 # %%
-first = run.settings.categories[0]
-few = experiment.category_pairs(data.records, first, tok, min(16, run.settings.data.max_pairs))[0]
-grid = [("eap-ig", rule, steps) for rule in ("midpoint", "left", "right") for steps in how.convergence]
-runs = [{"rule": rule, "steps": steps, "error": attribute(lm, few, metric, method=method, rule=rule, steps=steps).completeness_error}
-        for method, rule, steps in grid]
-run.figure("fig_convergence", plots.small_lines(pd.DataFrame(runs), "steps", "error", "rule", "gradient steps", "relative completeness error", yscale="log"),
-           f"Completeness error against the number of gradient steps ({first}, {len(few)} pairs). EAP is one step at the clean end (rule right).")
+errors, fine = experiment.convergence(lm, few, metric, how.convergence)
+run.figure("fig_convergence", plots.convergence(errors, {"completeness": "relative completeness error", "edges": "relative error of all edges"}, "gradients"),
+           f"Error of EAP and EAP-IG against the number of gradients ({first}, {len(few)} pairs); the reference has {fine.steps}.")
 
 # %% [markdown]
 # ## Against the oracle
 #
-# Exact patching of every edge, one at a time, on a few pairs.
+# Exact patching of every edge, one at a time, on a few pairs. No estimate that is made of gradients can follow a patch so large that the
+# model answers it with something new: such edges leave the diagonal. On a real model it would take hours; there `exact_pairs` is 0 and a finer
+# EAP-IG stands in, which checks the quadrature alone.
 
 # %%
-exact = attribute(lm, few[: how.exact_pairs], metric, method="exact")
-estimate = attribute(lm, few[: how.exact_pairs], metric, method="eap-ig", steps=how.steps, rule=how.rule)
-edges = experiment.edge_table(exact, estimate)
-print("Pearson correlation per reader:", edges.groupby("reader class")[["exact", "estimate"]].corr().iloc[0::2, 1].round(3).droplevel(1).to_dict())
-run.figure("fig_exact", plots.scatter(edges["exact"], edges["estimate"], edges["reader class"], "exact patching (nats)", f"{how.method}, {how.steps} steps (nats)"),
-           f"Every edge's estimate against literally patching it ({first}, {len(few[: how.exact_pairs])} pairs).")
+pairs = few[: how.exact_pairs] if how.exact_pairs else few
+truth, name = (attribute(lm, pairs, metric, method="exact"), "exact patching") if how.exact_pairs else (fine, f"{fine.steps} gradients")
+edges = experiment.edge_table(truth, attribute(lm, pairs, metric, rule=how.rule, **arguments))
+missed = edges.loc[(edges["exact"] - edges["estimate"]).abs().idxmax()]
+print(f"Largest miss: {missed['source']} → {missed['reader']}, {missed['exact']:.2f} nats by {name}, {missed['estimate']:.2f} estimated.")
+run.figure("fig_exact", plots.agreement(edges, f"{name} (nats)", f"{how.method}, {how.steps} steps (nats)"),
+           f"Every edge's estimate against {name}, per kind of reader, with Pearson's r ({first}, {len(pairs)} pairs).")
+
+# %% [markdown]
+# ## Time and memory
+#
+# The prediction is made before each run, from its shape and one gradient step of one micro-batch. Memory grows with the micro-batch, not with
+# the number of pairs; on a CPU it is the process's, which also counts what its allocator rounds up.
 
 # %%
-top = experiment.edge_table(scores[first], scores[first]).sort_values("exact", key=abs, ascending=False).head(12)
-run.table("tab_edges", top[["source", "reader", "exact"]].rename(columns={"exact": "score"}), f"The strongest edges of {first} (nats).")
+run.table("tab_cost", pd.DataFrame(costs), f"Seconds and peak memory on top of the model of each category's attribution, measured and predicted "
+          f"({lm.device}, micro-batch {how.micro_batch}).", digits=1)
 
 # %%
 run.finish()

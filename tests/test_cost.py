@@ -1,5 +1,8 @@
 """Predictions of memory are held against what autograd keeps; a run that would not fit is refused."""
 
+import copy
+import time
+
 import pytest
 import torch
 
@@ -61,10 +64,50 @@ def test_a_run_that_does_not_fit_is_refused_with_a_remedy(llama, monkeypatch):
 
 
 def test_seconds_grow_with_pairs_and_steps(llama, monkeypatch):
-    monkeypatch.setattr(cost, "forward_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("cdelta.attribution.step_seconds", lambda *_: 1.0)
     seconds = lambda n, steps: estimate_cost(llama, toy_pairs(n), metric, steps=steps, micro_batch=4).seconds
-    assert seconds(8, 5) == pytest.approx(2 * seconds(4, 5))
-    assert seconds(4, 0 + 1) > 2 and seconds(4, 5) - seconds(4, 4) == pytest.approx(seconds(4, 2) - seconds(4, 1))
+    assert seconds(4, 1) == 1.0 and seconds(8, 5) == pytest.approx(2 * seconds(4, 5))
+    assert seconds(4, 5) - seconds(4, 4) == pytest.approx(seconds(4, 2) - seconds(4, 1)) and seconds(4, 2) < 2
+
+
+def medium():
+    """Large enough that the work, not Python's, takes the time, and that memory is more than noise."""
+    return toy("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+
+
+def test_the_estimate_is_within_half_of_what_is_then_measured(monkeypatch):
+    """Seconds of the processor, which other work on the machine does not stretch as it does the clock's."""
+    monkeypatch.setattr("time.perf_counter", time.process_time)
+    model, pairs = medium(), toy_pairs(48, length=48)
+    kw = dict(steps=3, micro_batch=16)
+    attribute(model, pairs[:1], metric, steps=1)
+    predicted = estimate_cost(model, pairs, metric, **kw)
+    _, found = cost.measured(lambda: attribute(model, pairs, metric, **kw))
+    assert 1 / 1.5 < found.seconds / predicted.seconds < 1.5, (found, predicted)
+    assert 1 / 1.5 < found.memory / predicted.memory < 1.5, (found, predicted)
+
+
+def test_estimating_leaves_the_model_as_it_was_and_refuses_what_does_not_fit(llama, monkeypatch):
+    model = copy.deepcopy(llama).requires_grad_(True)
+    estimate_cost(model, toy_pairs(4), metric)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+    monkeypatch.setattr(cost, "free_memory", lambda device: 1)
+    with pytest.raises(CdeltaError, match="needs about"):
+        estimate_cost(llama, toy_pairs(4), metric)
+
+
+def test_measured_sees_what_a_call_allocates_and_gives_back_its_result():
+    def call():
+        big = torch.ones(8 * 2**20)  # 32 MiB
+        time.sleep(0.05)
+        return big.sum().item()
+
+    result, found = cost.measured(call)
+    assert result == 8 * 2**20 and found.seconds >= 0.05
+    if cost.resident_bytes():
+        assert 0.9 * 2**25 < found.memory < 1.5 * 2**25
+    with pytest.raises(ZeroDivisionError):
+        cost.measured(lambda: 1 / 0)
 
 
 def test_free_memory_of_this_machine_is_known_or_none():

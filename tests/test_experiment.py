@@ -2,10 +2,17 @@
 
 import pandas as pd
 import pytest
+from transformers import AutoTokenizer
 
-from cdelta import experiment
-from cdelta.errors import CdeltaError
+from cdelta import experiment, paths
+from cdelta.attribution import attribute
+from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.policy.build import build_policy
+from toys import toy_pairs
+
+
+def metric(logits):
+    return logits[:, 5] - logits[:, 9]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +45,43 @@ def test_an_unknown_category_is_named(base):
         experiment.training_rows(base, "fraud")
 
 
+def test_test_rows_reach_neither_the_stop_rule_nor_the_choice_of_k(base):
+    with pytest.raises(TestSplitError, match="the choice of k must not see test rows"):
+        experiment.caps_of(base)
+    with pytest.raises(TestSplitError, match="the stop rule must not see test rows"):
+        experiment.stop_rule(None, None, base, "crime", metric, 0.95, 0.05)
+
+
 def test_caps_are_the_bases_plus_the_allowance(base):
     caps = experiment.caps_of(base[base["split"] == "val"])
     assert (caps.benign, caps.other, caps.utility) == (0.02, 0.05, 0.99)
+
+
+def test_seen_pairs_shows_one_pair_per_outcome_token_by_token(base):
+    tok = AutoTokenizer.from_pretrained(paths.ORGANISM)
+    seen = experiment.seen_pairs(base.drop(columns=["outcome", "answer"]), base, tok, "crime", most=12)
+    assert seen["role"].tolist() == ["target", "benign"] * 2 and seen["outcome"].tolist() == ["refuse", "comply", "comply", "comply"]
+    for row in seen.itertuples():
+        assert len(row.tokens) == len(row.differs) == 13 and row.tokens[-1] == "…" and sum(row.differs) == 1
+    assert seen["tokens"][0][seen["differs"][0].index(True)] == " rob"
+    assert experiment.seen_pairs(base.assign(pair_id="").drop(columns=["outcome", "answer"]), base, tok, "crime").empty
+
+
+def test_strongest_edges_are_the_largest_by_size(llama):
+    scores = attribute(llama, toy_pairs(), metric)
+    top = experiment.strongest(scores, 5)
+    assert top["score"].abs().tolist() == scores.edges.abs().flatten().sort(descending=True).values[:5].tolist()
+    row = top.iloc[2]
+    assert scores.edges[scores.sources.index(row["source"]), scores.readers.index(row["reader"])].item() == row["score"]
+
+
+def test_convergence_has_every_method_and_falls_with_the_steps(llama):
+    table, fine = experiment.convergence(llama, toy_pairs(), metric, (1, 8))
+    assert table["method"].value_counts().to_dict() == {"EAP-IG midpoint": 2, "EAP-IG left": 2, "EAP-IG right": 2, "EAP": 1, "clean-corrupted": 1}
+    assert fine.steps == 16 and table.columns.tolist() == ["method", "gradients", "completeness", "edges"]
+    mid = table[table["method"] == "EAP-IG midpoint"]["edges"].tolist()
+    eap = table.set_index("method").loc["EAP", "edges"]
+    assert mid[1] < mid[0] and mid[1] < eap == pytest.approx(table[table["method"] == "EAP-IG right"]["edges"].iloc[0])
 
 
 def test_limited_takes_at_most_so_many_per_cell(base):

@@ -74,6 +74,12 @@ def test_unknown_parameter_is_named(llama):
     [
         (hf.MixtralConfig(), "mixture of experts"),
         (hf.GPTNeoXConfig(), "parallel"),
+        (hf.FalconConfig(), "parallel"),
+        (hf.PhiConfig(), "no entry"),  # parallel blocks, which its configuration does not say
+        (hf.GPTJConfig(), "no entry"),
+        (hf.Qwen3NextConfig(), "mixture of experts"),
+        (hf.Qwen3NextConfig(num_experts=0), "no entry"),  # gated queries
+        (hf.DeepseekV3Config(), "mixture of experts"),
         (hf.OPTConfig(), "no entry"),
         (hf.GPT2Config(add_cross_attention=True), "cross-attention"),
     ],

@@ -47,6 +47,77 @@ def test_maps_share_one_symmetric_scale():
     assert limits == {(-4.0, 4.0)}
 
 
+def test_maps_of_heads_and_mlps_share_one_symmetric_scale():
+    heads = {"crime": np.array([[1.0, -4.0]]), "hate": np.array([[2.0, 0.0]])}
+    fig = plots.layer_maps(heads, {"crime": np.array([5.0]), "hate": np.array([-1.0])}, "nats")
+    limits = [ax.images[0].get_clim() for ax in fig.axes if ax.images]
+    assert limits == [(-5.0, 5.0)] * 4 and fig.axes[1].images[0].get_array().tolist() == [[5.0]]
+
+
+EDGES = pd.DataFrame(
+    [("input", "a0.g1<k>", -1.0), ("input", "a0.g1<v>", -2.0), ("a0.h3", "m0", 0.5), ("m0", "a2.h1<q>", -0.1), ("a2.h1", "logits", 0.2), ("m0", "logits", -3.0)],
+    columns=["source", "reader", "score"],
+)
+
+
+def test_edge_graph_places_nodes_in_the_order_of_computation():
+    place = plots.graph_places({"input", "a0.g1", "a0.h3", "a0.h11", "m0", "a2.h1", "logits"}, n_layers=3)
+    x = {node: at[0] for node, at in place.items()}
+    assert x["input"] < x["a0.g1"] < x["a0.h3"] == x["a0.h11"] < x["m0"] < x["a2.h1"] < x["logits"]
+    assert len(set(place.values())) == len(place) and place["m0"][1] == place["logits"][1] == 0 < place["a0.h3"][1] < place["a0.h11"][1]
+
+
+def test_edge_graph_draws_each_link_once_with_its_letters_and_no_two_labels_overlap():
+    fig = plots.edge_graph(EDGES, n_layers=3, heads_per_group=2)
+    ax = fig.axes[0]
+    assert len(ax.patches) == 5  # the k and v edges of one group are one line
+    texts = [text for text in ax.texts if text.get_text()]
+    assert sorted(text.get_text() for text in texts) == sorted(["input", "logits", "m0", "a0.g1", "a0.h3", "a2.h1", "k,v", "q"])
+    fig.canvas.draw()
+    boxes = [text.get_window_extent() for text in texts]
+    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    assert len(ax.lines) == 1  # head 3 reads group 1
+    assert {tuple(patch.get_edgecolor()[:3]) for patch in ax.patches} == {matplotlib.colors.to_rgb(c) for c in (plots.LOSS, plots.GAIN)}
+    assert max(patch.get_linewidth() for patch in ax.patches) == 3.0  # the strongest, 3 nats twice
+
+
+def test_agreement_states_the_correlation_of_every_reader_class():
+    exact = np.linspace(-1, 1, 9)
+    table = pd.DataFrame({"reader class": ["head q"] * 9 + ["MLP"] * 9, "exact": [*exact, *exact], "estimate": [*exact, *-exact]})
+    fig = plots.agreement(table, "exact", "estimate")
+    assert [ax.get_title().split(",")[0] for ax in fig.axes] == ["into head q\nr = 1.00", "into MLP\nr = -1.00"]
+
+
+def test_convergence_draws_single_runs_as_stars():
+    table = pd.DataFrame({"method": ["EAP-IG left"] * 2 + ["EAP"], "gradients": [1, 5, 1], "edges": [0.5, 0.1, 0.4], "completeness": [0.6, 0.2, 0.3]})
+    fig = plots.convergence(table, {"completeness": "a", "edges": "b"}, "gradients")
+    assert [line.get_marker() for line in fig.axes[1].lines] == ["o", "*"] and fig.axes[1].lines[0].get_ydata().tolist() == [0.5, 0.1]
+
+
+def test_idea_shows_both_prompts_their_metric_and_every_gradient_point():
+    fig = plots.attribution_idea("Steal it?", "Paint it?", -1.25, -9.0, [0.25, 0.75])
+    texts = " ".join(text.get_text() for ax in fig.axes for text in ax.texts)
+    assert "“Steal it?”" in texts and "“Paint it?”" in texts and "−1.2" in texts and "−9.0" in texts and "2 points" in texts
+
+
+def test_prompt_view_wraps_long_prompts_inside_the_page_and_fills_what_differs():
+    rows = pd.DataFrame({"role": ["target", "benign"], "tokens": [[" word"] * 60, ["\n", " x"]], "differs": [[True] + [False] * 59, [False, True]],
+                         "outcome": ["refuse", "comply"], "answer": ["no", "yes"]})
+    fig = plots.prompt_view(rows)
+    fig.canvas.draw()
+    page, boxes = fig.bbox, {text: text.get_window_extent() for text in fig.axes[0].texts}
+    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes.values())
+    tokens = [text for text in boxes if text.get_family() == ["monospace"]]
+    assert sum(text.get_bbox_patch().get_alpha() is None and text.get_bbox_patch().get_facecolor()[:3] != (1, 1, 1) for text in tokens) == 2
+    assert {text.get_text() for text in tokens} == {"·word", "↵", "·x"}
+
+
+def test_lengths_count_both_roles_in_percent_per_category():
+    table = pd.DataFrame({"category": "crime", "role": ["target"] * 2 + ["benign"] * 4, "tokens": [5, 6, 6, 6, 6, 6]})
+    (ax,) = plots.length_histograms(table, "tokens").axes
+    assert ax.get_title() == "crime" and max(patch.get_xy()[:, 1].max() for patch in ax.patches) == 100
+
+
 def test_stacked_bars_add_up():
     table = pd.DataFrame({"category": "crime", "layer": [0, 0, 1], "module": ["q", "o", "q"], "value": [30.0, 20.0, 50.0]})
     axis = plots.stacked_by_layer(table, "share (%)").axes[0]

@@ -122,11 +122,11 @@ def _parts(policy: str, categories: Sequence[str] | None, extra: Sequence[str]) 
 def _policy_rows(policy: str, categories: Sequence[str] | None) -> Loaded:
     name, _, path = policy.partition("=")
     if policy == "synthetic":
-        return Loaded(importlib.import_module("cdelta.policy.synthetic").records(), origin={"source": name, "gated": False, "from": "cdelta.policy.synthetic"})
+        return Loaded(importlib.import_module("cdelta.policy.synthetic").records(), origin={"source": name, "pinned": True, "gated": False, "from": "cdelta.policy.synthetic"})
     if name in SOURCES:
         return load(name, path)
     rows = read_user_rows(policy, categories[0] if categories else Path(policy).stem)
-    return Loaded(rows, origin={"source": rows[0]["source"], "sha256": sha256(Path(policy)), "gated": False, "from": policy})
+    return Loaded(rows, origin={"source": rows[0]["source"], "sha256": sha256(Path(policy)), "pinned": False, "gated": False, "from": policy})
 
 
 def _clean(read: pd.DataFrame, tok, max_tokens: int) -> tuple[pd.DataFrame, pd.DataFrame]:

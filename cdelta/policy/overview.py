@@ -52,15 +52,17 @@ def dropped_table(policy: Policy) -> pd.DataFrame:
 
 
 def sources_table(policy: Policy) -> pd.DataFrame:
-    """One line per source: revision, licence, gating, rows kept, and what was not selected or why it was skipped."""
-    gated = {source["source"]: source["gated"] for source in policy.manifest["sources"]}
+    """One line per source: revision and whether we pinned it, licence, gating, rows kept, what was not selected or why it was skipped."""
+    known = {source["source"]: source for source in policy.manifest["sources"]}
     whole = policy.report[policy.report["split"] == ""]
     notes = {row.source: f"{row.step}: {row.rows} rows other than {row.detail}" for row in whole.itertuples() if row.rows}
-    kept = [row | {"gated": gated.get(row["source"], False), "note": notes.get(row["source"], "")} for row in policy.manifest["contents"]]
+    facts = lambda name: {key: known[name].get(key, False) for key in ("pinned", "gated")}
+    kept = [row | facts(row["source"]) | {"note": notes.get(row["source"], "")} for row in policy.manifest["contents"]]
     skipped = [
-        {"source": row.source, "source_revision": "", "license": SOURCES[row.source].license, "rows": 0, "gated": SOURCES[row.source].gated, "note": row.detail}
+        {"source": row.source, "source_revision": SOURCES[row.source].revision or "", "license": SOURCES[row.source].license, "rows": 0,
+         "pinned": SOURCES[row.source].revision is not None, "gated": SOURCES[row.source].gated, "note": row.detail}
         for row in whole[whole["step"] == "skipped"].itertuples()
-    ]
+    ]  # fmt: skip
     return pd.DataFrame(kept + skipped)
 
 
@@ -83,7 +85,27 @@ def overlap_matrix(policy: Policy) -> pd.DataFrame:
     pairs = np.concatenate([overlaps[["left", "right"]].to_numpy(), overlaps[["right", "left"]].to_numpy()])
     hits = pd.DataFrame({"row": pairs[:, 0], "of": name[pairs[:, 0]], "in": name[pairs[:, 1]]}).drop_duplicates()
     names = sorted(set(name), key=lambda n: (n.rsplit(" ", 1)[0], SPLITS.index(n.rsplit(" ", 1)[1])))
-    return hits.groupby(["of", "in"]).size().unstack(fill_value=0).reindex(index=names, columns=names, fill_value=0).astype(int)
+    counts = hits.groupby(["of", "in"]).size().unstack(fill_value=0).reindex(index=names, columns=names, fill_value=0).astype(int)
+    return counts.rename_axis(index="rows of", columns="that nearly repeat one of")
+
+
+def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str, object]:
+    """Tokenizers to compare yields under: the model's own, a byte-level BPE trained on `prompts`, and GPT-2's where it is in the local cache."""
+    import tokenizers as hf
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    bpe, bytes_first = hf.Tokenizer(hf.models.BPE()), hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = bytes_first
+    bpe.train_from_iterator(prompts, hf.trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=bytes_first.alphabet(), show_progress=False))
+    special = {name: getattr(tok, name) for name in ("bos_token", "eos_token") if getattr(tok, name, None)}
+    found = {"the model's own": tok, f"BPE of {vocabulary} trained here": PreTrainedTokenizerFast(tokenizer_object=bpe, **special)}
+    try:
+        found["GPT-2"] = AutoTokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
+    except OSError:
+        pass  # not downloaded here: two will do
+    for other in found.values():
+        other.chat_template = tok.chat_template
+    return found
 
 
 def pair_yields(policy: Policy, tokenizers: Mapping[str, object], splits: Sequence[str] = ("discover", "edit", "val")) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable, Mapping, Sequence
@@ -76,7 +77,7 @@ class PairYield:
     own_row: int
     """Paired with their own counterpart: the same request, made benign."""
     backup: int
-    """Paired with another row's benign prompt of the same length and first word."""
+    """Paired with another row's benign prompt of the same length and first word (case and punctuation apart)."""
     ids: tuple[tuple[str, str], ...] = field(repr=False)
     """Record ids (target, benign) of the pairs, in order."""
 
@@ -134,7 +135,7 @@ def _own_row(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]) ->
 
 
 def _same_start(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]) -> list[tuple[Row, Row]]:
-    start = lambda r: (len(ids[r["id"]]), r["prompt"].split()[0].casefold())
+    start = lambda r: (len(ids[r["id"]]), *re.findall(r"\w+", r["prompt"].casefold())[:1])
     free = defaultdict(list)
     for row in reversed(benign):
         free[start(row)].append(row)

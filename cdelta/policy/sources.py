@@ -1,8 +1,8 @@
 """Where prompts come from: a declarative table of sources, read from the upstream layout and turned into records.
 
 A source is read from a local copy (a file, or a folder laid out as upstream) or fetched: pinned files over HTTPS with their
-sha256 checked, hub data sets at a commit that is resolved first and recorded. What cannot be had, because it is gated or the
-machine is offline, raises `SourceUnavailable` with the reason; the build turns that into a line of its report.
+sha256 checked, hub data sets at a pinned commit (where none is known, the newest: it is printed and recorded). What cannot be had,
+because it is gated or the machine is offline, raises `SourceUnavailable` with the reason; the build turns that into a line of its report.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Source:
     gated: bool = False
     url: str = ""
     sha256: str = ""
-    revision: str = "main"
+    revision: str | None = None
+    """Commit that pins it; None where no commit is known to us: then the newest is resolved, printed and recorded."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that other copies give to columns -> the names in `columns`."""
     selects: str = ""
     """Which rows `to_rows` selects, if not all of them."""
     mapped: bool = True
@@ -165,17 +168,20 @@ SOURCES: dict[str, Source] = {
             url="https://raw.githubusercontent.com/paul-rottger/xstest/d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d/xstest_prompts.csv",
             sha256="11783fb294ed017473ee53c207d71f2161c7672c8d0b037501e78387f801cb5a",
         ),
-        Source(
+        Source(  # a copy whose bytes we have read; the authors' repository saves the same rows otherwise
             "harmbench", "MIT", ("Behavior", "SemanticCategory", "ContextString", "BehaviorID"), _harmbench,
             revision="f970939273ea17b491fadf6001fddc36ed3ae3ff",
             url="https://raw.githubusercontent.com/busycalibrating/AdversariaLLM/f970939273ea17b491fadf6001fddc36ed3ae3ff"
                 "/data/behavior_datasets/harmbench_behaviors_text_all.csv",
             sha256="2745611872be3b2eab141e39bb328b8c1140dc3cd8d0a49da6174260d9ccbfb9",
         ),
-        Source("or-bench-hard", "CC-BY-4.0", ("prompt", "category"), _or_bench_hard, hub="bench-llm/or-bench", config="or-bench-hard-1k"),
+        Source(
+            "or-bench-hard", "CC-BY-4.0", ("prompt", "category"), _or_bench_hard, hub="bench-llm/or-bench", config="or-bench-hard-1k",
+            revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
+        ),
         Source(
             "or-bench-toxic", "CC-BY-4.0", ("prompt", "category"), partial(_mapped, "prompt", "category", category_maps.OR_BENCH),
-            hub="bench-llm/or-bench", config="or-bench-toxic",
+            hub="bench-llm/or-bench", config="or-bench-toxic", revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
         ),
         Source(
             "sorry-bench", "SORRY-Bench licence (not redistributable)", ("question_id", "category", "turns", "prompt_style"), _sorry_bench,
@@ -183,20 +189,29 @@ SOURCES: dict[str, Source] = {
         ),
         Source(
             "jailbreakbench", "MIT", ("Index", "Goal", "Category"), _jailbreakbench, ("harmful", "benign"),
-            hub="JailbreakBench/JBB-Behaviors", config="behaviors",
+            hub="JailbreakBench/JBB-Behaviors", config="behaviors", revision="886acc352a31533ffbcf4ef22c744658688086fc",
         ),
         Source(
             "air-bench", "CC-BY-4.0", ("cate-idx", "l3-name", "l4-name", "prompt"), _air_bench, ("test",),
-            hub="stanford-crfm/air-bench-2024", config="default", selects="legal and medical advice",
+            hub="stanford-crfm/air-bench-2024", config="default", revision="976d9fbb0f52bce704dcbef5bd7a2652e65f2a21",
+            selects="legal and medical advice",
         ),
         Source(
             "catqa", "Apache-2.0", ("Question", "Category"), partial(_mapped, "Question", "Category", category_maps.CATQA), ("en",),
             hub="declare-lab/CategoricalHarmfulQA",
         ),
-        Source("advbench", "MIT", ("prompt", "target"), _advbench, hub="walledai/AdvBench", gated=True),
-        Source(
-            "strongreject", "MIT", ("category", "forbidden_prompt"),
-            partial(_mapped, "forbidden_prompt", "category", category_maps.STRONGREJECT), hub="walledai/StrongREJECT", gated=True,
+        Source(  # the hub's copy, walledai/AdvBench, is gated; this is the authors' own file
+            "advbench", "MIT", ("prompt", "target"), _advbench, aliases={"goal": "prompt"},
+            revision="098262edf85f807224e70ecd87b9d83716bf6b73",
+            url="https://raw.githubusercontent.com/llm-attacks/llm-attacks/098262edf85f807224e70ecd87b9d83716bf6b73/data/advbench/harmful_behaviors.csv",
+            sha256="6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
+        ),
+        Source(  # likewise instead of walledai/StrongREJECT
+            "strongreject", "MIT", ("category", "prompt"), partial(_mapped, "prompt", "category", category_maps.STRONGREJECT),
+            aliases={"forbidden_prompt": "prompt"}, revision="f7cad6c17e624e21d8df2278e918ae1dddb4cb56",
+            url="https://raw.githubusercontent.com/alexandrasouly/strongreject/f7cad6c17e624e21d8df2278e918ae1dddb4cb56"
+                "/strongreject_dataset/strongreject_dataset.csv",
+            sha256="4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381",
         ),
         Source(
             "gsm8k", "MIT", ("question", "answer"), _gsm8k, ("test",), hub="openai/gsm8k", config="main", mapped=False,
@@ -222,17 +237,21 @@ def load(name: str, path: str | Path = "") -> Loaded:
         raise CdeltaError(f"{name}: none of {len(found)} rows is of the selected kind ({source.selects or 'any'}): is this the right data set?")
     if source.mapped and all(row["category"] in (OTHER, SHARED) for row in rows):
         raise CdeltaError(f"{name}: no row belongs to a category of category_maps (version {category_maps.VERSION}): its categories were renamed upstream.")
-    origin = {"source": name, "home": source.home, "revision": revision, "license": source.license, "gated": source.gated, "from": str(path or "upstream")}
+    origin = {
+        "source": name, "home": source.home, "revision": revision, "pinned": revision == source.revision, "license": source.license,
+        "gated": source.gated, "from": str(path or "upstream"),
+    }  # fmt: skip
     return Loaded(rows, sum(not group for group in found), origin)
 
 
 def _records(source: Source, split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
-    missing = [c for c in source.columns if c not in row]
+    named = {source.aliases.get(column, column): value for column, value in row.items()}
+    missing = [c for c in source.columns if c not in named]
     if missing:
         raise CdeltaError(
             f"{source.name}, {split} row {index}: no column {', '.join(missing)}: expected {', '.join(source.columns)}, found {', '.join(row)}."
         )
-    return source.to_rows(split, index, row)
+    return source.to_rows(split, index, named)
 
 
 def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
@@ -240,7 +259,7 @@ def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
     if path is None and source.url:
         path = download(source)
     if path is None:
-        revision = _hub_commit(source)
+        revision = source.revision or _newest_commit(source)
         return _load_dataset(source, source.hub, revision), revision
     if path.is_dir() and source.filename and (path / source.filename).is_file():
         path = path / source.filename
@@ -294,14 +313,16 @@ def download(source: Source) -> Path:
     return target
 
 
-def _hub_commit(source: Source) -> str:
-    """The commit that the hub's main branch points to now, so that the manifest can name it."""
+def _newest_commit(source: Source) -> str:
+    """The commit that the hub's main branch points to now, so that the manifest can name it; says so."""
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(source.hub, revision=source.revision, timeout=30).sha
+        commit = HfApi().dataset_info(source.hub, timeout=30).sha
     except Exception as error:  # the hub client's errors share no base class across its versions
         raise SourceUnavailable(_why_not(source, error)) from error
+    print(f"{source.name}: no revision is pinned for {source.hub}; reading its newest commit, {commit}.")
+    return commit
 
 
 def _load_dataset(source: Source, where: str, revision: str | None) -> Tables:

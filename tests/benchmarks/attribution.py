@@ -1,9 +1,10 @@
 """Attribution against the reference EAP-IG and TransformerBridge's EAP, at GPT-2-small size, on one thread.
 
-    python tests/benchmarks/attribution.py [--reference-python VENV/bin/python --reference-source EAP-IG/src]
+    python tests/benchmarks/attribution.py [--repeats 3] [--reference-python VENV/bin/python --reference-source EAP-IG/src]
 
-Writes figures/bench/attribution.csv. Every ratio comes from one run of this script on one machine. Seconds are CPU
-seconds of the process (on one thread the wall time of an idle machine; wall seconds stand beside them).
+Writes figures/bench/attribution.csv. Every measurement is a process of its own. They take turns, round after round (every
+other round backwards), and each ratio is formed within a round, so that a machine's changing load cancels; the table gives
+medians over the rounds and the ratios' extremes. Ratios are of processor seconds; wall seconds stand beside them.
 """
 
 import argparse
@@ -15,36 +16,60 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).with_name("workers.py")
-COLUMNS = ("task", "tool", "pairs", "micro_batch", "seconds", "cpu_seconds", "added_mb", "estimated_seconds",
-           "estimated_mb", "times_faster", "memory_share", "machine")  # fmt: skip
+THREADS = 1
+TASKS = {
+    "eap-ig, 5 steps": (("reference", 8, 8), [("ours-ig", 8, 8), ("ours-ig", 8, 4), ("ours-ig", 8, 2)]),
+    "eap": (("bridge", 2, 2), [("ours-eap", 2, 2)]),
+}
+"""Task -> the other tool's (worker, pairs, micro-batch), and ours."""
+MEASURES = ("seconds", "cpu_seconds", "added_mb", "estimated_seconds", "estimated_mb")
+COLUMNS = ("task", "tool", "pairs", "micro_batch", "rounds", *MEASURES, "times_faster", "times_faster_low", "times_faster_high",
+           "memory_share", "threads", "machine", "note")  # fmt: skip
 
 
-def work(python: str, worker: str, pairs: int, micro_batch: int, extra: str) -> dict:
-    """Run one worker; its measurements."""
-    command = [python, str(WORKERS), worker, str(pairs), str(micro_batch), extra]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def work(python: str, job: tuple, extra: str) -> dict:
+    """Run one worker in a process of its own; its measurements."""
+    command = [python, str(WORKERS), *map(str, job), extra]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
     if done.returncode:
-        sys.exit(f"{worker} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{job[0]} failed:\n{done.stderr[-2000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
-    print(worker, pairs, micro_batch, result, flush=True)
-    return {"tool": worker, "pairs": pairs, "micro_batch": micro_batch} | result
+    print(*job, result, flush=True)
+    return result
 
 
-def with_ratios(task: str, theirs: dict, ours: list[dict]) -> list[dict]:
-    """Rows of one task: how many times faster ours is, and our added memory as a share of theirs."""
-    for row in ours:
-        row["times_faster"] = round(theirs["cpu_seconds"] / row["cpu_seconds"], 2)
-        row["memory_share"] = round(row["added_mb"] / theirs["added_mb"], 4)
-    return [{"task": task, "machine": machine()} | row for row in [theirs, *ours]]
+def rounds(jobs: dict[tuple, tuple[str, str]], repeats: int) -> list[dict[tuple, dict]]:
+    """Per round, every job's measurements; `jobs` maps a job to its interpreter and last argument."""
+    order = list(jobs.items())
+    return [{job: work(python, job, extra) for job, (python, extra) in (order if i % 2 == 0 else order[::-1])} for i in range(repeats)]
+
+
+def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
+    """The table's rows of one task: medians over rounds, and ratios formed within each round; a tool that did not run has a note."""
+    theirs, ours = TASKS[task]
+    rows = []
+    for job in (theirs, *ours):
+        row = {"task": task, **dict(zip(("tool", "pairs", "micro_batch"), job)), "rounds": len(found), "threads": THREADS, "machine": machine()}
+        if job not in found[0]:
+            rows.append(row | {"rounds": 0, "note": "skipped: give --reference-python and --reference-source"})
+            continue
+        row |= {name: round(median(r[job][name] for r in found), 3) for name in MEASURES if name in found[0][job]}
+        if job != theirs and theirs in found[0]:
+            faster = [r[theirs]["cpu_seconds"] / r[job]["cpu_seconds"] for r in found]
+            row |= {"times_faster": round(median(faster), 2), "times_faster_low": round(min(faster), 2), "times_faster_high": round(max(faster), 2)}
+            row["memory_share"] = round(median(r[job]["added_mb"] / r[theirs]["added_mb"] for r in found), 4)
+        rows.append(row)
+    return rows
 
 
 def machine() -> str:
     """Processor and operating system."""
-    facts = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next(line.split(":")[1].strip() for line in facts if line.startswith("model name"))
+    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in facts if line.startswith("model name")), platform.processor())
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
@@ -56,23 +81,30 @@ def save_tokenizer(folder: str) -> None:
     toy_tokenizer().save_pretrained(folder)
 
 
+def table(repeats: int, reference: tuple[str, str], tokenizer: str) -> list[dict]:
+    """All rows; `reference` is its interpreter and source folder, or empty strings: then its row says that it was skipped."""
+    others = {"reference": reference, "bridge": (sys.executable, tokenizer)}
+    jobs = {}
+    for theirs, ours in TASKS.values():
+        jobs |= {theirs: others[theirs[0]]} if others[theirs[0]][0] else {}
+        jobs |= {job: (sys.executable, "") for job in ours}
+    found = rounds(jobs, repeats)
+    return [row for task in TASKS for row in rows_of(task, found)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--reference-python", default="", help="interpreter with transformer-lens < 4; empty = skip")
     parser.add_argument("--reference-source", default="", help="the src folder of hannamw/EAP-IG")
     args = parser.parse_args()
-    rows = []
-    if args.reference_python:
-        theirs = work(args.reference_python, "reference", 8, 8, args.reference_source)
-        rows += with_ratios("eap-ig, 5 steps", theirs, [work(sys.executable, "ours-ig", 8, m, "") for m in (8, 4, 2)])
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(folder)
-        theirs = work(sys.executable, "bridge", 2, 1, folder)
-    rows += with_ratios("eap", theirs, [work(sys.executable, "ours-eap", 2, 2, "")])
+        rows = table(args.repeats, (args.reference_python, args.reference_source), folder)
     target = ROOT / "figures" / "bench" / "attribution.csv"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(target)

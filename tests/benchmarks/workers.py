@@ -6,14 +6,25 @@ environment with transformer-lens < 4, its source folder given).
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 import transformers
-from measure import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cdelta.cost import measured  # noqa: E402
+
 LENGTH, STEPS, TOKENS = 24, 5, (5, 9)
+
+
+def measure(call) -> dict:
+    """Wall and processor seconds of ``call()``, and its peak of added memory in MB."""
+    cpu = time.process_time()
+    _, cost = measured(call)
+    cpu = time.process_time() - cpu
+    return {"seconds": round(cost.seconds, 3), "cpu_seconds": round(cpu, 3), "added_mb": round(cost.memory / 1e6, 1)}
 
 
 def gpt2_small():

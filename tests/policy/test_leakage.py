@@ -85,11 +85,12 @@ def test_a_hundred_thousand_prompts_take_seconds(record_property):
     words = [f"w{i}" for i in range(5000)]
     prompts = [" ".join(rng.choices(words, k=rng.randint(5, 20))) for _ in range(100_000)]
     prompts[-3:] = prompts[:3]
-    start = time.perf_counter()
+    start = time.process_time()
     found = leakage.near_duplicates(prompts)
-    record_property("seconds", time.perf_counter() - start)
+    seconds = time.process_time() - start
+    record_property("seconds", seconds)
     assert {(0, 99_997), (1, 99_998), (2, 99_999)} <= set(zip(found["left"], found["right"]))
-    assert time.perf_counter() - start < 60
+    assert seconds < 30
 
 
 def test_nothing_in_nothing_out():

@@ -30,7 +30,7 @@ def test_dropped_table_balances(cast):
 
 def test_sources_table_names_revision_and_licence(cast):
     table = overview.sources_table(cast).set_index("source")
-    assert table.loc["xstest", "license"] == "CC-BY-4.0" and table.loc["cast", "source_revision"].startswith("52be602") and table["rows"].sum() == len(cast.records)
+    assert table.loc["xstest", "license"] == "CC-BY-4.0" and table.loc["cast", "source_revision"].startswith("52be602") and table["pinned"].all() and table["rows"].sum() == len(cast.records)
 
 
 def test_sources_table_says_why_a_source_is_missing(monkeypatch):
@@ -38,8 +38,9 @@ def test_sources_table_says_why_a_source_is_missing(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    table = overview.sources_table(build_policy("synthetic", extra=["advbench"])).set_index("source")
-    assert table.loc["advbench", "rows"] == 0 and "no route" in table.loc["advbench", "note"] and table.loc["advbench", "gated"]
+    table = overview.sources_table(build_policy("synthetic", extra=["sorry-bench"])).set_index("source")
+    missing = table.loc["sorry-bench"]
+    assert missing["rows"] == 0 and "no route" in missing["note"] and missing["gated"] and not missing["pinned"]
 
 
 def test_overlaps_show_the_data_as_they_came(cast):
@@ -55,6 +56,15 @@ def test_lengths_and_yields_per_tokenizer(synthetic):
     assert lengths["small"] > lengths["large"] > 3
     yields = overview.pair_yields(synthetic, toks, splits=("discover",))
     assert len(yields) == 10 and (yields["targets"] == yields["pairs"] + yields["unpaired"]).all() and (yields["own_row"] <= yields["pairs"]).all()
+
+
+def test_tokenizers_to_compare_share_the_models_template(synthetic):
+    tok = trained_tokenizer(synthetic.records["prompt"].tolist(), 1500)
+    found = overview.tokenizers(tok, synthetic.records["prompt"].tolist(), vocabulary=400)
+    assert list(found)[:2] == ["the model's own", "BPE of 400 trained here"] and found["the model's own"] is tok
+    assert all(other.chat_template == tok.chat_template for other in found.values())
+    yields = overview.pair_yields(synthetic, found, splits=("discover",)).groupby("tokenizer", sort=False)["pairs"].sum()
+    assert (yields > 0).all() and yields.iloc[0] != yields.iloc[1]
 
 
 def test_third_party_prompts_are_shortened_and_ours_are_not(synthetic, cast):

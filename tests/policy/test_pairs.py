@@ -1,13 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 from helpers import real, row, trained_tokenizer
 from hypothesis import given, settings, strategies as st
-from transformers import AutoTokenizer
 
 from cdelta.errors import CdeltaError, TestSplitError, refuse_test
 from cdelta.policy.pairs import PromptPairs, chat_ids, choose_pairs, pair_yield
 from cdelta.policy.records import to_records
+from cdelta.policy.sources import CAST_COLUMNS, SOURCES
 
 TOK = trained_tokenizer(["tell me how to steal the red car", "tell me how to paint the red car"])
 prompts = st.lists(st.text(alphabet="ab cdé🙂\n", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=8)
@@ -96,9 +97,8 @@ def test_a_tokenizer_without_a_template_uses_the_fallback():
 def cast_yields(tok) -> dict[str, tuple[int, int]]:
     """Own-row and back-up pairs of each category among CAST's 700 train rows, duplicates and all."""
     data = json.loads((real("cast") / "condition_multiple.json").read_text())["train"]
-    columns = {"crime": "crime_planning", "hate": "hate_speech", "health": "health_consultation", "legal": "legal_opinion", "sexual": "sexual_content"}
-    rows = {c: [r | {"id": r["source_id"]} for i, d in enumerate(data) for r in paired(d[column], d["base"], str(i))] for c, column in columns.items()}
-    counts = {c: pair_yield(rows[c], tok) for c in columns}
+    rows = {c: [r | {"id": r["source_id"]} for i, d in enumerate(data) for r in paired(d[column], d["base"], str(i))] for c, column in CAST_COLUMNS.items()}
+    counts = {c: pair_yield(rows[c], tok) for c in CAST_COLUMNS}
     return {c: (found.own_row, found.backup) for c, found in counts.items()}
 
 
@@ -108,11 +108,23 @@ def test_cast_yields_pairs_in_every_category():
     assert all(own >= 70 and backup >= 100 for own, backup in yields.values()), yields
 
 
+class Lengths:
+    """A tokenizer that knows how many tokens each of CAST's prompts has under GPT-2's BPE, and nothing else."""
+
+    chat_template = "the prompt alone"
+
+    def __init__(self):
+        fixture = json.loads((Path(__file__).parents[1] / "fixtures" / "cast_gpt2_lengths.json").read_text())
+        assert fixture["source_sha256"] == SOURCES["cast"].sha256
+        data = json.loads((real("cast") / "condition_multiple.json").read_text())["train"]
+        self.of = {row[column]: n for column, counts in fixture["lengths"].items() for row, n in zip(data, counts, strict=True)}
+
+    def apply_chat_template(self, turn, **_):
+        return {"input_ids": [0] * self.of[turn[0]["content"]]}
+
+
 def test_cast_yields_are_the_known_ones_under_gpt2():
-    try:
-        tok = AutoTokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
-    except OSError:
-        pytest.skip("GPT-2's tokenizer is not in the local cache")
-    tok.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # the prompt alone
-    own = {category: own for category, (own, _) in cast_yields(tok).items()}
-    assert own == {"crime": 139, "hate": 128, "health": 116, "legal": 137, "sexual": 103}
+    """DATA.md: own-row 139, 128, 116, 137, 103; with the back-up pairs 357 to 385 in all."""
+    yields = cast_yields(Lengths())
+    assert {c: own for c, (own, _) in yields.items()} == {"crime": 139, "hate": 128, "health": 116, "legal": 137, "sexual": 103}
+    assert {c: own + backup for c, (own, backup) in yields.items()} == {"crime": 385, "hate": 378, "health": 357, "legal": 378, "sexual": 371}

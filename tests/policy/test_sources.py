@@ -56,15 +56,25 @@ def air_bench(folder: Path) -> None:
 
 def catqa(folder: Path) -> None:
     rows = [{"Question": "q one", "Category": "Hate/Harass/Violence", "Subcategory": "s"}, {"Question": "q two", "Category": "Malware Viruses", "Subcategory": "s"}]
-    (folder / "catqa_english.json").write_text("\n".join(map(json.dumps, rows)))
-    card(folder, "- config_name: default\n  data_files:\n  - split: en\n    path: catqa_english.json\n")
+    (folder / "data").mkdir()
+    (folder / "data" / "catqa_english.json").write_text("\n".join(map(json.dumps, rows)))
+    card(folder, "- config_name: default\n  data_files:\n  - split: en\n    path: data/catqa_english.json\n")
+
+
+def csv_file(name: str, columns: dict[str, list[str]]):
+    """The one file of a repository, as its authors keep it."""
+    return lambda folder: pd.DataFrame(columns).to_csv(folder / name, index=False)
 
 
 def walled(columns: dict[str, list[str]]):
+    """One Parquet shard, as the hub's copies by walledai have it."""
     def write(folder: Path) -> None:
         (folder / "data").mkdir()
         pd.DataFrame(columns).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return write
+
+
+FORBIDDEN = {"category": ["Sexual content", "Violence"], "source": ["x", "x"], "forbidden_prompt": ["p", "q"]}
 
 
 LAYOUTS = {
@@ -74,13 +84,12 @@ LAYOUTS = {
     "jailbreakbench": (jailbreakbench, [("crime", "target"), ("other", "other_harm"), ("crime", "benign"), ("benign", "benign")], 0),
     "air-bench": (air_bench, [("legal", "target"), ("health", "target")], 2),
     "catqa": (catqa, [("hate", "target"), ("other", "other_harm")], 0),
-    "advbench": (walled({"prompt": ["p"], "target": ["Sure"]}), [("crime", "target")], 0),
-    "strongreject": (
-        walled({"category": ["Sexual content", "Violence"], "source": ["x", "x"], "forbidden_prompt": ["p", "q"]}),
-        [("sexual", "target"), ("other", "other_harm")], 0,
-    ),
+    "advbench": (csv_file("harmful_behaviors.csv", {"goal": ["p"], "target": ["Sure"]}), [("crime", "target")], 0),
+    "strongreject": (csv_file("strongreject_dataset.csv", FORBIDDEN), [("sexual", "target"), ("other", "other_harm")], 0),
     "xstest": (
-        walled({"id": ["1", "2"], "prompt": ["p", "q"], "type": ["homonyms", "contrast_homonyms"], "label": ["safe", "unsafe"], "focus": ["", ""], "note": ["", ""]}),
+        csv_file("xstest_prompts.csv", {
+            "id": ["1", "2"], "prompt": ["p", "q"], "type": ["homonyms", "contrast_homonyms"], "label": ["safe", "unsafe"], "focus": ["", ""], "note": ["", ""],
+        }),
         [("benign", "borderline"), ("other", "other_harm")], 0,
     ),
 }  # fmt: skip
@@ -96,7 +105,43 @@ def test_hub_sources_load_from_a_folder_in_the_upstream_layout(name, tmp_path):
     assert [(r["category"], r["role"]) for r in loaded.rows] == expected and loaded.not_selected == not_selected
     assert {r["split"] for r in loaded.rows} == {"test"} and {r["license"] for r in loaded.rows} == {SOURCES[name].license}
     assert all(r["expected"] == ("refuse" if r["role"] in ("target", "other_harm") else "comply") for r in loaded.rows)
-    assert loaded.origin["gated"] == (name in ("sorry-bench", "advbench", "strongreject"))
+    assert loaded.origin["gated"] == (name == "sorry-bench")
+    assert [r["prompt"] for r in loaded.rows][:1] != [""] and loaded.origin["pinned"] is False  # a folder is not the pinned file
+
+
+@pytest.mark.parametrize("name, columns", [
+    ("advbench", {"prompt": ["p"], "target": ["Sure"]}), ("strongreject", {"prompt": ["p"], "category": ["Sexual content"], "source": ["x"]}),
+])  # fmt: skip
+def test_the_hubs_copies_with_other_column_names_load_too(name, columns, tmp_path):
+    walled(columns)(tmp_path)
+    assert [row["prompt"] for row in load(name, tmp_path).rows] == ["p"]
+
+
+def test_all_sources_but_two_are_pinned_to_a_commit():
+    """CatQA's and SORRY-Bench's commits are not known to us: no network to the hub where this was written."""
+    assert {name for name, source in SOURCES.items() if source.revision is None} == {"catqa", "sorry-bench"}
+    assert all(len(source.revision) == 40 and int(source.revision, 16) for source in SOURCES.values() if source.revision)
+    for source in SOURCES.values():
+        assert not source.url or (source.revision in source.url and len(source.sha256) == 64)
+
+
+def test_the_hub_is_read_at_the_pinned_commit_or_says_that_none_is_pinned(monkeypatch, capsys):
+    asked = {}
+
+    class Rows:
+        def to_list(self):
+            return [{"prompt": "p", "category": "hate", "Question": "p", "Category": "Adult Content"}]
+
+    def read(where, config, split, revision, cache_dir):
+        asked[where] = revision
+        return Rows()
+
+    monkeypatch.setattr("datasets.load_dataset", read)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: type("Info", (), {"sha": "c" * 40}))
+    pinned, newest = load("or-bench-toxic"), load("catqa")
+    assert asked == {"bench-llm/or-bench": SOURCES["or-bench-toxic"].revision, "declare-lab/CategoricalHarmfulQA": "c" * 40}
+    assert (pinned.origin["pinned"], newest.origin["pinned"]) == (True, False) and newest.rows[0]["source_revision"] == "c" * 40
+    assert capsys.readouterr().out == f"catqa: no revision is pinned for declare-lab/CategoricalHarmfulQA; reading its newest commit, {'c' * 40}.\n"
 
 
 def test_jailbreakbench_pairs_its_aligned_rows(tmp_path):
@@ -126,6 +171,14 @@ def test_harmbench_real_file():
     frame = pd.DataFrame(load("harmbench", real("harmbench")).rows)
     assert frame["category"].value_counts().to_dict() == {"crime": 188, "other": 187, "hate": 25}
     assert frame["source_revision"].unique().tolist() == [SOURCES["harmbench"].revision] and (frame["prompt"].str.count("\n\n") > 0).sum() >= 100
+
+
+@pytest.mark.parametrize("name", ["cast", "xstest", "harmbench", "gsm8k"])
+def test_the_real_files_are_the_pinned_ones_and_their_notes_agree(name):
+    folder, source = real(name), SOURCES[name]
+    assert sources.sha256(folder / source.filename) == source.sha256 and load(name, folder).origin["pinned"]
+    note = (folder / "SOURCE.txt").read_text()
+    assert source.revision in note and ("sha256 " not in note or source.sha256.startswith(note.split("sha256 ")[1].strip().rstrip(".")))
 
 
 def test_gsm8k_real_file():
@@ -188,8 +241,8 @@ def test_what_cannot_be_reached_is_unavailable_with_the_reason(monkeypatch):
         load("harmbench")
     with pytest.raises(SourceUnavailable, match="catqa: cannot be read from https://huggingface.co/datasets/declare-lab/CategoricalHarmfulQA .no route to host."):
         load("catqa")
-    with pytest.raises(SourceUnavailable, match="advbench: .*gated, so ask for access on its page and log in; no route to host"):
-        load("advbench")
+    with pytest.raises(SourceUnavailable, match="sorry-bench: .*gated, so ask for access on its page and log in; no route to host"):
+        load("sorry-bench")
 
 
 def test_downloads_are_checked_before_they_count(monkeypatch):

@@ -198,8 +198,9 @@ def test_a_hundred_thousand_rows_take_seconds(tmp_path, record_property):
     words = [f"w{i}" for i in range(20_000)]
     ask = lambda: " ".join(rng.choices(words, k=rng.randint(6, 16)))
     path = write_csv(tmp_path / "big.csv", [(ask(), ask()) for _ in range(100_000)])
-    start = time.perf_counter()
+    start = time.process_time()  # other work on the machine stretches the clock's seconds, not the processor's
     policy = build_policy(str(path))
-    record_property("seconds", time.perf_counter() - start)
+    seconds = time.process_time() - start
+    record_property("seconds", seconds)
     assert counts(policy)["read"] == 200_000 and adds_up(policy)
-    assert time.perf_counter() - start < 120
+    assert seconds < 60
