@@ -264,23 +264,30 @@ def measure_attacked(task: Task, method: Method, strength: float, records, /, **
     return pd.concat(found, ignore_index=True)
 
 
-def curve_row(rows: pd.DataFrame, base: pd.DataFrame, category: str, k: float) -> dict[str, float]:
+def curve_row(rows: pd.DataFrame, base: pd.DataFrame, category: str | Sequence[str], k: float) -> dict[str, float]:
     """``k, target, benign, other, utility``, as `edit.choose_scale` takes them, from validation rows and the base's.
 
-    ``benign`` is the worst category's benign refusal, ``other`` the largest change of another harmful category's rate.
+    ``target`` is the refusal of the category (of several: of the least refused), ``benign`` the worst category's benign refusal, ``other``
+    the largest change of another harmful category's rate.
     """
+    edited = [category] if isinstance(category, str) else list(category)
     refused = lambda frame: (frame["outcome"] == "refuse").groupby(frame["category"]).mean()
     role = lambda frame, *roles: frame[frame["role"].isin(roles)]
     harmful, harmful_base = refused(role(rows, "target", "other_harm")), refused(role(base, "target", "other_harm"))
-    change = (harmful - harmful_base).drop(category).abs()
+    change = (harmful - harmful_base).drop(edited).abs()
     utility = role(rows, "utility")["correct"].astype(float)
     return {
         "k": k,
-        "target": float(harmful[category]),
+        "target": float(harmful[edited].min()),
         "benign": float(refused(role(rows, "benign")).max()),
         "other": float(change.max()) if len(change) else 0.0,
         "utility": float(utility.mean()) if len(utility) else 1.0,
     }
+
+
+def edit_name(category: str | Sequence[str]) -> str:
+    """``edit_category`` of the rows: one category's name, or several joined by "+"."""
+    return category if isinstance(category, str) else "+".join(category)
 
 
 @dataclass(frozen=True)
@@ -298,12 +305,13 @@ class Chosen:
 
 
 def tune(
-    model, tok, options: Candidates, records, base: pd.DataFrame, category: str, caps: Caps, strengths: Sequence[float] = (), **how
+    model, tok, options: Candidates, records, base: pd.DataFrame, category: str | Sequence[str], caps: Caps, strengths: Sequence[float] = (), **how
 ) -> Chosen:
     """The candidate and strength with the highest target refusal on validation records within the caps.
 
     Args:
         records: validation rows; `base` are the base model's rows on them.
+        category: what is edited, one category or several.
         strengths: what to try; empty: `SCALES` for weight deltas, `STRENGTHS` for steering, 1 for a system prompt (always).
         how: as `measure` takes it (``metric``, ``batch_size``, ``max_new_tokens``, ``judge``, ``store`` ...).
     """
@@ -312,7 +320,7 @@ def tune(
     tried = []
     for name, method in options.items():
         for k in (1.0,) if isinstance(method, SystemPrompt) else strengths or grid(method):
-            rows = measure(model, tok, method, k, records, edit_category=category, variant=name, **how)
+            rows = measure(model, tok, method, k, records, edit_category=edit_name(category), variant=name, **how)
             tried.append({"candidate": name} | curve_row(rows, base, category, k))
     curve = pd.DataFrame(tried)
     best = {name: _best(part.to_dict("records"), caps) for name, part in curve.groupby("candidate", sort=False)}

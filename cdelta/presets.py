@@ -82,6 +82,18 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """What notebook 06 measures on the edited checkpoints."""
+
+    limit: int = 40
+    """Test prompts per category and role (half as many per skill) on which compositions and quantised models are judged; 0: all."""
+    common_scales: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
+    """Common scales for a sum of deltas that breaks the caps on validation at 1."""
+    joint: tuple[int, ...] = (2, 5)
+    """How many of the categories, the first ones, are also trained together."""
+
+
+@dataclass(frozen=True)
 class Ablation:
     """Values that notebook 07 varies, one at a time."""
 
@@ -113,6 +125,7 @@ class Preset:
     circuit: Circuit = field(default_factory=Circuit)
     edit: Edit = field(default_factory=Edit)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    deployment: Deployment = field(default_factory=Deployment)
     ablation: Ablation = field(default_factory=Ablation)
 
 
@@ -146,6 +159,7 @@ _BRIEF = {
     "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 1},
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
+    "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2]},
     "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
 }
 
