@@ -87,10 +87,14 @@ class Deployment:
 
     limit: int = 40
     """Test prompts per category and role (half as many per skill) on which compositions and quantised models are judged; 0: all."""
-    common_scales: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
+    common_scales: tuple[float, ...] = (0.85, 0.7, 0.5)
     """Common scales for a sum of deltas that breaks the caps on validation at 1."""
     joint: tuple[int, ...] = (2, 5)
     """How many of the categories, the first ones, are also trained together."""
+    runtimes: tuple[str, ...] = ("transformers", "ctranslate2", "ctranslate2:int8", "llama.cpp:F32", "llama.cpp:Q8_0", "llama.cpp:Q4_0")
+    """What answers in a process without cdelta (`elsewhere`)."""
+    formats: tuple[str, ...] = ("bfloat16 in 1", "bfloat16 in 4", "float16 in 4")
+    """Dtypes, and numbers of files, in which a small model is saved and edited."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ _BRIEF = {
     "attribution": {"steps": 2, "convergence": [1, 2], "exact_pairs": 1},
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
-    "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2]},
+    "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2], "runtimes": ["transformers"], "formats": ["bfloat16 in 4"]},
     "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
 }
 

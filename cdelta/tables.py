@@ -39,3 +39,10 @@ def kind_of(rows: pd.DataFrame, category: str) -> pd.Series:
     kind[(rows["role"] == "benign") & own] = "benign"
     kind[(rows["role"] == "target") & own] = "target"
     return kind
+
+
+def kind_rates(rows: pd.DataFrame, category: str) -> pd.DataFrame:
+    """Rows ``method, attack, kind, rate, low, high, n`` for the edit of `category`: refusal per `kind_of`, for the skills accuracy."""
+    kind = kind_of(rows, category).rename("kind")
+    hits = (rows["outcome"] == "refuse").where(kind != "skills", rows["correct"].fillna(False).astype(bool))
+    return rate_table(hits, [rows["method"], rows["attack"], kind])
