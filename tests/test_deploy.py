@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cdelta import deploy
 from cdelta.checkpoint import Checkpoint
-from cdelta.delta import WeightDelta, WrongBase
+from cdelta.delta import WeightDelta, WrongBase, compose
 from cdelta.deploy import export_lora, read_record, revert, save_edited, verify
 from cdelta.errors import CdeltaError
 from cdelta.generation import generate
@@ -381,6 +381,8 @@ def test_model_card_says_what_was_done(tmp_path):
     card = (out / "README.md").read_text()
     for text in ("weapons", f"{delta.count():,} parameters", "| target | 0.988 |", "cdelta verify", "cdelta revert", "Limits", "0.5·ΔΘ"):
         assert text in card
+    both = save_edited(base, compose([delta, delta.with_metadata(category="fraud")]), tmp_path / "both")
+    assert "edited to refuse weapons+fraud" in (both / "README.md").read_text() and "?" not in (both / "README.md").read_text()
     record = read_record(out)
     assert record["scale"] == 0.5 and record["delta_hash"] == delta.hash() and record["mask_hash"] == mask_of(load(base)).hash()
     (out / "cdelta" / "edit.json").write_text("{")
