@@ -104,6 +104,10 @@ class Ablation:
     budgets: tuple[float, ...] = (0.01, 0.05)
     scales: tuple[float, ...] = (0.5, 0.7, 0.9)
     selective: tuple[str, ...] = ("difference",)
+    factors: tuple[float, ...] = (0.0, 1.5)
+    """Factors on k that every layer tries."""
+    layer_limit: int = 20
+    """Validation prompts per category, role and skill that they are tried on."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ _BRIEF = {
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
     "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2], "runtimes": ["transformers"], "formats": ["bfloat16 in 4"]},
-    "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
+    "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"], "factors": [0.0], "layer_limit": 2},
 }
 
 PRESETS = {

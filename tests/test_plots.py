@@ -57,3 +57,18 @@ def test_scale_curve_marks_the_chosen_scale():
     table = pd.DataFrame({"category": "crime", "k": [0.0, 1.0], "kind": "target", "rate": [0.2, 1.0], "low": [0.1, 0.9], "high": [0.3, 1.0]})
     axis = plots.scale_curves(table, {"crime": 0.75}).axes[0]
     assert axis.lines[0].get_ydata().tolist() == [20.0, 100.0] and list(axis.lines[1].get_xdata()) == [0.75, 0.75]
+
+
+def test_composition_map_frames_what_was_edited():
+    cells = [("base", "crime", False, 0.1), ("base", "hate", False, 0.2), ("hate", "crime", False, 0.1), ("hate", "hate", True, 1.0)]
+    table = pd.DataFrame(cells, columns=["subset", "prompt_category", "edited", "refusal"]).assign(benign_refusal=[0.0, 0.02, 0.0, 0.0], utility=0.5)
+    main, ends, _ = plots.composition_map(table).axes
+    assert [t.get_text() for t in main.texts] == ["10", "20", "10", "100"] and [t.get_text() for t in ends.texts] == ["2", "50", "0", "50"]
+    (frame,) = main.patches
+    assert (round(frame.get_x() + 0.46), round(frame.get_y() + 0.42)) == (1, 1)
+
+
+def test_unchanged_entries_are_left_white():
+    fig = plots.touched_entries({"q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))})
+    images = [ax.images[0] for ax in fig.axes[:2]]
+    assert images[0].get_array().mask.sum() == 3 and {image.get_clim() for image in images} == {(0.0, 2.0)}
