@@ -85,8 +85,8 @@ class Evaluation:
 class Deployment:
     """What notebook 06 measures on the edited checkpoints."""
 
-    limit: int = 40
-    """Test prompts per category and role (half as many per skill) on which compositions and quantised models are judged; 0: all."""
+    limit: int = 25
+    """Test prompts per category and role (a third as many per skill) on which compositions and quantised models are judged; 0: all."""
     common_scales: tuple[float, ...] = (0.85, 0.7, 0.5)
     """Common scales for a sum of deltas that breaks the caps on validation at 1."""
     joint: tuple[int, ...] = (2, 5)

@@ -65,7 +65,7 @@ print(f"{category}: k = {k}, {delta.count():,} entries")
 # %% [markdown]
 # ## The prompts
 #
-# Test prompts, at most `deployment.limit` per category and role and half as many per skill, judged as in notebook 05. Whatever is *chosen*
+# Test prompts, at most `deployment.limit` per category and role and a third of that per skill, judged as in notebook 05. Whatever is *chosen*
 # below (a common scale) is chosen on validation prompts.
 
 # %%
@@ -75,7 +75,7 @@ base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 how, limit = run.settings.edit, run.settings.deployment.limit
 ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size}
 plain = base[(base["ood_set"] == "") & (base["role"] != "borderline")]
-few = pd.concat([experiment.limited(plain[plain["role"] != "utility"], limit), experiment.limited(plain[plain["role"] == "utility"], limit // 2)])
+few = pd.concat([experiment.limited(plain[plain["role"] != "utility"], limit), experiment.limited(plain[plain["role"] == "utility"], max(limit // 3, min(limit, 1)))])
 test, val = few[few["split"] == "test"], few[few["split"] == "val"]
 base_rows = evaluate.evaluate(lm, tok, test, **ask)
 edited_rows = baselines.measure(lm, tok, delta, k, test, method="cdelta", edit_category=category, **ask)
@@ -125,9 +125,8 @@ for _ in ("flip", "flip back"):
 # its own converter) and llama.cpp (as GGUF), also at fewer bits.
 
 # %%
-prompts = test[test["role"].isin(("target", "benign", "utility"))].groupby(["category", "role"]).head(min(limit, 12))
-with delta.applied(lm, k):
-    ours = evaluate.evaluate(lm, tok, prompts, **ask)
+prompts = test[test["role"].isin(("target", "benign", "utility"))].groupby(["category", "role"]).head(min(limit or 8, 8))
+ours = baselines.measure(lm, tok, delta, k, prompts, method="cdelta", edit_category=category, **ask)
 found = []
 for runtime in run.settings.deployment.runtimes:
     command = [sys.executable, str(paths.ROOT / "cdelta" / "elsewhere.py"), str(edited), str(ask["max_new_tokens"]), runtime]
