@@ -26,12 +26,15 @@ def subsets(categories: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def common_scale(model, tok, delta: WeightDelta, subset: Sequence[str], records, base: pd.DataFrame, caps: Caps, scales: Sequence[float], **how) -> Chosen:
-    """1 where the composed delta meets the caps on validation `records`; else the best of `scales`, which shrink all its parts alike.
+    """The first scale of 1 and `scales` (falling) at which the composed delta meets the caps on validation; where none does, the last.
 
-    Arguments as `baselines.tune` takes them.
+    Such a scale shrinks all parts alike. Other arguments as `baselines.tune` takes them.
     """
-    own = tune(model, tok, {"": delta}, records, base, subset, caps, (1.0,), **how)
-    return own if own.within_caps else tune(model, tok, {"": delta}, records, base, subset, caps, scales, **how)
+    for scale in (1.0, *scales):
+        chosen = tune(model, tok, {"": delta}, records, base, subset, caps, (scale,), **how)
+        if chosen.within_caps:
+            break
+    return chosen
 
 
 def merged(rows: pd.DataFrame, subset: Sequence[str]) -> pd.DataFrame:

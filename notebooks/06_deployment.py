@@ -66,7 +66,7 @@ print(f"{category}: k = {k}, {delta.count():,} entries")
 # ## The prompts
 #
 # Test prompts, at most `deployment.limit` per category and role and a third of that per skill, judged as in notebook 05. Whatever is *chosen*
-# below (a common scale) is chosen on validation prompts.
+# below (a common scale) is chosen on the validation prompts of notebook 04, under the same caps.
 
 # %%
 lm, tok = experiment.load_subject(run)
@@ -76,7 +76,7 @@ how, limit = run.settings.edit, run.settings.deployment.limit
 ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size}
 plain = base[(base["ood_set"] == "") & (base["role"] != "borderline")]
 few = pd.concat([experiment.limited(plain[plain["role"] != "utility"], limit), experiment.limited(plain[plain["role"] == "utility"], max(limit // 3, min(limit, 1)))])
-test, val = few[few["split"] == "test"], few[few["split"] == "val"]
+test, val = few[few["split"] == "test"], experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
 base_rows = evaluate.evaluate(lm, tok, test, **ask)
 edited_rows = baselines.measure(lm, tok, delta, k, test, method="cdelta", edit_category=category, **ask)
 selectivity = results.selectivity(pd.concat([base_rows, edited_rows]))
@@ -270,8 +270,8 @@ for size in (n for n in run.settings.deployment.joint if 1 < n <= len(categories
     together, name = categories[:size], "+".join(categories[:size])
     mask = compose.union_mask([experiment.load_mask(run, c, spec) for c in together])
     stop = experiment.stop_rule(lm, tok, compose.merged(val, together), name, metric, how.refuse_at, how.tolerance)
-    joint = fit_delta(lm, tok, mask, *experiment.training_rows(compose.merged(base, together), name, seed), stop=stop, seed=seed, steps=how.max_steps,
-                      check_every=how.check_every, lr=how.lr, batch_size=how.batch_size, retain_share=how.retain_share, objective=how.objective)
+    joint = fit_delta(lm, tok, mask, *experiment.training_rows(compose.merged(base, together), name, seed), stop=stop, seed=seed,
+                      **experiment.fit_settings(how))
     best = baselines.tune(lm, tok, {"": joint}, val, val_base, together, caps, how.scales, method="joint", **ask)
     rules.append(baselines.measure(lm, tok, joint, best.strength, test, method="joint", edit_category=name, **ask))
 

@@ -31,8 +31,8 @@ def test_a_sum_within_the_caps_keeps_its_scale_and_another_shrinks(monkeypatch):
     ask = lambda delta: compose.common_scale(None, None, delta, ("crime", "hate"), [], rows_of(), Caps(benign=0.1), (0.9, 0.8, 0.5))
     assert ask("mild").strength == 1.0 and tried == [1.0]
     chosen = ask("wild")
-    assert (chosen.strength, chosen.within_caps) == (0.8, True)
-    assert chosen.curve.set_index("k").loc[0.8, "target"] == 0.75  # the least refused of the two, in quarters
+    assert (chosen.strength, chosen.within_caps) == (0.8, True) and tried == [1.0, 1.0, 0.9, 0.8]
+    assert chosen.curve["target"].item() == 0.75  # the least refused of the two, in quarters
 
 
 def test_merging_makes_one_category_of_several():
