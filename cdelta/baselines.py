@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Callable, ContextManager, Iterator, Mapping, Protocol, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from cdelta.delta import WeightDelta
 from cdelta.edit import NO_LABEL, Caps, Stop, answer_logits, choose_scale, collate, example_ids, fit_delta, stop_ids
 from cdelta.errors import CdeltaError, TestSplitError, refuse_test
 from cdelta.evaluate import evaluate
-from cdelta.mask import ParameterMask, gradient_scores, layer_matched, magnitude_scores, module_mask, random_mask
+from cdelta.mask import ParameterMask, gradient_scores, layer_matched, layer_of, magnitude_scores, module_mask, random_mask
 from cdelta.models import ModelSpec
 from cdelta.steering import Ablation, Addition, Bias, Cast, SystemPrompt, behaviour_vectors, prompt_vectors, search_condition
 
@@ -264,23 +265,30 @@ def measure_attacked(task: Task, method: Method, strength: float, records, /, **
     return pd.concat(found, ignore_index=True)
 
 
-def curve_row(rows: pd.DataFrame, base: pd.DataFrame, category: str, k: float) -> dict[str, float]:
+def curve_row(rows: pd.DataFrame, base: pd.DataFrame, category: str | Sequence[str], k: float) -> dict[str, float]:
     """``k, target, benign, other, utility``, as `edit.choose_scale` takes them, from validation rows and the base's.
 
-    ``benign`` is the worst category's benign refusal, ``other`` the largest change of another harmful category's rate.
+    ``target`` is the refusal of the category (of several: of the least refused), ``benign`` the worst category's benign refusal, ``other``
+    the largest change of another harmful category's rate.
     """
+    edited = [category] if isinstance(category, str) else list(category)
     refused = lambda frame: (frame["outcome"] == "refuse").groupby(frame["category"]).mean()
     role = lambda frame, *roles: frame[frame["role"].isin(roles)]
     harmful, harmful_base = refused(role(rows, "target", "other_harm")), refused(role(base, "target", "other_harm"))
-    change = (harmful - harmful_base).drop(category).abs()
+    change = (harmful - harmful_base).drop(edited).abs()
     utility = role(rows, "utility")["correct"].astype(float)
     return {
         "k": k,
-        "target": float(harmful[category]),
+        "target": float(harmful[edited].min()),
         "benign": float(refused(role(rows, "benign")).max()),
         "other": float(change.max()) if len(change) else 0.0,
         "utility": float(utility.mean()) if len(utility) else 1.0,
     }
+
+
+def edit_name(category: str | Sequence[str]) -> str:
+    """``edit_category`` of the rows: one category's name, or several joined by "+"."""
+    return category if isinstance(category, str) else "+".join(category)
 
 
 @dataclass(frozen=True)
@@ -298,12 +306,13 @@ class Chosen:
 
 
 def tune(
-    model, tok, options: Candidates, records, base: pd.DataFrame, category: str, caps: Caps, strengths: Sequence[float] = (), **how
+    model, tok, options: Candidates, records, base: pd.DataFrame, category: str | Sequence[str], caps: Caps, strengths: Sequence[float] = (), **how
 ) -> Chosen:
     """The candidate and strength with the highest target refusal on validation records within the caps.
 
     Args:
         records: validation rows; `base` are the base model's rows on them.
+        category: what is edited, one category or several.
         strengths: what to try; empty: `SCALES` for weight deltas, `STRENGTHS` for steering, 1 for a system prompt (always).
         how: as `measure` takes it (``metric``, ``batch_size``, ``max_new_tokens``, ``judge``, ``store`` ...).
     """
@@ -312,12 +321,38 @@ def tune(
     tried = []
     for name, method in options.items():
         for k in (1.0,) if isinstance(method, SystemPrompt) else strengths or grid(method):
-            rows = measure(model, tok, method, k, records, edit_category=category, variant=name, **how)
+            rows = measure(model, tok, method, k, records, edit_category=edit_name(category), variant=name, **how)
             tried.append({"candidate": name} | curve_row(rows, base, category, k))
     curve = pd.DataFrame(tried)
     best = {name: _best(part.to_dict("records"), caps) for name, part in curve.groupby("candidate", sort=False)}
     name = max(best, key=lambda n: (caps.excess(best[n]) <= 1e-9, best[n]["target"]))
     return Chosen(name, options[name], best[name]["k"], caps.excess(best[name]) <= 1e-9, curve)
+
+
+def tune_layers(
+    model, tok, delta: WeightDelta, k: float, records, base: pd.DataFrame, category: str, caps: Caps,
+    factors: Sequence[float] = (0.0, 0.5, 1.5), groups: int = 6, **how,
+) -> tuple[WeightDelta, pd.DataFrame]:  # fmt: skip
+    """One scale per group of neighbouring layers instead of one k: each group in turn takes the factor on k that is best on validation.
+
+    Better is: within the caps; then more target refusal; then a smaller update, so that layers that nothing needs fall to 0. Arguments as
+    `tune` takes them. Returns the delta times k and its factors (its own scale is then 1), and a row per attempt: ``layers, factor, norm,
+    kept`` and those of `curve_row`.
+    """
+    layers, scales, tried = sorted({layer_of(name) for name in delta.values}), {}, []
+    parts = [("all", {}, 1.0)] + [
+        (f"{part[0]}-{part[-1]}", part, factor) for part in np.array_split(layers, min(groups, len(layers))) for factor in factors
+    ]  # fmt: skip
+    for name, part, factor in parts:
+        wanted = scales | {int(layer): factor for layer in part}
+        scaled = (k * delta).scaled_by_layer(wanted)
+        rows = measure(model, tok, scaled, 1.0, records, edit_category=category, **how)
+        row = {"layers": name, "factor": factor, "norm": scaled.norm()} | curve_row(rows, base, category, k)
+        merit = lambda row: (caps.excess(row) <= 1e-9, row["target"], -row["norm"])
+        row["kept"] = not tried or merit(row) > max(merit(r) for r in tried if r["kept"])
+        scales = wanted if row["kept"] else scales
+        tried.append(row)
+    return (k * delta).scaled_by_layer(scales), pd.DataFrame(tried)
 
 
 def grid(method: Method) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 from transformers.utils import logging
 
 from cdelta.checkpoint import local_folder
-from cdelta.delta import WeightDelta
+from cdelta.delta import OVERLAPS, WeightDelta, compose
 from cdelta.deploy import export_lora, revert, save_edited, verify
 from cdelta.errors import CdeltaError
 
@@ -41,7 +41,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: edit, apply, revert, verify, lora."""
+    """The command line: edit, apply, revert, verify, lora, combine."""
     top = OneLineParser(prog="cdelta", description="Selective refusal as a sparse weight edit on an ordinary checkpoint.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_edit(commands)
@@ -51,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--scale", type=float, help="k (default: what EDITED records)")
     check.add_argument("--json", metavar="FILE", help="write the report there as well")
     _add(commands, "lora", _lora, "write the delta as a PEFT adapter", ["DELTA", "OUT"], scale=1.0)
+    several = _add(commands, "combine", _combine, "write several deltas, each times its own k, as one", [])
+    several.add_argument("deltas", metavar="DELTA", nargs="+")
+    several.add_argument("out", metavar="OUT")
+    several.add_argument("--overlap", choices=sorted(OVERLAPS), default="sum", help="what entries get that several deltas own (default: %(default)s)")
     return top
 
 
@@ -121,6 +125,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _lora(arguments: argparse.Namespace) -> int:
     out = export_lora(WeightDelta.load(arguments.delta), arguments.out, arguments.scale)
     _say(f"Wrote {out}; load it with: peft.PeftModel.from_pretrained(model, {str(out)!r})")
+    return 0
+
+
+def _combine(arguments: argparse.Namespace) -> int:
+    combined = compose([WeightDelta.load(folder) for folder in arguments.deltas], arguments.overlap)
+    _say(f"Wrote {combined.save(arguments.out)}: {combined.metadata['category']}, {combined.count():,} entries; apply it at scale 1.")
     return 0
 
 

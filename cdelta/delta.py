@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -198,19 +198,22 @@ class WeightDelta:
 # ---------------------------------------------------------------------- several deltas
 
 
+def compose(deltas: Sequence[WeightDelta], overlap: str = "sum") -> WeightDelta:
+    """Edits of several categories as one whose own scale is 1: each times its chosen k (1 where it records none), joined by `combine`."""
+    parts = [{"category": d.metadata.get("category"), "k": d.metadata.get("k", 1.0), "hash": d.hash()} for d in deltas]
+    joined = combine([part["k"] * delta for part, delta in zip(parts, deltas)], overlap)
+    return joined.with_metadata(category="+".join(str(part["category"]) for part in parts), k=1.0, overlap=overlap, parts=parts)
+
+
 def combine(deltas: Sequence[WeightDelta], overlap: str = "sum") -> WeightDelta:
-    """Several deltas as one, on the union of their masks.
+    """Several deltas as one, on the union of their masks; `overlap`, a key of `OVERLAPS`, settles entries that several own.
 
-    Args:
-        overlap: what an entry gets that several deltas own: the ``sum``, the ``mean`` of the owners, or the value of ``largest``
-            magnitude (of equal magnitudes with opposite signs: the positive one).
-
-    The order of the deltas changes nothing beyond float64 rounding.
+    Formed in float64 on sorted values and rounded once to fp32, so that the order of the deltas changes no bit.
     """
     if not deltas:
         raise CdeltaError("no weight deltas to combine.")
-    if overlap not in ("sum", "mean", "largest"):
-        raise CdeltaError(f"unknown overlap rule {overlap!r}: use sum, mean or largest.")
+    if overlap not in OVERLAPS:
+        raise CdeltaError(f"unknown overlap rule {overlap!r}: use {', '.join(OVERLAPS)}.")
     _check_same_base(deltas)
     slices = reduce(union_slices, [d.slices for d in deltas])
     values = {name: _combined(name, slices[name], [d for d in deltas if name in d.values], overlap) for name in slices}
@@ -219,21 +222,34 @@ def combine(deltas: Sequence[WeightDelta], overlap: str = "sum") -> WeightDelta:
 
 def _combined(name: str, where: tuple[int, Tensor], owners: Sequence[WeightDelta], overlap: str) -> Tensor:
     dim, index = where
-    total = torch.zeros(_slice_shape(owners[0].values[name].shape, dim, index), dtype=torch.float64)
-    count = torch.zeros(len(index), dtype=torch.float64)
-    for delta in owners:
+    values = torch.zeros(len(owners), *_slice_shape(owners[0].values[name].shape, dim, index), dtype=torch.float64)
+    n_owners = torch.zeros([len(index) if axis == dim else 1 for axis in range(values.dim() - 1)], dtype=torch.float64)
+    for part, delta in zip(values, owners):
         rows = torch.searchsorted(index, delta.slices[name][1])
-        part = delta.values[name].double()
-        count[rows] += 1
-        if overlap == "largest":
-            held = total.index_select(dim, rows)
-            wins = (part.abs() > held.abs()) | ((part.abs() == held.abs()) & (part > held))
-            put(total, dim, rows, torch.where(wins, part, held))
-        else:
-            total.index_add_(dim, rows, part)
-    if overlap == "mean":
-        total /= count.view([-1 if axis == dim else 1 for axis in range(total.dim())])
-    return total.float()
+        put(part, dim, rows, delta.values[name].double())
+        n_owners.index_add_(dim, rows, torch.ones_like(n_owners).index_select(dim, rows))
+    return OVERLAPS[overlap](values.sort(0).values, n_owners).float()
+
+
+def _largest(values: Tensor, n_owners: Tensor) -> Tensor:
+    low, high = values.amin(0), values.amax(0)
+    return torch.where(high >= -low, high, low)
+
+
+def _elected(values: Tensor, n_owners: Tensor) -> Tensor:
+    agree = (values.sign() == values.sum(0).sign()) & (values != 0)
+    return (values * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+OVERLAPS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda values, n_owners: values.sum(0),
+    "mean": lambda values, n_owners: values.sum(0) / n_owners,
+    "largest": _largest,
+    "elect": _elected,
+}
+"""What an entry gets from its owners' values (stacked along the first axis, 0 where a delta does not own it): their ``sum``; their
+``mean``; the one of ``largest`` magnitude (of opposite equals the positive one); or, as TIES does (arXiv 2306.01708, section 3), ``elect``:
+the mean of those whose sign is the sum's."""
 
 
 def _check_same_base(deltas: Sequence[WeightDelta]) -> None:

@@ -381,6 +381,7 @@ def model_card(delta: WeightDelta, scale: float, selectivity: Sequence[Mapping[s
     base, category = facts.get("base") or "unknown", facts.get("category") or "one category"
     mask = facts.get("mask", {})
     owned = f"{delta.count():,} parameters" + (f" ({100 * mask['fraction']:.2f} % of the model)" if "fraction" in mask else "")
+    units = f": {mask['heads']} attention heads and {mask['neurons']} MLP neurons" if "heads" in mask else ""
     table = _markdown_table(selectivity) or "Not measured when this card was written."
     front = ["---", "library_name: transformers", *([f"base_model: {base}"] if "/" in base and not Path(base).exists() else [])]
     return "\n".join(
@@ -390,7 +391,7 @@ def model_card(delta: WeightDelta, scale: float, selectivity: Sequence[Mapping[s
             f"Base model: `{base}` (content hash `{str(facts.get('base_hash'))[:16]}`). Weights only: no hook, no router, no prompt.", "",
             "## Method", "",
             f"C-ΔΘ (arXiv 2602.04521) with cdelta {cdelta.__version__}: θ' = θ + {scale:g}·ΔΘ, where ΔΘ = θ⁺ − θ⁻ was trained on a mask",
-            f"of {owned}: {mask.get('heads', '?')} attention heads and {mask.get('neurons', '?')} MLP neurons.",
+            f"of {owned}{units}.",
             f"Mask hash `{delta.mask_hash()[:16]}`, delta hash `{delta.hash()[:16]}`.", "",
             "## Selectivity", "", table, "",
             "## Limits", "",

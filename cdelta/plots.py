@@ -396,8 +396,8 @@ def loss_curves(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def panels(table: pd.DataFrame, panel: str, x: str, hue: str, ylabel: str) -> Figure:
-    """`rates` in one panel per value of `panel`, methods in their fixed colours."""
+def panels(table: pd.DataFrame, panel: str, x: str, hue: str, ylabel: str, colours: Mapping = METHOD_COLOURS) -> Figure:
+    """`rates` in one panel per value of `panel`, each `hue` in its fixed colour."""
     names, groups, kinds = (list(dict.fromkeys(table[column])) for column in (panel, x, hue))
     with style():
         fig, axes = plt.subplots(1, max(len(names), 1), figsize=(PAGE, 2.2), squeeze=False, sharey=True)
@@ -406,7 +406,7 @@ def panels(table: pd.DataFrame, panel: str, x: str, hue: str, ylabel: str) -> Fi
                 rows = table[(table[panel] == name) & (table[hue] == kind)]
                 at = [groups.index(g) + (place - (len(kinds) - 1) / 2) * 0.6 / len(kinds) for g in rows[x]]
                 err = 100 * np.abs(np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]]))
-                ax.errorbar(at, 100 * rows["rate"], err, fmt="o", ms=3, lw=1, capsize=1.5, label=kind, color=colour_of(kind, METHOD_COLOURS))
+                ax.errorbar(at, 100 * rows["rate"], err, fmt="o", ms=3, lw=1, capsize=1.5, label=kind, color=colour_of(kind, colours))
             ax.set(title=str(name).replace("_", " "), ylim=(-4, 104), xlim=(-0.5, len(groups) - 0.5))
             ax.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
         axes[0, 0].set_ylabel(ylabel)
@@ -459,4 +459,44 @@ def forest(table: pd.DataFrame, label: str, value: str, xlabel: str, low: str = 
         if hue:
             handles, names = axes[0, 0].get_legend_handles_labels()
             fig.legend(handles, names, loc="outside upper center", ncols=len(names))
+    return fig
+
+
+def composition_map(table: pd.DataFrame) -> Figure:
+    """Refusal of every kind of prompt (columns) under every composed edit (rows), cells that the edit aims at framed.
+
+    Rows of `compose.interference` with one method per subset, the base first. Last columns: the worst category's benign refusal, and skills.
+    """
+    wide = table.pivot(index="subset", columns="prompt_category", values="refusal")
+    wide = wide.loc[list(dict.fromkeys(table["subset"])), list(dict.fromkeys(table["prompt_category"]))]
+    aimed = table.pivot(index="subset", columns="prompt_category", values="edited").loc[wide.index, wide.columns]
+    ends = table.groupby("subset").agg(**{"worst twins": ("benign_refusal", "max"), "skills": ("utility", "first")}).loc[wide.index]
+    with style():
+        fig, axes = plt.subplots(1, 2, figsize=(PAGE, 0.9 + 0.19 * len(wide)), sharey=True, width_ratios=(len(wide.columns), 2))
+        for ax, values, label in ((axes[0], wide, "prompts of"), (axes[1], ends, "")):
+            image = ax.imshow(100 * values.to_numpy(float), cmap="rocket_r", vmin=0, vmax=100, aspect="auto")
+            for (row, column), value in np.ndenumerate(100 * values.to_numpy(float)):
+                ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if value > 45 else "0.2")
+            ax.set_xticks(range(len(values.columns)), values.columns)
+            ax.set(xlabel=label)
+            ax.tick_params(length=0, labeltop=False)
+        for row, column in zip(*np.nonzero(aimed.to_numpy(bool))):
+            axes[0].add_patch(plt.Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, fill=False, ec=_PALETTE[0], lw=1.3))
+        axes[0].set_yticks(range(len(wide)), [name.replace("+", " + ") for name in wide.index])
+        fig.colorbar(image, ax=axes.tolist(), label="refused, or skills correct (%)", shrink=0.6, aspect=30)
+    return fig
+
+
+def touched_entries(maps: Mapping[str, np.ndarray]) -> Figure:
+    """Which entries of some weight matrices differ between two checkpoints: one panel per matrix, |difference|, unchanged entries white."""
+    with style():
+        fig, axes = plt.subplots(1, len(maps), figsize=(PAGE, 2.1), squeeze=False)
+        bound = max(float(values.max()) for values in maps.values()) or 1.0
+        for ax, (name, values) in zip(axes[0], maps.items()):
+            shown = np.ma.masked_equal(values, 0)
+            image = ax.imshow(shown, cmap="flare", vmin=0, vmax=bound, aspect="auto", interpolation="nearest")
+            ax.set(title=name, xlabel="input", ylabel="output")
+            for spine in ax.spines.values():
+                spine.set_visible(True)
+        fig.colorbar(image, ax=axes[0].tolist(), label="|change|", shrink=0.9)
     return fig

@@ -100,12 +100,32 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Deployment:
+    """What notebook 06 measures on the edited checkpoints."""
+
+    limit: int = 25
+    """Test prompts per category and role (a third as many per skill) on which compositions and quantised models are judged; 0: all."""
+    common_scales: tuple[float, ...] = (0.85, 0.7, 0.5)
+    """Common scales for a sum of deltas that breaks the caps on validation at 1."""
+    joint: tuple[int, ...] = (2, 5)
+    """How many of the categories, the first ones, are also trained together."""
+    runtimes: tuple[str, ...] = ("transformers", "ctranslate2", "ctranslate2:int8", "llama.cpp:F32", "llama.cpp:Q8_0", "llama.cpp:Q4_0")
+    """What answers in a process without cdelta (`elsewhere`)."""
+    formats: tuple[str, ...] = ("bfloat16 in 1", "bfloat16 in 4", "float16 in 4")
+    """Dtypes, and numbers of files, in which a small model is saved and edited."""
+
+
+@dataclass(frozen=True)
 class Ablation:
     """Values that notebook 07 varies, one at a time."""
 
     budgets: tuple[float, ...] = (0.01, 0.05)
     scales: tuple[float, ...] = (0.5, 0.7, 0.9)
     selective: tuple[str, ...] = ("difference",)
+    factors: tuple[float, ...] = (0.0, 1.5)
+    """Factors on k that every layer tries."""
+    layer_limit: int = 20
+    """Validation prompts per category, role and skill that they are tried on."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,7 @@ class Preset:
     circuit: Circuit = field(default_factory=Circuit)
     edit: Edit = field(default_factory=Edit)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    deployment: Deployment = field(default_factory=Deployment)
     ablation: Ablation = field(default_factory=Ablation)
 
 
@@ -165,7 +186,8 @@ _BRIEF = {
     "circuit": {"pairs": 3, "fractions": [0.05, 0.5, 1.0], "seeds": 1, "draws": 1, "edge_pairs": 1, "bootstrap": 3, "again_pairs": 2, "left_out": 10},
     "edit": {"max_steps": 4, "check_every": 2, "batch_size": 8, "scales": [0.0, 1.0]},
     "evaluation": {"max_new_tokens": 12, "limit": 3},
-    "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
+    "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2], "runtimes": ["transformers"], "formats": ["bfloat16 in 4"]},
+    "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"], "factors": [0.0], "layer_limit": 2},
 }
 
 PRESETS = {

@@ -10,6 +10,7 @@ from typing import Sequence
 
 import pandas as pd
 
+from cdelta.policy.records import SHARED
 from cdelta.stats import wilson
 
 
@@ -29,13 +30,21 @@ def refusal(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def kind_of(rows: pd.DataFrame, category: str) -> pd.Series:
-    """What each row is to the edit of `category`: target, benign (its own twins), other benign, other, refused, borderline, skills."""
+    """What each row is to the edit of `category`: target, benign (its own twins, and those of all categories), other benign, other, refused,
+    borderline, skills."""
     own = rows["category"] == category
     kind = pd.Series("other", index=rows.index)
     kind[rows["role"] == "utility"] = "skills"
     kind[rows["role"] == "other_harm"] = "refused"
     kind[rows["role"] == "borderline"] = "borderline"
     kind[(rows["role"] == "benign")] = "other benign"
-    kind[(rows["role"] == "benign") & own] = "benign"
+    kind[(rows["role"] == "benign") & (own | (rows["category"] == SHARED))] = "benign"
     kind[(rows["role"] == "target") & own] = "target"
     return kind
+
+
+def kind_rates(rows: pd.DataFrame, category: str) -> pd.DataFrame:
+    """Rows ``method, attack, kind, rate, low, high, n`` for the edit of `category`: refusal per `kind_of`, for the skills accuracy."""
+    kind = kind_of(rows, category).rename("kind")
+    hits = (rows["outcome"] == "refuse").where(kind != "skills", rows["correct"].fillna(False).astype(bool))
+    return rate_table(hits, [rows["method"], rows["attack"], kind])

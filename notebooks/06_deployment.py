@@ -15,10 +15,12 @@
 # %% [markdown]
 # # 06 · Deployment
 #
-# **Question:** is the result an ordinary checkpoint, changed only where the mask allows, and can it be taken back?
+# **Question:** is the result an ordinary checkpoint, changed only where the mask allows, that works elsewhere, adds up with others, survives
+# rounding, and can be taken back?
 #
-# The delta is added shard by shard on disk; nothing else of the folder changes. `verify` compares every entry with the base. A process that
-# cannot import this package then loads the folder with plain `transformers` and answers.
+# The delta is added shard by shard on disk; nothing else of the folder changes. `verify` compares every entry with the base. Then the folder
+# goes where users take it: plain `transformers` and other runtimes in a process without this package, PEFT, other dtypes, fewer bits. Finally
+# the categories are combined, in all subsets.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
@@ -29,60 +31,116 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 
 # %%
 import json
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
+import torch
+from peft import PeftModel
+from tqdm import tqdm
 
-from cdelta import deploy, evaluate, experiment, paths, store
-from cdelta.checkpoint import local_folder
-from cdelta.delta import WeightDelta
-from cdelta.models import load_model
+from cdelta import baselines, compose, deploy, evaluate, experiment, paths, plots, quantise, results, store, tables
+from cdelta.checkpoint import Checkpoint, local_folder, rewrite_tensors
+from cdelta.delta import OVERLAPS, WeightDelta
+from cdelta.delta import compose as composed
+from cdelta.edit import fit_delta
+from cdelta.mask import module_of
+from cdelta.models import ModelSpec, load_model
 
+# %%
 run = store.open_run("06_deployment", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_verify", "tab_same_answers", "tab_files"))
+                     produces=("tab_verify", "tab_files", "fig_touched", "tab_runtimes", "tab_lora", "tab_formats", "tab_quantisation", "fig_quantisation",
+                               "tab_composition", "fig_composition", "tab_conflicts", "tab_removal"))
 folder = local_folder(experiment.subject_folder(run), run.settings.revision or None)
-category, seed = run.settings.categories[0], run.settings.seeds[0]
-delta = WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))
-k = delta.metadata["k"]
+categories, seed = run.settings.categories, run.settings.seeds[0]
+deltas = {name: WeightDelta.load(run.input("04_edit", f"{name}-{seed}")) for name in categories}
+category, delta = categories[0], deltas[categories[0]]
+k, scratch, force = delta.metadata["k"], run.path("scratch"), run.device != "cpu"
+print(f"{category}: k = {k}, {delta.count():,} entries")
+
+# %% [markdown]
+# ## The prompts
+#
+# Test prompts, at most `deployment.limit` per category and role and a third of that per skill, judged as in notebook 05. Whatever is *chosen*
+# below (a common scale) is chosen on the validation prompts of notebook 04, under the same caps.
+
+# %%
+lm, tok = experiment.load_subject(run)
+spec = ModelSpec.from_model(lm)
+base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
+how, limit = run.settings.edit, run.settings.deployment.limit
+ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size}
+plain = base[(base["ood_set"] == "") & (base["role"] != "borderline")]
+few = pd.concat([experiment.limited(plain[plain["role"] != "utility"], limit), experiment.limited(plain[plain["role"] == "utility"], max(limit // 3, min(limit, 1)))])
+test, val = few[few["split"] == "test"], experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
+base_rows = evaluate.evaluate(lm, tok, test, **ask)
+edited_rows = baselines.measure(lm, tok, delta, k, test, method="cdelta", edit_category=category, **ask)
+selectivity = results.selectivity(pd.concat([base_rows, edited_rows]))
 
 # %% [markdown]
 # ## A drop-in checkpoint
 
 # %%
 began = time.perf_counter()
-edited = deploy.save_edited(folder, delta, run.path("edited"), scale=k, force=run.device != "cpu")
-report = deploy.verify(folder, edited, delta, scale=k, force=run.device != "cpu")
+edited = deploy.save_edited(folder, delta, run.path("edited"), scale=k, force=force, selectivity=selectivity.to_dict("records"))
+report = deploy.verify(folder, edited, delta, scale=k, force=force)
 print(f"{time.perf_counter() - began:.1f} s\n\n{report}")
 run.table("tab_verify", pd.DataFrame(json.loads(report.to_json()).items(), columns=["property", "value"]).astype(str), f"Verification of the {category} edit.")
 
 # %%
-files = pd.DataFrame([{"file": p.name, "base bytes": (Path(folder) / p.name).stat().st_size if (Path(folder) / p.name).exists() else 0, "edited bytes": p.stat().st_size}
-                      for p in sorted(Path(edited).iterdir()) if p.is_file()])
+size = lambda path: path.stat().st_size if path.exists() else 0
+files = pd.DataFrame([{"file": p.name, "base bytes": size(Path(folder) / p.name), "edited bytes": size(p)} for p in sorted(edited.iterdir()) if p.is_file()])
 run.table("tab_files", files, "Files of the edited checkpoint beside the base's.")
 
 # %% [markdown]
-# ## The same answers without this package
+# What differs on disk, in the parameters that the edit changes most: whole rows (a head's queries, a neuron's gate and up rows) and columns
+# (a head's outputs, a neuron's down column), and nothing else.
+
+# %%
+before, after = Checkpoint(folder), Checkpoint(edited)
+largest = dict(sorted(((name, norm) for name, norm in delta.norms().items() if delta.values[name].dim() == 2), key=lambda item: item[1]))
+shown = list({module_of(name): name for name in largest}.values())[-4:]
+changed = {name: (after.get(after.key_of[name]).float() - before.get(before.key_of[name]).float()).abs().numpy() for name in shown}
+run.figure("fig_touched", plots.touched_entries({name.removesuffix(".weight").removeprefix("model."): values for name, values in changed.items()}),
+           f"Entries that differ between the base and the {category} edit on disk (white: the same bits), in four parameters of different kinds.")
+
+# %% [markdown]
+# One flipped bit outside the mask is enough for `verify` to fail:
+
+# %%
+touched = after.file_of[after.key_of[next(iter(delta.values))]]  # a file of its own, no hard link of the base's
+bystander = next(key for key in after.shards[touched] if key not in after.key_of.values() or "norm" in key)
+for _ in ("flip", "flip back"):
+    rewrite_tensors(edited / touched, {bystander: lambda tensor: tensor.view(torch.uint8).view(-1)[:1].bitwise_xor_(1)})
+    print(deploy.verify(folder, edited, delta, force=force), "\n")
+
+# %% [markdown]
+# ## The same answers elsewhere
 #
-# The subprocess below blocks the import of `cdelta` and uses `transformers` alone.
+# A subprocess that cannot import `cdelta` loads the folder: with plain `transformers`, and, where they are installed, with CTranslate2 (through
+# its own converter) and llama.cpp (as GGUF), also at fewer bits.
 
 # %%
-base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
-prompts = base[(base["split"] == "val") & base["role"].isin(("target", "benign", "utility"))].groupby(["category", "role"]).head(3)["prompt"].tolist()
-limit = run.settings.evaluation.max_new_tokens
-plain = json.loads(subprocess.run([sys.executable, str(paths.ROOT / "cdelta" / "plain_answers.py"), str(edited), str(limit)], input=json.dumps(prompts), text=True, check=True,
-                                  capture_output=True).stdout)
+prompts = test[test["role"].isin(("target", "benign", "utility"))].groupby(["category", "role"]).head(min(limit or 8, 8))
+ours = baselines.measure(lm, tok, delta, k, prompts, method="cdelta", edit_category=category, **ask)
+found = []
+for runtime in run.settings.deployment.runtimes:
+    command = [sys.executable, str(paths.ROOT / "cdelta" / "elsewhere.py"), str(edited), str(ask["max_new_tokens"]), runtime]
+    said = json.loads(subprocess.run(command, input=json.dumps(list(prompts["prompt"])), text=True, check=True, capture_output=True).stdout)
+    rows = evaluate.judged(ours.assign(answer=said if isinstance(said, list) else ""))
+    share = results.selectivity(rows.assign(method=runtime)).iloc[-1] if isinstance(said, list) else {}
+    found.append({"runtime": runtime, "n": len(rows) if len(share) else 0, "same answers": (rows["answer"] == ours["answer"]).sum() if len(share) else None,
+                  "target_refusal": share.get("target_refusal"), "benign_refusal": share.get("benign_refusal"), "utility": share.get("utility"),
+                  "note": "" if len(share) else said})
 
 # %%
-lm, tok = load_model(folder, dtype="float32", device="cpu")
-with delta.applied(lm, k):
-    ours = evaluate.generate(lm, tok, prompts, max_new_tokens=limit)
-same = pd.DataFrame({"prompt": prompts, "in memory": ours, "plain transformers": plain, "same": [a == b for a, b in zip(ours, plain)]})
-run.table("tab_same_answers", same.groupby("same").head(6), "Answers of the edited checkpoint in a process without cdelta, beside the delta applied in memory.")
-assert same["same"].all(), "the reloaded checkpoint answers differently"
-print(f"{len(same)} of {len(same)} answers are the same")
+elsewhere = pd.DataFrame(found)
+run.table("tab_runtimes", elsewhere, f"The {category} edit in processes without cdelta: answers equal to the delta applied in memory, word for word, and rates.")
+assert elsewhere.loc[0, "same answers"] == len(ours) or run.device != "cpu", "the reloaded checkpoint answers differently in transformers"
 
 # %% [markdown]
 # ## And back
@@ -90,8 +148,150 @@ print(f"{len(same)} of {len(same)} answers are the same")
 # Reverting restores the base bit for bit.
 
 # %%
-exact = deploy.revert(edited, delta, run.path("reverted"), force=run.device != "cpu")
+exact = deploy.revert(edited, delta, run.path("reverted"), force=force)
 print("reverted to the base, bit for bit" if exact else "reverted up to rounding")
+
+# %% [markdown]
+# ## As a LoRA
+#
+# A delta on rows or columns is exactly a LoRA whose other factor is a one-hot selector. PEFT loads it on the base; logits are compared in fp32.
+
+# %%
+adapter = deploy.export_lora(delta, run.path("lora"), scale=k)
+ids = tok.apply_chat_template([{"role": "user", "content": prompts["prompt"].iloc[0]}], add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+with torch.no_grad():
+    logits = {name: load_model(path, dtype="float32", device="cpu")[0](ids).logits for name, path in (("base", folder), ("edited", edited))}
+    adapted = PeftModel.from_pretrained(load_model(folder, dtype="float32", device="cpu")[0], adapter).eval()
+    logits["adapter"] = adapted(ids).logits
+    logits["merged"] = adapted.merge_and_unload()(ids).logits
+lora = pd.DataFrame([{"against the edited checkpoint": name, "largest |difference of logits|": (logits[name] - logits["edited"]).abs().max().item()}
+                     for name in ("base", "adapter", "merged")])
+run.table("tab_lora", lora, f"Logits under PEFT beside the edited checkpoint's (fp32, one prompt); rank up to {max(adapted.peft_config['default'].rank_pattern.values())}.", digits=7)
+
+# %% [markdown]
+# ## Other dtypes, shards, and memory
+#
+# The base as it is, and (of a small model) saved in other dtypes and in shards, edited by a process whose memory is measured. In 16 bits small
+# changes round away: `survived` counts those that did not.
+
+# %%
+found, sources = [], {"as it is": folder}
+for name in run.settings.deployment.formats if spec.n_params < 1e8 else ():
+    dtype, shards = name.split(" in ")
+    copy, sources[name] = load_model(folder, dtype=dtype, device="cpu")[0], scratch / name
+    copy.save_pretrained(sources[name], max_shard_size=2 * spec.n_params // int(shards) + 1024)
+for name, source in sources.items():
+    command = [sys.executable, "-m", "cdelta.apply_memory", source, run.input("04_edit", f"{category}-{seed}"), scratch / "new" / name, k]
+    said = json.loads(subprocess.run(list(map(str, command)), text=True, check=True, capture_output=True, cwd=paths.ROOT).stdout)
+    report = deploy.verify(source, scratch / "new" / name, delta, force=True)
+    found.append({"base": name, "files": len(Checkpoint(source).shards), "verified": report.ok, "outside": report.changed_outside,
+                  "survived": report.survived, "of": report.nonzero, **{f"{key} (MB)": value / 2**20 for key, value in said.items()}})
+shutil.rmtree(scratch)
+formats = pd.DataFrame(found)
+run.table("tab_formats", formats, "The edit in other formats: verification, entries that survive rounding, and peak memory of the streaming apply beyond the idle process, "
+          "beside the delta's, the largest file's and all files' sizes.", digits=2)
+
+# %% [markdown]
+# ## Fewer bits
+#
+# The edited weights are rounded as usual for deployment: bf16, fp16, int8 per output channel, 4 bits in groups of 32. Left: how many of the
+# changed entries still differ from the rounded base, and what the rounded models do.
+
+# %%
+rows = []
+for scheme in tqdm(("", *quantise.SCHEMES), desc="schemes", mininterval=5):
+    rounding = lambda: quantise.quantised(lm, scheme) if scheme else nullcontext()
+    with rounding():
+        rows.append(evaluate.evaluate(lm, tok, test, attack=scheme, **ask))
+    for name, own in deltas.items():
+        with own.applied(lm, own.metadata["k"]), rounding():
+            rows.append(evaluate.evaluate(lm, tok, test, method="cdelta", edit_category=name, k=own.metadata["k"], attack=scheme, **ask))
+rows = pd.concat(rows, ignore_index=True)
+rates = pd.concat([tables.kind_rates(rows[rows["edit_category"].isin(("", name))], name).assign(category=name) for name in categories])
+survival = pd.concat([pd.DataFrame(quantise.quantisation_survival(folder, own, own.metadata["k"])).assign(category=name) for name, own in deltas.items()])
+
+# %%
+kinds = {"target": "target refused", "benign": "benign twins refused", "skills": "skills correct"}
+rates = rates[rates["kind"].isin(kinds)].replace({"attack": {"": "fp32"}}).rename(columns={"attack": "scheme"})
+wide = rates.pivot(index=["category", "scheme"], columns=["method", "kind"], values="rate")
+wide.columns = [f"{kind}_{'base' if method == 'base' else 'edited'}" for method, kind in wide.columns]
+bounds = rates[(rates["kind"] == "target") & (rates["method"] == "cdelta")].set_index(["category", "scheme"])[["low", "high", "n"]]
+table = survival.set_index(["category", "scheme"]).join(wide.join(bounds.add_prefix("target_")), how="right").reset_index()
+run.table("tab_quantisation", table, "What is left after rounding: entries whose stored number still differs from the rounded base's, the component along the intended change, "
+          "entries outside the mask that moved with their group's scale, and rates of the rounded edit and the rounded base (test).")
+
+# %%
+stored = survival.assign(kind="changed entries that differ", rate=survival["share"], low=survival["share"], high=survival["share"])
+shown = pd.concat([rates[rates["method"] == "cdelta"].replace({"kind": kinds}), stored])
+shown = shown.assign(scheme=pd.Categorical(shown["scheme"], ["fp32", *quantise.SCHEMES])).sort_values("scheme", kind="stable")
+run.figure("fig_quantisation", plots.panels(shown, "kind", "scheme", "category", "%", plots.CATEGORY_COLOURS),
+           "After rounding: share of the changed entries whose stored number differs from the rounded base's, and rates of the edited model (test, Wilson 95 %).")
+
+# %% [markdown]
+# ## All subsets of the categories
+#
+# Deltas add up: every subset of the edits, each at its own chosen k, is one delta again. Where the sum breaks the caps on validation, one
+# common factor is chosen there; the table below is measured on test. Rows: what was edited; columns: what was asked.
+
+# %%
+val_base = evaluate.evaluate(lm, tok, val, **ask)
+caps, sums, chosen = experiment.caps_of(val_base), [base_rows], []
+for subset in tqdm(compose.subsets(categories), desc="subsets", mininterval=5):
+    total = composed([deltas[name] for name in subset])
+    factor = 1.0
+    if len(subset) > 1:
+        best = compose.common_scale(lm, tok, total, subset, val, val_base, caps, run.settings.deployment.common_scales, **ask)
+        factor = best.strength
+        chosen.append({"subset": "+".join(subset), "factor": factor, "within caps": best.within_caps})
+    sums.append(baselines.measure(lm, tok, total, factor, test, method="sum", edit_category="+".join(subset), **ask))
+sums = pd.concat(sums, ignore_index=True)
+composition = compose.interference(sums)
+
+# %%
+run.figure("fig_composition", plots.composition_map(composition), "Refusal (%) of every category's test prompts under every subset of edits (frame: edited), the worst "
+           "category's benign twins, and skills.")
+aimed, others = composition[composition["edited"]], composition[~composition["edited"] & (composition["subset"] != "base")]
+print(f"{len(composition['subset'].unique()) - 1} subsets: refusal of edited categories {aimed['refusal'].mean():.1%} (least {aimed['refusal'].min():.1%}), of others "
+      f"{others['change'].mean():+.1%} from the base (largest change {others['change'].abs().max():.1%}), worst twins {composition['benign_refusal'].max():.1%}")
+print(f"{sum(c['factor'] < 1 for c in chosen)} of {len(chosen)} sums were scaled down on validation; {sum(not c['within caps'] for c in chosen)} met the caps at no scale")
+
+# %% [markdown]
+# ### Where masks overlap, and training together
+#
+# Entries that several categories own get the sum of their values; alternatives are their mean, the largest, or the mean of those that agree
+# with the majority's sign (TIES). Or the categories are trained together, as one category on the union of their masks, with its own k.
+
+# %%
+subset = categories[: max(run.settings.deployment.joint)]
+rules = [baselines.measure(lm, tok, composed([deltas[name] for name in subset], rule), 1.0, test, method=rule, edit_category="+".join(subset), **ask)
+         for rule in OVERLAPS if rule != "sum" and len(subset) > 1]
+metric = experiment.load_metric(run)
+for size in (n for n in run.settings.deployment.joint if 1 < n <= len(categories)):
+    together, name = categories[:size], "+".join(categories[:size])
+    mask = compose.union_mask([experiment.load_mask(run, c, spec) for c in together])
+    stop = experiment.stop_rule(lm, tok, compose.merged(val, together), name, metric, how.refuse_at, how.tolerance)
+    joint = fit_delta(lm, tok, mask, *experiment.training_rows(compose.merged(base, together), name, seed), stop=stop, seed=seed,
+                      **experiment.fit_settings(how))
+    best = baselines.tune(lm, tok, {"": joint}, val, val_base, together, caps, how.scales, method="joint", **ask)
+    rules.append(baselines.measure(lm, tok, joint, best.strength, test, method="joint", edit_category=name, **ask))
+
+# %%
+run.table("tab_composition", pd.concat([composition, compose.interference(pd.concat([base_rows, *rules])).query("subset != 'base'")]),
+          "Every subset of edits against every category's prompts (test): sums, other rules for overlapping entries, and joint training.")
+conflicts = compose.interference(pd.concat([sums, *rules]))
+conflicts = conflicts[conflicts["subset"].isin({rows["edit_category"].iloc[0] for rows in rules})]
+run.table("tab_conflicts", pd.DataFrame([
+    {"subset": subset, "method": method, "param_fraction": own["param_fraction"].iloc[0], "k": own["k"].iloc[0], "least target": own.loc[own["edited"], "refusal"].min(),
+     "largest other change": own.loc[~own["edited"], "change"].abs().max(), "worst twins": own["benign_refusal"].max(), "skills": own["utility"].iloc[0]}
+    for (subset, method), own in conflicts.groupby(["subset", "method"], sort=False)]), "Ways to edit several categories at once (test).")
+
+# %% [markdown]
+# ### One category taken out again
+#
+# From the sum of all edits, each category's delta is subtracted: its prompts should be answered as by the base, the others stay refused.
+
+# %%
+run.table("tab_removal", compose.removals(lm, tok, deltas, test, sums, **ask), "Each category's delta subtracted from the sum of all (test).")
 
 # %%
 run.finish()

@@ -33,12 +33,13 @@ import pandas as pd
 from cdelta import baselines, evaluate, experiment, plots, store
 from cdelta.attribution import Scores
 from cdelta.circuit import select, selective_scores
+from cdelta.delta import WeightDelta
 from cdelta.edit import fit_delta
 from cdelta.mask import random_mask
 from cdelta.models import ModelSpec
 
 run = store.open_run("07_ablations", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_budget", "fig_budget", "tab_ranking"))
+                     produces=("tab_budget", "fig_budget", "tab_ranking", "tab_layer_scales"))
 lm, tok = experiment.load_subject(run)
 spec, how, metric, seed = ModelSpec.from_model(lm), run.settings.edit, experiment.load_metric(run), run.settings.seeds[0]
 ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size, "metric": metric}
@@ -92,6 +93,21 @@ run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "mask", "pa
 
 # %%
 run.table("tab_ranking", found[found["budget"] == budget], f"Ways to rank units, at a budget of {budget:.0%} ({category}, validation).")
+
+# %% [markdown]
+# ## One scale per layer
+#
+# Instead of one k for all: each layer (or group of layers) in turn takes the factor on the edit's k that is best on validation, and falls to 0
+# where the target is refused as often without it. First row: the edit of notebook 04 as it is.
+
+# %%
+delta = WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))
+few = experiment.limited(val_base, run.settings.ablation.layer_limit)
+scaled, tried = baselines.tune_layers(lm, tok, delta, delta.metadata["k"], few, few, category, caps, run.settings.ablation.factors, **ask)
+run.table("tab_layer_scales", tried, f"Factors on k = {delta.metadata['k']:g} per group of layers ({category}, validation), and which were kept.")
+first, best = tried.iloc[0], tried[tried["kept"]].iloc[-1]
+print(f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['target']:.0%} -> {best['target']:.0%}, worst twins {first['benign']:.0%} -> {best['benign']:.0%}, "
+      f"largest other change {first['other']:.0%} -> {best['other']:.0%}")
 
 # %%
 run.finish()

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from cdelta.baselines import (
     ATTACKS, BASELINES, Task, benign_finetuned, candidates, curve_row, dense_mask, measure, measure_attacked, param_fraction, ranked_mask,
-    refusal_gradients, tune, whole_layers, whole_tensors,
+    refusal_gradients, tune, tune_layers, whole_layers, whole_tensors,
 )  # fmt: skip
 from cdelta.delta import WeightDelta
 from cdelta.edit import Caps, example_ids
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.evaluate import evaluate
-from cdelta.mask import magnitude_scores, random_mask
+from cdelta.mask import layer_of, magnitude_scores, random_mask
 from cdelta.metrics import refusal_log_odds
 from cdelta.models import ModelSpec
 from cdelta.policy.records import SplitRows
@@ -149,6 +149,24 @@ def test_the_strongest_within_the_caps_wins(task, monkeypatch):
     assert (chosen.name, chosen.method, chosen.strength, chosen.within_caps, len(chosen.curve)) == ("b", 2, 1.0, True, 6)
     broken = tune(task.model, task.tok, {"": SystemPrompt("no")}, [], rows_of(), "crime", Caps(utility=2.0))
     assert not broken.within_caps and list(broken.curve["k"]) == [1.0]
+
+
+def test_layers_that_nothing_needs_fall_to_zero_and_caps_hold(task, monkeypatch):
+    """Layer 0 does nothing, more of layer 1 refuses more, and layer 2 beyond its scale costs twins."""
+    delta = task.fit()
+    size = lambda method, layer: sum(v.norm().item() ** 2 for n, v in method.values.items() if layer_of(n) == layer) ** 0.5
+    whole = {layer: size(delta, layer) for layer in range(3)}
+
+    def fake(model, tok, method, strength, records, /, **how):
+        factor = {layer: size(method, layer) / whole[layer] / 2.0 for layer in range(3)}
+        return rows_of(crime_target=(0.5 if factor[1] < 1.2 else 0.75) * (factor[2] > 0.9), crime_benign=1.0 if factor[2] > 1.2 else 0.0)
+
+    monkeypatch.setattr("cdelta.baselines.measure", fake)
+    scaled, tried = tune_layers(task.model, task.tok, delta, 2.0, [], rows_of(), "crime", Caps(benign=0.1))
+    found = [size(scaled, layer) / whole[layer] for layer in range(3)]
+    assert found == pytest.approx([0.0, 3.0, 2.0], abs=1e-5) and len(tried) == 1 + 3 * 3 and tried["kept"].sum() == 4
+    best = tried[tried["kept"]].iloc[-1]
+    assert best["target"] == 0.75 and best["norm"] == pytest.approx(scaled.norm())
 
 
 # ---------------------------------------------------------------------- attacks

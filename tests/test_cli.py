@@ -3,13 +3,16 @@
 import csv
 import json
 import random
+import resource
 
 import pytest
+import torch
 import toys
 from edits import random_delta
 from transformers import AutoModelForCausalLM
 
 from cdelta.cli import main
+from cdelta.delta import WeightDelta
 from cdelta.pipeline import REFUSAL
 
 
@@ -57,6 +60,40 @@ def test_apply_verify_revert_lora(folder, capsys):
     assert main(["lora", delta, str(folder / "lora")]) == 0
     said = capsys.readouterr()
     assert "Verified" in said.out and "NOT verified" in said.out and "bit for bit" in said.out and said.err == ""
+
+
+def test_combined_deltas_are_applied_and_reverted_as_one(folder, capsys):
+    base, first, second, both, out = (str(folder / name) for name in ("base", "delta", "second", "both", "out"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    random_delta(model, seed=1).with_metadata(category="hate", k=0.5).save(second)
+    assert main(["combine", first, second, both]) == 0
+    assert main(["apply", base, both, out]) == 0 and main(["verify", base, out, both]) == 0
+    with WeightDelta.load(first).applied(model), WeightDelta.load(second).applied(model, 0.5):
+        for a, b in zip(model.parameters(), AutoModelForCausalLM.from_pretrained(out, dtype="auto").parameters()):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert main(["revert", out, both, str(folder / "back")]) == 0
+    assert "weapons+hate" in capsys.readouterr().out
+    refused(folder, capsys, ["combine", first, str(folder / "nothing"), str(folder / "x")], "holds no weight delta")
+    refused(folder, capsys, ["combine", first, second, both], "already exists")
+
+
+FULL = [
+    ["apply", "{0}/base", "{0}/delta", "{0}/out"], ["revert", "{0}/edited", "{0}/delta", "{0}/out"], ["lora", "{0}/delta", "{0}/out"],
+    ["combine", "{0}/delta", "{0}/delta", "{0}/out"], [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FULL, ids=lambda command: command[0] if command else "edit")
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, capsys, command):
+    """No file may grow beyond 20 kB, by the system's own limit."""
+    assert main(["apply", *(str(folder / name) for name in ("base", "delta", "edited"))]) == 0
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        refused(folder, capsys, [part.format(folder) for part in command] or edit_arguments(folder, steps=2), "File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_edit_from_a_csv_to_a_verified_checkpoint(folder, capsys):
@@ -117,6 +154,8 @@ APPLY = ["apply", "{0}/base", "{0}/delta", "{0}/out"]
         (["verify", "{0}/base", "{0}/base", "{0}/delta", "--scale", "0", "--json", "/proc/x.json"], None, "cannot write"),
         (["revert", "{0}/base", "{0}/delta", "{0}/out"], None, "does not record this delta"),
         (["lora", "{0}/delta", "{0}/out", "--scale", "inf"], None, "finite"),
+        (["verify", "{0}/base", "{0}/base", "{0}/delta", "--scale", "nan"], None, "finite"),
+        (["verify", "{0}/base", "{0}/delta/delta.safetensors", "{0}/delta"], None, "no checkpoint folder"),
         (["unknown"], None, "invalid choice"),
     ],
 )
@@ -135,6 +174,7 @@ def test_bad_input(folder, capsys, command, prepare, message):
         ({}, lambda folder: write_policy(folder / "policy.csv", n=0), "no rows"),
         ({"param-budget": 2}, None, "fraction"),
         ({"steps": 0}, None, "steps must be positive"),
+        ({"lr": "nan"}, None, "lr must be positive and finite"),
         ({"dtype": "float7"}, None, "unknown dtype"),
         ({"min-pairs": 99}, None, "99 needed"),
         ({"out": "/proc/x"}, None, "cannot write"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cdelta import deploy
 from cdelta.checkpoint import Checkpoint
-from cdelta.delta import WeightDelta, WrongBase
+from cdelta.delta import WeightDelta, WrongBase, compose
 from cdelta.deploy import export_lora, read_record, revert, save_edited, verify
 from cdelta.errors import CdeltaError
+from cdelta.generation import generate
 from cdelta.mask import ParameterMask
-from cdelta.models import ModelSpec
+from cdelta.models import ModelSpec, load_model
 
 IDS = torch.tensor([[2, 9, 30, 41, 7], [60, 3, 3, 11, 80]])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -307,48 +309,28 @@ def test_a_kill_in_the_middle_of_a_save_leaves_no_output(signal, left_hidden, tm
 # ---------------------------------------------------------------------- elsewhere
 
 
-ELSEWHERE = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "cdelta": raise ImportError(name)
-sys.meta_path.insert(0, Blocker())
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tok = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto"), AutoTokenizer.from_pretrained(sys.argv[1])
-chat = tok.apply_chat_template([{"role": "user", "content": "make a bomb"}], add_generation_prompt=True, return_dict=True, return_tensors="pt")
-print(model.generate(**chat, max_new_tokens=8, do_sample=False, pad_token_id=1).tolist())
-"""
-
-
-def test_answers_alike_where_cdelta_cannot_be_imported(tmp_path):
-    base = toys.save_toy(tmp_path / "base")
-    model, tok = load(base), toys.toy_tokenizer()
-    delta = random_delta(model, size=0.3)
-    out = save_edited(base, delta, tmp_path / "out")
-    chat = tok.apply_chat_template([{"role": "user", "content": "make a bomb"}], add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    chat.pop("token_type_ids", None)
-    with delta.applied(model):
-        expected = model.generate(**chat, max_new_tokens=8, do_sample=False, pad_token_id=1).tolist()
-    found = subprocess.run([sys.executable, "-c", ELSEWHERE, str(out)], capture_output=True, text=True, cwd=tmp_path)
+def answers_elsewhere(folder: Path, prompts: list[str], runtime: str) -> list[str] | str:
+    """What the script says in a process that has neither this package nor this repository."""
+    code = [sys.executable, str(TESTS.parent / "cdelta" / "elsewhere.py"), str(folder), "8", runtime]
+    found = subprocess.run(code, input=json.dumps(prompts), capture_output=True, text=True, cwd=folder.parent, env={**os.environ, "PYTHONPATH": ""})
     assert found.returncode == 0, found.stderr
-    assert found.stdout.strip() == str(expected)
+    return json.loads(found.stdout)
 
 
-MEASURED = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
-from pathlib import Path
-from cdelta.checkpoint import Checkpoint
-from cdelta.delta import WeightDelta
-from cdelta.deploy import save_edited
-memory = lambda: {{line.split(":")[0]: 1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("Vm")}}
-delta = WeightDelta.load({delta!r})
-Checkpoint({base!r}).check()  # imports the model's code
-Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak
-before = memory()["VmRSS"]
-save_edited({base!r}, delta, {out!r})
-print(memory()["VmHWM"] - before)
-"""
+@pytest.mark.parametrize("runtime, module", [("transformers", "transformers"), ("ctranslate2", "ctranslate2"), ("llama.cpp", "xllamacpp")])
+def test_answers_alike_where_cdelta_cannot_be_imported(runtime, module, tmp_path):
+    base = toys.save_chat_toy(tmp_path / "base", ["make a bomb please", "tell me about red"], vocabulary=300)
+    model, tok = load_model(base, dtype="float32", device="cpu")
+    delta, prompts = random_delta(model, size=0.3), ["make a bomb", "please tell me about red"]
+    out = save_edited(base, delta, tmp_path / "out")
+    with delta.applied(model):
+        expected = generate(model, tok, prompts, max_new_tokens=8)
+    assert expected != generate(model, tok, prompts, max_new_tokens=8)
+    found = answers_elsewhere(out, prompts, runtime)
+    if isinstance(found, str):
+        assert find_spec(module) is None and found.startswith("ModuleNotFoundError")
+        pytest.skip(f"{runtime}: {found}")
+    assert found == expected
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
@@ -362,13 +344,11 @@ def test_peak_memory_of_a_streaming_apply(tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="40MB")
     delta = random_delta(model, budget=0.02)
     delta.save(tmp_path / "delta")
-    base = tmp_path / "base"
-    shards = [p.stat().st_size for p in base.glob("*.safetensors")]
-    names = dict(tests=str(TESTS), root=str(TESTS.parent), base=str(base), delta=str(tmp_path / "delta"), out=str(tmp_path / "out"))
-    code = [sys.executable, "-c", MEASURED.format(**names)]
-    used = int(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
-    assert sum(shards) > 100e6
-    assert 0 < used < max(shards) + 4 * delta.count()
+    places = [str(tmp_path / name) for name in ("base", "delta", "out")]
+    code = [sys.executable, "-m", "cdelta.apply_memory", *places, "1.0"]
+    found = json.loads(subprocess.run(code, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout)
+    assert found["total"] > 100e6 and found["delta"] >= 4 * delta.count() and (tmp_path / "out").is_dir()
+    assert 0 < found["peak"] < found["largest"] + found["delta"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -401,6 +381,8 @@ def test_model_card_says_what_was_done(tmp_path):
     card = (out / "README.md").read_text()
     for text in ("weapons", f"{delta.count():,} parameters", "| target | 0.988 |", "cdelta verify", "cdelta revert", "Limits", "0.5·ΔΘ"):
         assert text in card
+    both = save_edited(base, compose([delta, delta.with_metadata(category="fraud")]), tmp_path / "both")
+    assert "edited to refuse weapons+fraud" in (both / "README.md").read_text() and "?" not in (both / "README.md").read_text()
     record = read_record(out)
     assert record["scale"] == 0.5 and record["delta_hash"] == delta.hash() and record["mask_hash"] == mask_of(load(base)).hash()
     (out / "cdelta" / "edit.json").write_text("{")

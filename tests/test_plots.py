@@ -144,3 +144,18 @@ def test_panel_lines_and_forest_draw_values_with_their_intervals():
 def test_marked_cells_are_framed():
     fig = plots.component_maps({"crime": np.zeros((2, 3))}, "head", "nats", marked={"crime": [(1, 2)]})
     assert [patch.get_xy() for patch in fig.axes[0].patches] == [(1.5, 0.5)]
+
+
+def test_composition_map_frames_what_was_edited():
+    cells = [("base", "crime", False, 0.1), ("base", "hate", False, 0.2), ("hate", "crime", False, 0.1), ("hate", "hate", True, 1.0)]
+    table = pd.DataFrame(cells, columns=["subset", "prompt_category", "edited", "refusal"]).assign(benign_refusal=[0.0, 0.02, 0.0, 0.0], utility=0.5)
+    main, ends, _ = plots.composition_map(table).axes
+    assert [t.get_text() for t in main.texts] == ["10", "20", "10", "100"] and [t.get_text() for t in ends.texts] == ["2", "50", "0", "50"]
+    (frame,) = main.patches
+    assert (round(frame.get_x() + 0.46), round(frame.get_y() + 0.42)) == (1, 1)
+
+
+def test_unchanged_entries_are_left_white():
+    fig = plots.touched_entries({"q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))})
+    images = [ax.images[0] for ax in fig.axes[:2]]
+    assert images[0].get_array().mask.sum() == 3 and {image.get_clim() for image in images} == {(0.0, 2.0)}

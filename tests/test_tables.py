@@ -26,3 +26,12 @@ def test_refusal_rates_leave_skills_out_and_carry_wilson_intervals(rows):
     assert table.loc[("crime", "target"), ["rate", "n"]].tolist() == [0.5, 2]
     assert tuple(table.loc[("crime", "target"), ["low", "high"]]) == pytest.approx(wilson(1, 2))
     assert "utility" not in table.index.get_level_values("role")
+
+
+def test_kind_rates_are_refusals_and_the_skills_accuracy(rows):
+    rows = rows.assign(method="cdelta", attack=["int8"] * 8 + ["int4"])
+    table = tables.kind_rates(rows, "crime").set_index(["attack", "kind"])
+    assert {kind: table.loc[("int8", kind), "rate"] for kind in ("target", "benign", "other", "skills")} == {"target": 0.5, "benign": 0, "other": 1, "skills": 1}
+    assert table.loc[("int4", "skills"), ["rate", "n"]].tolist() == [0, 1] and (table["method"] == "cdelta").all()
+    shared = rows.iloc[[3]].assign(category="benign")
+    assert tables.kind_of(shared, "hate").tolist() == ["benign"]
