@@ -1,7 +1,7 @@
 """Evaluation rows -> the issue's tables. No model, no files.
 
 Rates are means over prompts of means over seeds, with Wilson's 95 % interval at n = distinct prompts: more seeds do not narrow it. A method's
-rows are those of its ``edit_category``; the base's rows (``method == "base"``) serve every category.
+rows are those of its ``edit_category``; the base's rows (``method == "base"``) serve every category, unless an attack on it was for one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def methods_of(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     categories = edited or list(dict.fromkeys(rows.loc[rows["role"] == "target", "category"]))
     base = rows[rows["method"] == BASE]
     for category in categories:
-        yield category, BASE, base
+        yield category, BASE, base[base["edit_category"].isin(("", category))]
         own = rows[(rows["edit_category"] == category) & (rows["method"] != BASE)]
         for method in dict.fromkeys(own["method"]):
             yield category, method, own[own["method"] == method]
