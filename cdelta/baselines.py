@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other requests as usual."
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Default grid for weight deltas."""
-STRENGTHS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+STRENGTHS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """Default grid for steering, wider because a vector's natural length says little about the strength that it needs."""
 
 

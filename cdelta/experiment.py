@@ -14,6 +14,7 @@ import pandas as pd
 
 from cdelta.attribution import Scores
 from cdelta.circuit import Circuit
+from cdelta.classifiers import taught_labels, xstest_labels
 from cdelta.edit import Caps, Stop, selective_stop
 from cdelta.errors import CdeltaError
 from cdelta.generation import first_logits
@@ -22,6 +23,7 @@ from cdelta.metrics import Metric, TokenSets, first_token_sets, refusal_log_odds
 from cdelta.models import ModelSpec, load_model
 from cdelta.policy.pairs import PairYield, PromptPairs, choose_pairs
 from cdelta.policy.records import SplitRows
+from cdelta.policy.sources import SourceUnavailable
 from cdelta.presets import Edit
 from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
@@ -159,6 +161,18 @@ def caps_of(base: pd.DataFrame) -> Caps:
     worst = (benign["outcome"] == "refuse").groupby(benign["category"]).mean().max()
     skills = base.loc[base["role"] == "utility", "correct"].astype(float)
     return Caps(benign=float(worst) + 0.02, other=0.05, utility=0.99 * float(skills.mean()) if len(skills) else None)
+
+
+def labelled_answers(run, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Answers whose label is known, per data set: the embedded model's own, and XSTest's completions where they can be had; prints why not."""
+    found = {}
+    if run.settings.model == "organism" and run.settings.policy == "synthetic":
+        found["embedded set"] = taught_labels(rows)
+    try:
+        found["XSTest"] = xstest_labels(run.settings.evaluation.labels)
+    except SourceUnavailable as error:
+        print(f"without human labels: {error}")
+    return found
 
 
 def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:

@@ -104,6 +104,8 @@ class Evaluation:
     """Benign prompts on which KL and perplexity against the base are measured."""
     judges: tuple[str, ...] = ()
     """Keys of `classifiers.CLASSIFIERS` to calibrate beside the rules: they load models of 7B parameters and more."""
+    labels: str = ""
+    """Folder of XSTest's labelled completions; empty: they are downloaded where that is possible."""
     harness_tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness."""
     harness_limit: int = 100
@@ -169,7 +171,7 @@ def _converted(key: str, old: Any, new: Any) -> Any:
     return new
 
 
-TINY = Preset("tiny", "the embedded model, all five categories (default)", evaluation=Evaluation(test_limit=50, layers=(3,), strengths=(0.0, 1.0, 2.0, 4.0)))
+TINY = Preset("tiny", "the embedded model, all five categories (default)", evaluation=Evaluation(test_limit=50, layers=(3,), strengths=(0.0, 2.0, 4.0, 6.0)))
 
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},

@@ -19,6 +19,7 @@ from cdelta.mask import magnitude_scores, random_mask
 from cdelta.metrics import refusal_log_odds
 from cdelta.models import ModelSpec
 from cdelta.policy.records import SplitRows
+from cdelta.presets import METHODS
 from cdelta.steering import SystemPrompt
 from toys import WORDS, toy
 
@@ -53,7 +54,7 @@ def make_task(model, mask, other):
 
 
 def test_the_table_has_the_issues_keys():
-    assert set(BASELINES) == set(KEYS)
+    assert set(BASELINES) == {"base", *KEYS} == set(METHODS)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -72,7 +73,7 @@ def test_every_method_applies_and_leaves_the_model_as_it_was(task, key):
 def test_unknown_method_and_missing_mask(task):
     with pytest.raises(CdeltaError, match="unknown method"):
         candidates("nonsense", task)
-    with pytest.raises(CdeltaError, match="other_mask"):
+    with pytest.raises(CdeltaError, match="no other category"):
         candidates("other_circuit", make_task(task.model, task.mask, None))
 
 
