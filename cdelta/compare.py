@@ -81,7 +81,7 @@ class Comparison:
     @cached_property
     def shift_rows(self) -> pd.DataFrame:
         """Benign test prompts with the base model's own answers, categories in turn."""
-        rows = self.base[(self.base["split"] == "test") & (self.base["role"] == "benign") & (self.base["ood_set"] == "") & (self.base["outcome"] == "comply")]
+        rows = self.base[(self.base["split"] == "test") & (self.base["role"] == "benign") & (self.base["ood_set"] == "") & (self.base["answer"].str.strip() != "")]
         turn = rows.groupby("category").cumcount()
         return rows.loc[turn.sort_values(kind="stable").index].head(self.how.shift_prompts)
 

@@ -113,6 +113,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """Timings of notebook 06."""
+
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    new_tokens: int = 16
+    repeats: int = 10
+
+
+@dataclass(frozen=True)
 class Ablation:
     """Values that notebook 07 varies, one at a time."""
 
@@ -146,6 +155,7 @@ class Preset:
     circuit: Circuit = field(default_factory=Circuit)
     edit: Edit = field(default_factory=Edit)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    serving: Serving = field(default_factory=Serving)
     ablation: Ablation = field(default_factory=Ablation)
 
 
@@ -182,6 +192,7 @@ _BRIEF = {
         "max_new_tokens": 12, "limit": 3, "methods": ["base", "cdelta", "random", "as", "cast"], "layers": [1], "strengths": [0.0, 1.0],
         "attacked": ["cdelta"], "shift_prompts": 4,
     },
+    "serving": {"batch_sizes": [1, 2], "new_tokens": 3, "repeats": 3},
     "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"]},
 }
 
@@ -192,7 +203,8 @@ PRESETS = {
         changed(TINY, {
             "name": "tiny-full", "description": "the embedded model, every method, three seeds, all test prompts: hours on two cores",
             "seeds": [0, 1, 2],
-            "evaluation": {"test_limit": 0, "methods": METHODS, "layers": [], "strengths": [], "attacked": METHODS},
+            "evaluation": {"test_limit": 0, "methods": METHODS, "layers": [], "strengths": [],
+                           "attacked": ["base", "cdelta", "positive_only", "dense", "random", "as", "cast"]},
         }),
         changed(TINY, {
             "name": "smoke", "description": "every cell in minutes, for tests: too little of everything to conclude from",
@@ -207,6 +219,7 @@ PRESETS = {
             "threads": 0, "model": "meta-llama/Llama-3.1-8B-Instruct", "revision": "0e9e39f249a16976918f6564b8830bc894c89659", "policy": "",
             "data": {"max_pairs": 256},
             "edit": {"lr": 1e-5, "batch_size": 8},
+            "serving": {"new_tokens": 128, "repeats": 30},
             "external": ["xstest", "or-bench-hard", "harmbench", "air-bench"],
             "evaluation": {
                 "max_new_tokens": 64, "batch_size": 32, "test_limit": 100, "layers": [], "strengths": [],

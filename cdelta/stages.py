@@ -41,7 +41,7 @@ NEEDS = {
     "03_circuit": ("00_organism", "01_dataset", "02_attribution"),
     "04_edit": ("00_organism", "01_dataset", "02_attribution", "03_circuit"),
     "05_evaluation": ("00_organism", "01_dataset", "02_attribution", "03_circuit", "04_edit"),
-    "06_deployment": ("00_organism", "01_dataset", "04_edit"),
+    "06_deployment": ("00_organism", "01_dataset", "02_attribution", "03_circuit", "04_edit"),
     "07_ablations": ("00_organism", "01_dataset", "02_attribution", "03_circuit", "04_edit"),
 }
 """The earlier stages whose artifacts a stage reads."""

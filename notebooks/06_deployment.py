@@ -36,13 +36,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from cdelta import deploy, evaluate, experiment, paths, store
+from cdelta import baselines, compare, deploy, evaluate, experiment, paths, plots, serving, store
 from cdelta.checkpoint import local_folder
 from cdelta.delta import WeightDelta
 from cdelta.models import load_model
 
 run = store.open_run("06_deployment", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_verify", "tab_same_answers", "tab_files"))
+                     produces=("tab_verify", "tab_same_answers", "tab_files", "tab_cost", "fig_break_even"))
 folder = local_folder(experiment.subject_folder(run), run.settings.revision or None)
 category, seed = run.settings.categories[0], run.settings.seeds[0]
 delta = WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))
@@ -92,6 +92,31 @@ print(f"{len(same)} of {len(same)} answers are the same")
 # %%
 exact = deploy.revert(edited, delta, run.path("reverted"), force=run.device != "cpu")
 print("reverted to the base, bit for bit" if exact else "reverted up to rounding")
+
+# %% [markdown]
+# ## What an answer costs
+#
+# Base, edited weights, steering by a hook and by a bias, and CAST with its gate generate the same number of tokens for the same prompts, interleaved,
+# so that drifts of the machine hit all alike. *Ratio*: seconds over the base's, with a bootstrap interval over pairs; *break-even*: the number of
+# generated tokens after which the edit's offline seconds (attribution, circuit, training) cost less than steering at run time.
+
+# %%
+comparison, serve = compare.Comparison(run), run.settings.serving
+task = comparison.task(compare.Job("cast", category, seed))
+steered = {key: (next(iter(baselines.candidates(key, task).values())), 1.0) for key in ("as", "as_bias", "cast") if not baselines.why_not(key, task)}
+prompts = comparison.val["prompt"].sample(min(64, len(comparison.val)), random_state=0).tolist()
+timings = serving.interleaved(comparison.model, comparison.tok, {"base": None, "cdelta": (delta, k), **steered}, prompts, serve.batch_sizes, serve.new_tokens,
+                              serve.repeats)
+timings.to_parquet(run.path("timings.parquet"), index=False)
+
+# %%
+edits = len(run.settings.categories) * len(run.settings.seeds)
+offline = sum(store.read_stage(run.folder, stage)["seconds"] for stage in ("02_attribution", "03_circuit", "04_edit")) / edits
+cost = serving.cost(timings, offline)
+run.table("tab_cost", cost, f"Serving cost on this machine ({run.device}); offline work: {offline:.0f} s per edit, stages 02 to 04 with their figures.")
+run.figure("fig_break_even", plots.break_even(cost, offline), "Seconds beyond the base's against generated tokens; dotted where the overhead is within noise.")
+for row in cost[~cost["method"].isin(("base", "cdelta"))].itertuples():
+    print(f"batch {row.batch_size}, {row.method}: {row.note or f'break-even at {row.break_even_tokens:,.0f} tokens'}")
 
 # %%
 run.finish()
