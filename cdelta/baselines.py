@@ -18,7 +18,7 @@ from cdelta.circuit import select
 from cdelta.delta import WeightDelta
 from cdelta.edit import NO_LABEL, Caps, Stop, answer_logits, choose_scale, collate, example_ids, fit_delta, stop_ids
 from cdelta.errors import CdeltaError, TestSplitError, refuse_test
-from cdelta.evaluate import evaluate
+from cdelta.evaluate import empty_rows, evaluate
 from cdelta.mask import ParameterMask, gradient_scores, layer_matched, magnitude_scores, module_mask, random_mask
 from cdelta.models import ModelSpec
 from cdelta.steering import Ablation, Addition, Bias, Cast, SystemPrompt, behaviour_vectors, prompt_vectors, search_condition
@@ -261,12 +261,12 @@ ATTACKS: Mapping[str, Callable[[Task], Method]] = {"benign_finetune": benign_fin
 """Attacks on a model that already carries a method: key of the rows' ``attack`` -> what is applied on top."""
 
 
-def measure_attacked(task: Task, method: Method, strength: float, records, /, **how) -> pd.DataFrame:
+def measure_attacked(task: Task, method: Method, strength: float, records, attacks: Sequence[str] = tuple(ATTACKS), /, **how) -> pd.DataFrame:
     """`measure` once per attack, each made for the model with the method applied."""
-    found = []
-    for name, make in ATTACKS.items():
+    found = [empty_rows()]
+    for name in attacks:
         with method.applied(task.model, strength):
-            attack = make(task)
+            attack = ATTACKS[name](task)
         with attack.applied(task.model, 1.0):
             found.append(measure(task.model, task.tok, method, strength, records, attack=name, **how))
     return pd.concat(found, ignore_index=True)

@@ -50,12 +50,15 @@ class Job:
 
 def jobs(settings: Preset) -> list[Job]:
     """All jobs of a preset, the base first; what draws nothing at random has one seed. Raises `CdeltaError` for an unknown method."""
-    unknown = [m for m in (*settings.evaluation.methods, *settings.evaluation.attacked) if m not in baselines.BASELINES]
-    if unknown:
-        raise CdeltaError(f"unknown method {', '.join(unknown)}: use {', '.join(baselines.BASELINES)}.")
+    how = settings.evaluation
+    for names, known, what in (((*how.methods, *how.attacked), baselines.BASELINES, "method"), (how.attacks, baselines.ATTACKS, "attack")):
+        if unknown := [name for name in names if name not in known]:
+            raise CdeltaError(f"unknown {what} {', '.join(unknown)}: use {', '.join(known)}.")
     seeds = lambda method: settings.seeds[:1] if method in baselines.UNTRAINED else settings.seeds
-    attacked = [Job("base", category, settings.seeds[0]) for category in settings.categories if "base" in settings.evaluation.attacked]
-    others = [Job(m, c, s) for m in settings.evaluation.methods if m != "base" for c in settings.categories for s in seeds(m)]
+    fitted_here = lambda method: method not in (*baselines.UNTRAINED, "cdelta")
+    categories = lambda method: settings.categories[: how.trained_categories or None] if fitted_here(method) else settings.categories
+    attacked = [Job("base", category, settings.seeds[0]) for category in settings.categories if "base" in how.attacked]
+    others = [Job(m, c, s) for m in how.methods if m != "base" for c in categories(m) for s in seeds(m)]
     return [Job("base", seed=settings.seeds[0]), *attacked, *others]
 
 
@@ -194,7 +197,7 @@ class Comparison:
             return
         near = self.test[self.test["ood_set"] == ""]
         own = near[near["category"].isin((job.category, SHARED)) & near["role"].isin(("target", "benign"))]
-        baselines.measure_attacked(task, chosen.method, chosen.strength, pd.concat([own, near[near["role"] == "utility"]]), **under)
+        baselines.measure_attacked(task, chosen.method, chosen.strength, pd.concat([own, near[near["role"] == "utility"]]), self.how.attacks, **under)
         for number, wrapper in enumerate(self.how.wrappers, 1):
             wrapped = own.assign(prompt=[wrapper.format(prompt=prompt) for prompt in own["prompt"]])
             baselines.measure(self.model, self.tok, chosen.method, chosen.strength, wrapped, attack=f"wrapper {number}", **under)

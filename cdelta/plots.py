@@ -273,7 +273,7 @@ def tradeoff(curves: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
                     colour, picked = colour_of(method, METHOD_COLOURS), rows[rows["chosen"]]
                     ax.plot(100 * rows["x"], 100 * rows["y"], "o-", color=colour, ms=2.2, lw=0.9, label=method)
                     ax.plot(100 * picked["x"], 100 * picked["y"], "o", ms=6, mfc="none", mec=colour, mew=1.1)
-                ax.set(xlim=(-4, 104), ylim=(-4, 106))
+                ax.set(xlim=(-3, 105 * max(curves["x"].max(), 0.1)), ylim=(-4, 106))
             line[0].set_ylabel(ylabel)
             line[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title=family, title_fontsize=7)
         for ax, category in zip(axes[0], categories):
@@ -287,16 +287,16 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str) -> Figure:
     across = min(len(tables), 5)
     down = -(-len(tables) // across)
     with style():
-        fig, axes = plt.subplots(down, across, figsize=(PAGE, 0.5 + 1.35 * down), squeeze=False, sharex=True, sharey=True)
+        fig, axes = plt.subplots(down, across, figsize=(PAGE, 0.9 + 1.05 * down), squeeze=False, sharex=True, sharey=True)
         for ax in axes.flat[len(tables) :]:
             ax.set_visible(False)
-        for ax, (method, table) in zip(axes.flat, tables.items()):
+        for place, (ax, (method, table)) in enumerate(zip(axes.flat, tables.items())):
             image = ax.imshow(100 * table.to_numpy(float), cmap="rocket_r", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
             ax.set_title(method)
             ax.set_xticks(range(table.shape[1]), table.columns, rotation=90, fontsize=5)
             ax.set_yticks(range(table.shape[0]), table.index, fontsize=5)
-            ax.tick_params(length=0, labelbottom=True)
-        fig.colorbar(image, ax=axes, label=label, shrink=0.8)
+            ax.tick_params(length=0, labelbottom=place + across >= len(tables))
+        fig.colorbar(image, ax=axes, label=label, shrink=0.8, aspect=30)
     return fig
 
 
@@ -313,9 +313,10 @@ def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
             axes[0].errorbar(100 * rows["accuracy"], at, xerr=error, fmt="o", ms=4, lw=1, capsize=1.5, color=_PALETTE[place], label=name)
         axes[0].set_yticks(range(len(names)), names)
         axes[0].set(xlabel="agreement with the labels (%)", ylim=(-0.6, len(names) - 0.4))
-        axes[0].legend(loc="lower left")
+        if len(sets) > 1:
+            fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sets))
         error = 100 * np.abs(np.stack([bins["rate"] - bins["low"], bins["high"] - bins["rate"]]))
-        axes[1].errorbar(bins["log_odds"], 100 * bins["rate"], error, fmt="o-", ms=3.5, lw=1, capsize=1.5, color=_PALETTE[0])
+        axes[1].errorbar(bins["log_odds"], 100 * bins["rate"], error, fmt="o", ms=3.5, lw=1, capsize=1.5, color=_PALETTE[0])
         axes[1].axvline(0, color="0.7", lw=0.8, ls=":")
         axes[1].set(xlabel="refusal log-odds at the first token (nats)", ylabel="labelled refusals (%)", ylim=(-4, 104))
     return fig

@@ -263,7 +263,7 @@ def _compared(pair: pd.DataFrame) -> dict:
     return {"n": len(pair), "difference": difference.value, "low": difference.low, "high": difference.high} | test._asdict()
 
 
-TITLES = {"target": "target refused", "unseen": "same, unseen", "benign": "twins refused", "other": "other harm kept", "utility": "skills correct"}
+TITLES = {"target": "target refused", "unseen": "unseen target refused", "benign": "twins refused", "other": "other harm kept", "utility": "skills correct"}
 """Short names of the measures."""
 ASPECTS = {
     "target": "refusing the target", "unseen": "refusing it out of distribution", "benign": "answering its benign twins",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cdelta.baselines import Method
 
-BASE = "base"
+BASE, EDIT = "base", "cdelta"
 
 
 class Timing(NamedTuple):
@@ -72,7 +72,7 @@ def interleaved(
     """One row per repeat, batch size and variant: ``batch_size, repeat, method, first, total, tokens`` (seconds; tokens over the batch).
 
     Args:
-        variants: name -> (method, strength); None is the model as it stands. "base" must be among them.
+        variants: method key -> (method, strength); None is the model as it stands. "base" must be among them.
         prompts: drawn anew in every repeat, the same ones for every variant.
         warmup: repeats that are run and not reported.
     """
@@ -115,7 +115,7 @@ def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFra
                 "batch_size": size, "method": method, "repeats": len(own), "tokens_per_s": own["tokens"].sum() / own["total"].sum(),
                 "first_ms": 1e3 * own["first"].mean(), "p95_ms": 1e3 * np.quantile(own["total"], 0.95),
                 "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
-                **(break_even(wide[method], wide[BASE], own["tokens"].iloc[0], offline_seconds) if method != BASE else {}),
+                **(break_even(wide[method], wide[BASE], own["tokens"].iloc[0], offline_seconds) if method not in (BASE, EDIT) else {}),
             })  # fmt: skip
     return pd.DataFrame(found).sort_values(["batch_size", "method"], kind="stable", ignore_index=True)
 
