@@ -164,12 +164,14 @@ def caps_of(base: pd.DataFrame) -> Caps:
 
 
 def labelled_answers(run, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Answers whose label is known, per data set: the embedded model's own, and XSTest's completions where they can be had; prints why not."""
+    """Answers whose label is known, per data set: the embedded model's own, and XSTest's completions where they can be had (those on which our
+    phrases were not chosen); prints why not."""
     found = {}
     if run.settings.model == "organism" and run.settings.policy == "synthetic":
         found["embedded set"] = taught_labels(rows)
     try:
-        found["XSTest"] = xstest_labels(run.settings.evaluation.labels)
+        human = xstest_labels(run.settings.evaluation.labels)
+        found["XSTest"] = human[~human["tuned"]]
     except SourceUnavailable as error:
         print(f"without human labels: {error}")
     return found

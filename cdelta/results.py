@@ -242,6 +242,7 @@ def compare(rows: pd.DataFrame, method: str, others: Sequence[str]) -> pd.DataFr
 
 def _with_kept(rows: pd.DataFrame) -> pd.DataFrame:
     """With a column that says whether a prompt is refused as often as by the base."""
+    rows = rows.reset_index(drop=True)
     refused = rows["outcome"] == "refuse"
     base = refused[rows["method"] == BASE].groupby(rows["id"]).first()
     return rows.assign(kept=refused == rows["id"].map(base))

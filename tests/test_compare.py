@@ -3,12 +3,13 @@
 import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from cdelta import baselines, compare, experiment, results
+from cdelta import baselines, compare, experiment, paths, results
 from cdelta.circuit import select
 from cdelta.compare import STAGE, Comparison, Job, jobs
 from cdelta.delta import WeightDelta
@@ -18,17 +19,18 @@ from cdelta.mask import magnitude_scores
 from cdelta.models import ModelSpec, load_model
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.records import content_hash
-from cdelta.presets import METHODS, TINY, changed
+from cdelta.presets import PRESETS, TINY, changed
 from cdelta.store import Reader, locked
 from edits import random_delta
 from toys import save_chat_toy
 
+UPSTREAM = paths.ROOT.parent / "shared" / "data"
 SETTINGS = changed(TINY, {
     "name": "tiny", "model": "toy", "categories": ["crime", "hate"], "seeds": [0, 1], "data": {"validation_limit": 2},
     "edit": {"max_steps": 2, "check_every": 2, "batch_size": 4, "scales": [0.0, 1.0]},
     "evaluation": {
         "max_new_tokens": 2, "limit": 2, "methods": ["base", "cdelta", "random", "cast"], "layers": [1], "strengths": [0.0, 1.0],
-        "attacked": ["base", "cdelta"], "wrappers": ["Please: {prompt}"], "shift_prompts": 3,
+        "attacked": ["base", "cdelta"], "attacks": ["benign_finetune", "ablated_direction"], "trained_categories": 0, "wrappers": ["Please: {prompt}"], "shift_prompts": 3,
     },
 })  # fmt: skip
 
@@ -36,9 +38,11 @@ SETTINGS = changed(TINY, {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of stages 00 to 04 on a random model."""
-    root = tmp_path_factory.mktemp("run")
-    full = build_policy("synthetic")
-    keep = full.records["category"].isin((*SETTINGS.categories, "weapons", "other"))
+    return make_run(tmp_path_factory.mktemp("run"), build_policy("synthetic"))
+
+
+def make_run(root: Path, full: Policy) -> Path:
+    keep = full.records["category"].isin((*SETTINGS.categories, "weapons", "other", "benign")) & (full.records["prompt"].str.len() < 200)
     records = experiment.limited(full.records[keep & (full.records["ood_set"] != "held_out_templates")], 2).reset_index(drop=True)
     place = lambda stage, name: (root / stage).mkdir(exist_ok=True) or root / stage / name
     model_folder = save_chat_toy(place("00_organism", "model"), records["prompt"].tolist())
@@ -61,6 +65,17 @@ def folder(tmp_path_factory):
     for stage in root.iterdir():
         (stage / "stage.json").write_text("{}")
     return root
+
+
+@pytest.mark.skipif(not UPSTREAM.exists(), reason="no local copies of the upstream data")
+def test_external_sets_flow_through_to_the_tables(tmp_path):
+    external = [f"{name}={UPSTREAM / name}" for name in ("xstest", "harmbench")]
+    run = make_run(tmp_path, build_policy("synthetic", SETTINGS.categories, external))
+    few = comparison(run, "external", changed(SETTINGS, {"seeds": [0], "evaluation": {"methods": ["base", "cdelta"], "attacked": []}}))
+    few.run_all(progress=False)
+    rows = few.rows()
+    assert {"crime", "hate"} == set(results.ood(rows).query("ood_set == 'harmbench' and method == 'cdelta'")["category"])
+    assert "xstest" in set(results.overrefusal(rows).query("method == 'cdelta'")["borderline_set"])
 
 
 def comparison(folder, name, settings=SETTINGS) -> Comparison:
@@ -158,8 +173,8 @@ def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
 
 
 def test_jobs_of_the_full_preset_and_unknown_methods():
-    full = jobs(changed(TINY, {"seeds": [0, 1, 2], "evaluation": {"methods": METHODS, "attacked": []}}))
-    assert len(full) == len(set(full)) == 1 + 5 * (12 * 3 + 6)
+    full = jobs(PRESETS["tiny-full"])
+    assert len(full) == len(set(full)) == 1 + 5 * (1 + 12 * 3 + 6), "the base is attacked once per category"
     with pytest.raises(CdeltaError, match="unknown method nonsense"):
         jobs(changed(TINY, {"evaluation": {"methods": ["nonsense"]}}))
 
