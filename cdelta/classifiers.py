@@ -215,7 +215,10 @@ def _completions(name: str, folder: Path | None) -> pd.DataFrame:
     filename = f"xstest_v2_completions_{name}.csv"
     url = f"https://raw.githubusercontent.com/paul-rottger/xstest/{XSTEST_COMMIT}/model_completions/{filename}"
     pinned = sources.Source("xstest-completions", "CC-BY-4.0", (), lambda *row: [], url=url, sha256=XSTEST_COMPLETIONS[name])
-    path = folder / filename if folder else sources.download(pinned)
+    try:
+        path = folder / filename if folder else sources.download(pinned)
+    except sources.SourceUnavailable as error:
+        raise sources.SourceUnavailable(f"{str(error).rpartition(': ')[0]}: give the folder of XSTest's model_completions.") from error
     if not path.is_file():
         raise sources.SourceUnavailable(f"{path} is not there: give the folder of XSTest's model_completions.")
     return pd.read_csv(path, dtype=str, keep_default_na=False).assign(source=name)

@@ -26,6 +26,7 @@ from cdelta.baselines import Candidates, Chosen, Task
 from cdelta.delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluate import RowStore, benign_shift, evaluate, next_token_logits
+from cdelta.harness import harness
 from cdelta.models import ModelSpec
 from cdelta.policy.build import Policy
 from cdelta.policy.records import OTHER, SHARED
@@ -34,6 +35,8 @@ from cdelta.store import Reader, locked, write_json
 
 STAGE = "05_evaluation"
 DONE = "done.json"
+NO_CHANGE = Chosen("", baselines.NOTHING, 0.0, True, pd.DataFrame())
+"""The base, as what tuning would have chosen."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Comparison:
         folder = self._folder(job)
         if job.category == "":
             evaluate(self.model, self.tok, self.test, store=RowStore(folder / "rows"), method="base", seed=job.seed, **self.ask)
-            return write_json(folder / DONE, {"k": 0.0})
+            return write_json(folder / DONE, {"k": 0.0, "no_tasks": self._measure_tasks(job, NO_CHANGE, folder)})
         task = self.task(job)
         reason = baselines.why_not(job.method, task)
         if reason:
@@ -141,10 +144,10 @@ class Comparison:
         if job.method != "base":
             baselines.measure(self.model, self.tok, chosen.method, chosen.strength, self.test_of(job.category), **under)
             self._measure_shift(chosen, folder)
-            self._measure_tasks(job, chosen, folder)
+        no_tasks = self._measure_tasks(job, chosen, folder) if job.method != "base" else ""
         self._attack(job, task, chosen, under)
         chosen.curve.to_parquet(folder / "curve.parquet", index=False)
-        write_json(folder / DONE, {"k": chosen.strength, "candidate": chosen.name, "within_caps": bool(chosen.within_caps)})
+        write_json(folder / DONE, {"k": chosen.strength, "candidate": chosen.name, "within_caps": bool(chosen.within_caps), "no_tasks": no_tasks})
         shutil.rmtree(folder / "delta", ignore_errors=True)
 
     def _chosen(self, job: Job, task: Task, folder: Path) -> Chosen:
@@ -155,7 +158,7 @@ class Comparison:
             curve = curve[(curve["category"] == job.category) & (curve["seed"] == job.seed)].drop(columns=["category", "seed", "chosen"])
             return Chosen("", delta, delta.metadata["k"], delta.metadata["within_caps"], curve)
         if job.method == "base":
-            return Chosen("", baselines.NOTHING, 0.0, True, pd.DataFrame())
+            return NO_CHANGE
         options = self._candidates(job, task, folder)
         scales = self.settings.edit.scales if isinstance(next(iter(options.values())), WeightDelta) else self.how.strengths
         return baselines.tune(
@@ -180,16 +183,17 @@ class Comparison:
                 found = benign_shift(self.model, self.tok, list(rows["prompt"]), list(rows["answer"]), base, getattr(chosen.method, "system", ""))
             found.assign(id=list(rows["id"])).to_parquet(folder / "shift.parquet", index=False)
 
-    def _measure_tasks(self, job: Job, chosen: Chosen, folder: Path) -> None:
-        """lm-evaluation-harness, first seed; not for a system prompt, which the harness does not put before its questions."""
+    def _measure_tasks(self, job: Job, chosen: Chosen, folder: Path) -> str:
+        """lm-evaluation-harness on the first seed, and why it could not run; a system prompt is left out, since the harness would not put it there."""
         if not self.how.harness_tasks or job.seed != self.settings.seeds[0] or job.method == "system_prompt":
-            return
-        from cdelta.harness import harness
-
-        with chosen.method.applied(self.model, chosen.strength):
-            harness(self.model, self.tok, self.how.harness_tasks, self.how.harness_limit or None, batch_size=self.how.batch_size, chat=True).to_parquet(
-                folder / "tasks.parquet", index=False
-            )
+            return ""
+        how = {"limit": self.how.harness_limit or None, "batch_size": self.how.batch_size, "chat": self.tok.chat_template is not None}
+        try:
+            with chosen.method.applied(self.model, chosen.strength):
+                harness(self.model, self.tok, self.how.harness_tasks, **how).to_parquet(folder / "tasks.parquet", index=False)
+        except CdeltaError as error:
+            return str(error)
+        return ""
 
     def _attack(self, job: Job, task: Task, chosen: Chosen, under: Mapping) -> None:
         """Attacks on the first seed of the preset's attacked methods, measured on the category's own prompts and the skills."""
@@ -230,8 +234,10 @@ class Comparison:
         return pd.concat([table for _, table in self._tables("tasks.parquet")] or [pd.DataFrame()], ignore_index=True)
 
     def skipped(self) -> dict[str, str]:
-        """Method -> why it was left out."""
-        return {job.method: self.facts(job)["skipped"] for job in self.jobs if "skipped" in (self.facts(job) or {})}
+        """Method, or the harness -> why it was left out."""
+        facts = [(job, self.facts(job) or {}) for job in self.jobs]
+        methods = {job.method: said["skipped"] for job, said in facts if "skipped" in said}
+        return methods | {"lm-evaluation-harness": said["no_tasks"] for _, said in facts if said.get("no_tasks")}
 
     def _tables(self, name: str) -> Iterator[tuple[Job, pd.DataFrame]]:
         for job in self.jobs:

@@ -305,7 +305,8 @@ def harness_utility(rows: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     table = rows.assign(skill=rows["task"] + " (" + rows["metric"] + ", " + rows["filter"] + ")", accuracy=rows["value"])
     error = 1.96 * rows["stderr"].astype(float)
-    return table.assign(low=rows["value"] - error, high=rows["value"] + error)[["category", "method", "skill", "accuracy", "low", "high", "n"]]
+    table = table.assign(low=rows["value"] - error, high=rows["value"] + error, category=rows["category"].replace("", "all"))
+    return table[["category", "method", "skill", "accuracy", "low", "high", "n"]]
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:

@@ -166,6 +166,21 @@ def test_cdelta_is_stage_04s_delta(folder, whole, monkeypatch):
     assert all(torch.equal(chosen.method.values[name], value) for name, value in saved.values.items())
 
 
+def test_harness_rows_become_utility_rows_and_a_harness_that_cannot_run_is_named(folder, monkeypatch):
+    few = comparison(folder, "tasks", changed(SETTINGS, {"seeds": [0], "evaluation": {"methods": ["base", "cdelta"], "attacked": [], "harness_tasks": ["mmlu"]}}))
+    row = {"task": "mmlu", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 4}
+    monkeypatch.setattr(compare, "harness", lambda model, tok, tasks, **how: pd.DataFrame([row | {"task": task} for task in tasks]))
+    few.finish(Job("cdelta", "crime"))
+    assert results.harness_utility(few.tasks())[["category", "method", "skill"]].values.tolist() == [["crime", "cdelta", "mmlu (acc, none)"]]
+
+    def out_of_reach(*args, **how):
+        raise CdeltaError("the harness could not run mmlu: no network")
+
+    monkeypatch.setattr(compare, "harness", out_of_reach)
+    few.finish(Job("cdelta", "hate"))
+    assert few.skipped() == {"lm-evaluation-harness": "the harness could not run mmlu: no network"}
+
+
 def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
     alone = comparison(folder, "alone", changed(SETTINGS, {"categories": ["crime"], "seeds": [0], "evaluation": {"methods": ["other_circuit"]}}))
     alone.finish(Job("other_circuit", "crime", 0))
