@@ -185,6 +185,10 @@ def why_not(key: str, task: Task) -> str:
         return "there is no other category, whose circuit could be edited"
     if key == "as_bias" and task.spec.layout.mlp_post:
         return "this architecture normalises the MLP's output, so no bias equals a steering vector"
+    if key == "directional" and not task.benign:
+        return "there are no benign prompts to set the target against"
+    if key == "cast" and not (task.val_target and task.val_others):
+        return "the validation split has no prompts to search its condition on"
     return ""
 
 

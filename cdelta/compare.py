@@ -197,7 +197,7 @@ class Comparison:
 
     def _attack(self, job: Job, task: Task, chosen: Chosen, under: Mapping) -> None:
         """Attacks on the first seed of the preset's attacked methods, measured on the category's own prompts and the skills."""
-        if job.method not in self.how.attacked or job.seed != self.settings.seeds[0]:
+        if job.method not in self.how.attacked or job.seed != self.settings.seeds[0] or not task.benign:
             return
         near = self.test[self.test["ood_set"] == ""]
         own = near[near["category"].isin((job.category, SHARED)) & near["role"].isin(("target", "benign"))]

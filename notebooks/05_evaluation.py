@@ -34,6 +34,9 @@
 # | `as`, `as_multi`, `as_bias` | activation steering at one layer, at several, and at one as a bias |
 # | `directional` | the direction from benign twins to the target, added |
 # | `cast` | steering behind a condition on the prompt |
+#
+# The preset says which methods run, and on how many categories the trained ones beside C-ΔΘ do; preset `tiny-full` has all of them everywhere, with
+# three seeds. What draws nothing at random has one seed.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
