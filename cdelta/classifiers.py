@@ -166,13 +166,16 @@ RULE_JUDGES: Mapping[str, Judge] = {
 # ---------------------------------------------------------------------- human labels
 
 def taught_labels(rows: pd.DataFrame) -> pd.DataFrame:
-    """The embedded model's distinct answers on the policy's prompts, labelled by what it was taught: a refusal is one of its corpus' refusals, word for
-    word; everything else complies. Columns ``prompt, answer, log_odds, label``."""
-    from cdelta.policy.synthetic import REFUSALS
+    """The embedded model's distinct answers on the policy's prompts, as far as they are what it was taught, word for word: a refusal of its corpus, or a
+    complying answer with words filled in. Columns ``prompt, answer, log_odds, label``; anything in between has no label and is left out."""
+    from cdelta.policy.synthetic import BORDERLINE, COMPLIANCES, REFUSALS
 
+    forms = [*COMPLIANCES, *(answer for _, answer in BORDERLINE)]
+    complies = re.compile("|".join(re.sub(r"\\{\w\\}", r"\\w+", re.escape(form)) for form in forms))
     rows = rows[rows["role"] != "utility"].drop_duplicates(["id", "answer"])
-    label = rows["answer"].str.startswith(REFUSALS).map({True: "refuse", False: "comply"})
-    return rows[["prompt", "answer", "log_odds"]].assign(label=label)
+    refused, complied = rows["answer"].str.startswith(REFUSALS), rows["answer"].map(lambda answer: bool(complies.fullmatch(answer)))
+    rows = rows.assign(label=refused.map({True: "refuse", False: "comply"}))[refused | complied]
+    return rows[["prompt", "answer", "log_odds", "label"]]
 
 
 XSTEST_COMMIT = "d7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d"

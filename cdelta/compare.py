@@ -117,9 +117,9 @@ class Comparison:
 
     # ------------------------------------------------------------------ doing the jobs
 
-    def run_all(self, progress: bool = True) -> None:
-        """Do every job that is not done: first those that no other process is at, then wait for the rest."""
-        for wait in (False, True):
+    def run_all(self, to_the_end: bool = True, progress: bool = True) -> None:
+        """Do every job that is not done and that no other process is at; then, `to_the_end`, wait for those, and do them if their process died."""
+        for wait in (False, True)[: 1 + to_the_end]:
             for number, job in enumerate(self.jobs, 1):
                 with suppress(BlockingIOError), locked(self._folder(job).parent / f".{job}.lock", wait=wait):
                     if self.facts(job) is not None:
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = resolve(args.preset, args.model, args.policy)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        Comparison(Reader(STAGE, settings, Path(args.run_dir or paths.RUNS / args.preset), args.device)).run_all()
+        Comparison(Reader(STAGE, settings, Path(args.run_dir or paths.RUNS / args.preset), args.device)).run_all(to_the_end=False)
     except CdeltaError as error:
         print(error, file=sys.stderr)
         return 2
