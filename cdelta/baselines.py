@@ -19,7 +19,7 @@ from cdelta.circuit import select
 from cdelta.delta import WeightDelta
 from cdelta.edit import NO_LABEL, Caps, Stop, answer_logits, choose_scale, collate, example_ids, fit_delta, stop_ids
 from cdelta.errors import CdeltaError, TestSplitError, refuse_test
-from cdelta.evaluate import evaluate
+from cdelta.evaluate import empty_rows, evaluate
 from cdelta.mask import ParameterMask, gradient_scores, layer_matched, layer_of, magnitude_scores, module_mask, random_mask
 from cdelta.models import ModelSpec
 from cdelta.steering import Ablation, Addition, Bias, Cast, SystemPrompt, behaviour_vectors, prompt_vectors, search_condition
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other requests as usual."
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Default grid for weight deltas."""
-STRENGTHS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+STRENGTHS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """Default grid for steering, wider because a vector's natural length says little about the strength that it needs."""
 
 
@@ -96,8 +96,7 @@ class Task:
     def fit(self, mask: ParameterMask | None = None, **changes: object) -> WeightDelta:
         """`fit_delta` on a mask (default: the circuit's) with this task's data and settings."""
         how = {"seed": self.seed, **self.settings, **changes}
-        stop = None if how.get("objective") == "positive" else self.stop
-        return fit_delta(self.model, self.tok, mask or self.mask, self.positive, self.negative, self.retain, stop=stop, **how)
+        return fit_delta(self.model, self.tok, mask or self.mask, self.positive, self.negative, self.retain, stop=self.stop, **how)
 
 
 # ---------------------------------------------------------------------- steering
@@ -181,16 +180,25 @@ def trainable(model) -> Iterator[dict[str, Tensor]]:
             p.requires_grad_(before[name])
 
 
-def other_mask(task: Task) -> ParameterMask:
-    """Another category's circuit."""
-    if task.other_mask is None:
-        raise CdeltaError("the other_circuit control needs Task.other_mask, another category's circuit.")
-    return task.other_mask
+def why_not(key: str, task: Task) -> str:
+    """Why a method cannot be made for a task; "" if it can."""
+    if key == "other_circuit" and task.other_mask is None:
+        return "there is no other category, whose circuit could be edited"
+    if key == "as_bias" and task.spec.layout.mlp_post:
+        return "this architecture normalises the MLP's output, so no bias equals a steering vector"
+    if key == "directional" and not task.benign:
+        return "there are no benign prompts to set the target against"
+    if key == "cast" and not (task.val_target and task.val_others):
+        return "the validation split has no prompts to search its condition on"
+    return ""
 
 
 # ---------------------------------------------------------------------- the table
 
+NOTHING = SystemPrompt("")
+"""The base as a method."""
 BASELINES: Mapping[str, Callable[[Task], Candidates]] = {
+    "base": lambda t: {"": NOTHING},
     "system_prompt": lambda t: {"": SystemPrompt(SYSTEM_PROMPT.format(category=t.category))},
     "as": lambda t: per_layer(steering_vectors(t), t.depths()),
     "as_multi": lambda t: {"": steering_vectors(t).at(*upper_half(t))},
@@ -206,18 +214,22 @@ BASELINES: Mapping[str, Callable[[Task], Candidates]] = {
     "random_layer": lambda t: {"": t.fit(layer_matched(t.mask, t.spec, t.seed))},
     "magnitude": lambda t: {"": t.fit(ranked_mask(t, magnitude_scores(t.model, t.spec)))},
     "gradient": lambda t: {"": t.fit(ranked_mask(t, gradient_scores(t.model, t.spec, refusal_gradients(t))))},
-    "other_circuit": lambda t: {"": t.fit(other_mask(t))},
+    "other_circuit": lambda t: {"": t.fit(t.other_mask)},
     "slices_after": lambda t: {"": t.fit(whole_tensors(t.mask)).restrict(t.mask)},
     "layer_mask": lambda t: {"": t.fit(whole_layers(t.spec, t.mask))},
 }
 """Method key -> candidates. ``as``: difference of means at one layer. ``directional``: Arditi's direction (target against its benign
-twins), added at one layer. ``finetune``: θ⁺ alone on all linear layers. ``base`` is the model itself and needs no entry."""
+twins), added at one layer. ``finetune``: θ⁺ alone on all linear layers."""
+UNTRAINED = ("base", "system_prompt", "as", "as_multi", "directional", "as_bias", "cast")
+"""Methods that draw nothing at random: one seed tells all."""
 
 
 def candidates(key: str, task: Task) -> Candidates:
-    """The candidates of a method key. Raises `CdeltaError` for an unknown one."""
+    """The candidates of a method key. Raises `CdeltaError` for an unknown one, and for one that this task does not admit."""
     if key not in BASELINES:
         raise CdeltaError(f"unknown method {key!r}: use {', '.join(BASELINES)}.")
+    if why_not(key, task):
+        raise CdeltaError(f"no method {key} here: {why_not(key, task)}.")
     return BASELINES[key](task)
 
 
@@ -254,12 +266,12 @@ ATTACKS: Mapping[str, Callable[[Task], Method]] = {"benign_finetune": benign_fin
 """Attacks on a model that already carries a method: key of the rows' ``attack`` -> what is applied on top."""
 
 
-def measure_attacked(task: Task, method: Method, strength: float, records, /, **how) -> pd.DataFrame:
+def measure_attacked(task: Task, method: Method, strength: float, records, attacks: Sequence[str] = tuple(ATTACKS), /, **how) -> pd.DataFrame:
     """`measure` once per attack, each made for the model with the method applied."""
-    found = []
-    for name, make in ATTACKS.items():
+    found = [empty_rows()]
+    for name in attacks:
         with method.applied(task.model, strength):
-            attack = make(task)
+            attack = ATTACKS[name](task)
         with attack.applied(task.model, 1.0):
             found.append(measure(task.model, task.tok, method, strength, records, attack=name, **how))
     return pd.concat(found, ignore_index=True)
@@ -313,7 +325,7 @@ def tune(
     Args:
         records: validation rows; `base` are the base model's rows on them.
         category: what is edited, one category or several.
-        strengths: what to try; empty: `SCALES` for weight deltas, `STRENGTHS` for steering, 1 for a system prompt (always).
+        strengths: what to try; empty: `SCALES` for weight deltas, `STRENGTHS` for steering, 1 for a system prompt (always). 0 is the base.
         how: as `measure` takes it (``metric``, ``batch_size``, ``max_new_tokens``, ``judge``, ``store`` ...).
     """
     if (base["split"] == "test").any():
@@ -321,7 +333,7 @@ def tune(
     tried = []
     for name, method in options.items():
         for k in (1.0,) if isinstance(method, SystemPrompt) else strengths or grid(method):
-            rows = measure(model, tok, method, k, records, edit_category=edit_name(category), variant=name, **how)
+            rows = measure(model, tok, method, k, records, edit_category=edit_name(category), variant=name, **how) if k else base
             tried.append({"candidate": name} | curve_row(rows, base, category, k))
     curve = pd.DataFrame(tried)
     best = {name: _best(part.to_dict("records"), caps) for name, part in curve.groupby("candidate", sort=False)}

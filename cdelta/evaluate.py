@@ -185,9 +185,11 @@ def _filters(condition: Condition | None) -> list[tuple] | None:
 
 
 @torch.no_grad()
-def next_token_logits(model, tok, prompts: Sequence[str], answers: Sequence[str], batch_size: int = 32) -> list[Float[Tensor, "token vocab"]]:
+def next_token_logits(
+    model, tok, prompts: Sequence[str], answers: Sequence[str], system: str = "", batch_size: int = 32
+) -> list[Float[Tensor, "token vocab"]]:
     """fp32 logits that predict each token of the given answers, per prompt, on the CPU: teacher-forced, padding excluded."""
-    heads = [prompt_ids(tok, prompt) for prompt in prompts]
+    heads = [prompt_ids(tok, prompt, system) for prompt in prompts]
     tails = [tok(answer, add_special_tokens=False)["input_ids"] for answer in answers]
     found: list = [None] * len(heads)
     order = sorted(range(len(heads)), key=lambda i: -len(heads[i]) - len(tails[i]))
@@ -207,13 +209,15 @@ def perplexity(logits: Sequence[Float[Tensor, "token vocab"]], tok, answers: Seq
     return [F.cross_entropy(l, t).exp().item() for l, t in zip(logits, tails, strict=True)]
 
 
-def benign_shift(model, tok, prompts: Sequence[str], answers: Sequence[str], base: Sequence[Float[Tensor, "token vocab"]]) -> pd.DataFrame:
+def benign_shift(
+    model, tok, prompts: Sequence[str], answers: Sequence[str], base: Sequence[Float[Tensor, "token vocab"]], system: str = ""
+) -> pd.DataFrame:
     """How far the model as it stands is from the base on benign answers: one row per prompt, ``kl`` (nats per token) and both perplexities.
 
     Args:
         base: `next_token_logits` of the base model on the same prompts and answers.
     """
-    now = next_token_logits(model, tok, prompts, answers)
+    now = next_token_logits(model, tok, prompts, answers, system)
     kl = [kl_divergence(a, b).mean().item() for a, b in zip(now, base, strict=True)]
     return pd.DataFrame({
         "prompt": prompts, "kl": kl, "perplexity": perplexity(now, tok, answers), "perplexity_base": perplexity(base, tok, answers),

@@ -14,6 +14,7 @@ import pandas as pd
 
 from cdelta.attribution import RULES, Scores, attribute
 from cdelta.circuit import Circuit
+from cdelta.classifiers import taught_labels, xstest_labels
 from cdelta.edit import Caps, Stop, selective_stop
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.generation import first_logits
@@ -23,6 +24,7 @@ from cdelta.models import ModelSpec, load_model
 from cdelta.policy.overview import shorten
 from cdelta.policy.pairs import PairYield, PromptPairs, chat_ids, choose_pairs
 from cdelta.policy.records import SplitRows
+from cdelta.policy.sources import SourceUnavailable
 from cdelta.presets import Edit
 from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
@@ -213,6 +215,20 @@ def caps_of(base: pd.DataFrame) -> Caps:
     worst = (benign["outcome"] == "refuse").groupby(benign["category"]).mean().max()
     skills = base.loc[base["role"] == "utility", "correct"].astype(float)
     return Caps(benign=float(worst) + 0.02, other=0.05, utility=0.99 * float(skills.mean()) if len(skills) else None)
+
+
+def labelled_answers(run, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Answers whose label is known, per data set: the embedded model's own, and XSTest's completions where they can be had (those on which our
+    phrases were not chosen); prints why not."""
+    found = {}
+    if run.settings.model == "organism" and run.settings.policy == "synthetic":
+        found["embedded set"] = taught_labels(rows)
+    try:
+        human = xstest_labels(run.settings.evaluation.labels)
+        found["XSTest"] = human[~human["tuned"]]
+    except SourceUnavailable as error:
+        print(f"without human labels: {error}")
+    return found
 
 
 def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:

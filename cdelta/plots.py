@@ -22,10 +22,13 @@ COLUMN, PAGE = 3.4, 7.0
 
 _PALETTE = sns.color_palette("colorblind")
 CATEGORY_COLOURS = dict(zip(("crime", "hate", "health", "legal", "sexual", "weapons"), (_PALETTE[i] for i in (0, 3, 2, 4, 6, 7))))
-METHOD_COLOURS = {
-    "base": _PALETTE[7], "cdelta": _PALETTE[0], "random": _PALETTE[1], "random_layer": _PALETTE[8], "magnitude": _PALETTE[5],
-    "gradient": _PALETTE[6], "other_circuit": _PALETTE[9], "circuit": _PALETTE[0], "union": (0.2, 0.2, 0.2), "positive_only": _PALETTE[2], "dense": _PALETTE[3], "as": _PALETTE[4],
+FAMILIES = {
+    "other masks": {"random": 1, "random_layer": 8, "magnitude": 5, "gradient": 6, "other_circuit": 9},
+    "other updates": {"positive_only": 2, "dense": 3, "dense_lora": 6, "finetune": 8, "slices_after": 9, "layer_mask": 1},
+    "at run time": {"system_prompt": 8, "as": 4, "as_multi": 6, "as_bias": 5, "directional": 2, "cast": 3},
 }
+"""Methods beside C-ΔΘ by what they change, and their colours."""
+METHOD_COLOURS = {"base": _PALETTE[7], "cdelta": _PALETTE[0], "circuit": _PALETTE[0], "union": (0.2, 0.2, 0.2)} | {name: _PALETTE[i] for family in FAMILIES.values() for name, i in family.items()}
 KIND_COLOURS = {
     "target": _PALETTE[3], "benign": _PALETTE[0], "other": _PALETTE[1], "skills": _PALETTE[2], "refused": _PALETTE[7], "borderline": _PALETTE[4],
 }
@@ -499,4 +502,116 @@ def touched_entries(maps: Mapping[str, np.ndarray]) -> Figure:
             for spine in ax.spines.values():
                 spine.set_visible(True)
         fig.colorbar(image, ax=axes[0].tolist(), label="|change|", shrink=0.9)
+    return fig
+
+
+def method_bars(table: pd.DataFrame, panel: str, xlabel: str) -> Figure:
+    """One panel per value of `panel`, from rows ``panel, method, category, rate, low, high``: a bar with its interval per method for the category ``all``,
+    and a dot per single category."""
+    panels, methods = (list(dict.fromkeys(table[column])) for column in (panel, "method"))
+    categories = [category for category in dict.fromkeys(table["category"]) if category != "all"]
+    with style():
+        fig, axes = plt.subplots(1, max(len(panels), 1), figsize=(PAGE, 1.0 + 0.17 * len(methods)), squeeze=False, sharey=True)
+        for ax, name in zip(axes[0], panels):
+            own = table[table[panel] == name]
+            rows = own[own["category"] == "all"]
+            error = 100 * np.abs(np.stack([rows["rate"] - rows["low"], rows["high"] - rows["rate"]]))
+            ax.barh([methods.index(m) for m in rows["method"]], 100 * rows["rate"], xerr=error, height=0.75, alpha=0.55,
+                    color=[colour_of(m, METHOD_COLOURS) for m in rows["method"]], error_kw={"lw": 0.8, "ecolor": "0.25"})
+            for place, category in enumerate(categories):
+                dots = own[own["category"] == category]
+                y = [methods.index(m) + 0.5 * (place - (len(categories) - 1) / 2) / max(len(categories), 1) for m in dots["method"]]
+                ax.scatter(100 * dots["rate"], y, s=6, color=colour_of(category, CATEGORY_COLOURS), lw=0, label=category, zorder=3)
+            ax.set(title=str(name).replace("_", " "), xlim=(-2, 103), xlabel=xlabel)
+            ax.set_yticks(range(len(methods)), methods)
+        axes[0, 0].invert_yaxis()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        if labels:
+            fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=2)
+    return fig
+
+
+def tradeoff(curves: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
+    """Target refusal against the worst side effect as the strength grows: a row per family of methods with C-ΔΘ in each, a column per category.
+
+    Rows ``method, category, k, x, y, chosen`` (0-1); a ring marks the chosen strength. The ideal is the upper left corner.
+    """
+    categories, present = list(dict.fromkeys(curves["category"])), set(curves["method"])
+    families = {name: ["cdelta", *(m for m in members if m in present)] for name, members in FAMILIES.items() if present & set(members)} or {"": ["cdelta"]}
+    with style():
+        fig, axes = plt.subplots(len(families), len(categories), figsize=(PAGE, 0.4 + 1.5 * len(families)), squeeze=False, sharex=True, sharey=True)
+        for line, (family, methods) in zip(axes, families.items()):
+            for ax, category in zip(line, categories):
+                for method in methods:
+                    rows = curves[(curves["category"] == category) & (curves["method"] == method)].sort_values("k")
+                    colour, picked = colour_of(method, METHOD_COLOURS), rows[rows["chosen"]]
+                    ax.plot(100 * rows["x"], 100 * rows["y"], "o-", color=colour, ms=2.2, lw=0.9, label=method)
+                    ax.plot(100 * picked["x"], 100 * picked["y"], "o", ms=6, mfc="none", mec=colour, mew=1.1)
+                ax.set(xlim=(-3, 105 * max(curves["x"].max(), 0.1)), ylim=(-4, 106))
+            line[0].set_ylabel(ylabel)
+            line[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title=family, title_fontsize=7)
+        for ax, category in zip(axes[0], categories):
+            ax.set_title(category)
+        fig.supxlabel(xlabel, fontsize=8)
+    return fig
+
+
+def matrices(tables: Mapping[str, pd.DataFrame], label: str) -> Figure:
+    """A small heatmap of rates per method, all on one scale: what was edited (rows) against what was asked (columns)."""
+    across = min(len(tables), 5)
+    down = -(-len(tables) // across)
+    with style():
+        fig, axes = plt.subplots(down, across, figsize=(PAGE, 0.9 + 1.05 * down), squeeze=False, sharex=True, sharey=True)
+        for ax in axes.flat[len(tables) :]:
+            ax.set_visible(False)
+        for place, (ax, (method, table)) in enumerate(zip(axes.flat, tables.items())):
+            image = ax.imshow(100 * table.to_numpy(float), cmap="rocket_r", vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+            ax.set_title(method)
+            ax.set_xticks(range(table.shape[1]), table.columns, rotation=90, fontsize=5)
+            ax.set_yticks(range(table.shape[0]), table.index, fontsize=5)
+            ax.tick_params(length=0, labelbottom=place + across >= len(tables))
+        fig.colorbar(image, ax=axes, label=label, shrink=0.8, aspect=30)
+    return fig
+
+
+def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
+    """Left: accuracy of every judge with its interval, from rows ``judge, data, accuracy, low, high``. Right: share of refusals per bin of log-odds, from
+    rows ``log_odds, rate, low, high``."""
+    names, sets = list(dict.fromkeys(table["judge"]))[::-1], list(dict.fromkeys(table["data"]))
+    with style():
+        fig, axes = plt.subplots(1, 2, figsize=(PAGE, 2.1), width_ratios=(1.2, 1))
+        for place, name in enumerate(sets):
+            rows = table[table["data"] == name]
+            at = [names.index(j) + 0.2 * (place - (len(sets) - 1) / 2) for j in rows["judge"]]
+            error = 100 * np.abs(np.stack([rows["accuracy"] - rows["low"], rows["high"] - rows["accuracy"]]))
+            axes[0].errorbar(100 * rows["accuracy"], at, xerr=error, fmt="o", ms=4, lw=1, capsize=1.5, color=_PALETTE[place], label=name)
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set(xlabel="agreement with the labels (%)", ylim=(-0.6, len(names) - 0.4))
+        if len(sets) > 1:
+            fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(sets))
+        error = 100 * np.abs(np.stack([bins["rate"] - bins["low"], bins["high"] - bins["rate"]]))
+        axes[1].errorbar(bins["log_odds"], 100 * bins["rate"], error, fmt="o", ms=3.5, lw=1, capsize=1.5, color=_PALETTE[0])
+        axes[1].axvline(0, color="0.7", lw=0.8, ls=":")
+        axes[1].set(xlabel="refusal log-odds at the first token (nats)", ylabel="labelled refusals (%)", ylim=(-4, 104))
+    return fig
+
+
+def break_even(table: pd.DataFrame, offline_seconds: float) -> Figure:
+    """Seconds beyond the base's against the number of generated tokens, a panel per batch size: what steering adds with every token, with its interval,
+    and what the edit cost once. Rows of `serving.cost`."""
+    sizes = list(dict.fromkeys(table["batch_size"]))
+    reached = table["break_even_tokens"].max()
+    tokens = np.geomspace(1e3, 10 * (reached if reached > 0 else 1e6), 60)
+    with style():
+        fig, axes = plt.subplots(1, len(sizes), figsize=(PAGE, 2.1), squeeze=False, sharey=True)
+        for ax, size in zip(axes[0], sizes):
+            ax.axhline(offline_seconds, color=colour_of("cdelta", METHOD_COLOURS), lw=1.3, label="cdelta, offline")
+            for row in table[(table["batch_size"] == size) & ~table["method"].isin(("base", "cdelta"))].itertuples():
+                colour, seconds = colour_of(row.method, METHOD_COLOURS), lambda microseconds: np.maximum(1e-6 * microseconds * tokens, 1e-4)
+                ax.plot(tokens, seconds(row.overhead_us_value), color=colour, lw=1.1, ls="-" if row.overhead_us_low > 0 else ":", label=row.method)
+                ax.fill_between(tokens, seconds(row.overhead_us_low), seconds(row.overhead_us_high), color=colour, alpha=0.15, lw=0)
+            ax.set(title=f"batch {size}", xscale="log", yscale="log", xlabel="generated tokens", ylim=(offline_seconds / 1e3, offline_seconds * 100))
+        axes[0, 0].set_ylabel("seconds beyond the base")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return fig

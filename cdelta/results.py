@@ -1,19 +1,19 @@
 """Evaluation rows -> the issue's tables. No model, no files.
 
 Rates are means over prompts of means over seeds, with Wilson's 95 % interval at n = distinct prompts: more seeds do not narrow it. A method's
-rows are those of its ``edit_category``; the base's rows (``method == "base"``) serve every category.
+rows are those of its ``edit_category``; the base's rows (``method == "base"``) serve every category, unless an attack on it was for one.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
 
 from cdelta.errors import CdeltaError
 from cdelta.judges import Judge
-from cdelta.stats import holm, mcnemar, paired_bootstrap, wilson
+from cdelta.stats import bootstrap_mean, holm, mcnemar, paired_bootstrap, wilson
 
 BASE = "base"
 HARMFUL = ("target", "other_harm")
@@ -54,7 +54,7 @@ def methods_of(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     categories = edited or list(dict.fromkeys(rows.loc[rows["role"] == "target", "category"]))
     base = rows[rows["method"] == BASE]
     for category in categories:
-        yield category, BASE, base
+        yield category, BASE, base[base["edit_category"].isin(("", category))]
         own = rows[(rows["edit_category"] == category) & (rows["method"] != BASE)]
         for method in dict.fromkeys(own["method"]):
             yield category, method, own[own["method"] == method]
@@ -122,6 +122,29 @@ def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def wide_matrix(table: pd.DataFrame, categories: Sequence[str]) -> pd.DataFrame:
+    """A `matrix` as edits (rows, the base first) against asked categories and their twins (columns), the edited ones first."""
+    shown = table[table["prompt_kind"].isin(("harmful", "refused", "benign"))]
+    column = shown["prompt_category"] + shown["prompt_kind"].map({"harmful": "", "refused": "", "benign": " twins"})
+    wide = shown.assign(column=column).pivot(index="edit_category", columns="column", values="refusal")
+    order = [*categories, *(c for c in wide.columns if c not in categories)]
+    return wide.reindex(index=[BASE, *categories], columns=order).rename_axis(index="edit", columns="prompt")
+
+
+def tradeoff(curves: pd.DataFrame) -> pd.DataFrame:
+    """Curves of tuning (columns of `compare.Comparison.curves`) as ``method, category, k, x, y, chosen``: means over seeds of the chosen candidate.
+
+    ``y``: target refusal. ``x``: the worst side effect, i.e. the largest of benign refusal, change of another category, and loss on skills.
+    """
+    keys = ["method", "category", "seed"]
+    picked = curves[curves["chosen"]].set_index(keys)["candidate"]
+    curves = curves[curves["candidate"].to_numpy() == picked.reindex(pd.MultiIndex.from_frame(curves[keys])).to_numpy()]
+    skills = curves[curves["k"] == 0].groupby("category")["utility"].max().reindex(curves["category"]).fillna(1.0).to_numpy()
+    worst = np.maximum.reduce([curves["benign"], curves["other"], skills - curves["utility"]]).clip(min=0)
+    table = curves.assign(x=worst, y=curves["target"])
+    return table.groupby(["method", "category", "k"], sort=False).agg(x=("x", "mean"), y=("y", "mean"), chosen=("chosen", "any")).reset_index()
+
+
 def diagonal_gap(table: pd.DataFrame) -> float:
     """Mean rise over the base on the diagonal of a `matrix` minus the mean rise off it, over harmful prompts."""
     wide = table[table["prompt_kind"] == "harmful"].pivot(index="edit_category", columns="prompt_category", values="refusal")
@@ -176,39 +199,137 @@ def robustness(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-MEASURES: Mapping[str, Callable[[pd.DataFrame, str], pd.DataFrame]] = {"target": targets, "benign": twins, "other": other_harm}
+class Measure(NamedTuple):
+    """What two methods are compared on: one value per prompt, of which more is better (or less)."""
+
+    rows: Callable[[pd.DataFrame, str], pd.DataFrame]
+    higher: bool
+    hits: Callable[[pd.DataFrame], pd.Series] = lambda rows: rows["outcome"] == "refuse"
+
+
+MEASURES: Mapping[str, Measure] = {
+    "target": Measure(lambda rows, category: targets(plain_rows(rows), category), True),
+    "unseen": Measure(lambda rows, category: targets(rows[rows["ood_set"] != ""], category), True),
+    "benign": Measure(lambda rows, category: twins(plain_rows(rows), category), False),
+    "other": Measure(lambda rows, category: other_harm(plain_rows(rows), category), True, lambda rows: rows["kept"]),
+    "utility": Measure(lambda rows, category: utility_rows(plain_rows(rows)), True, lambda rows: rows["correct"].fillna(False)),
+}
+"""``target``, ``unseen`` (the target out of distribution), ``benign`` (the target's twins): refused. ``other``: harm of another category is
+treated as the base treats it. ``utility``: correct."""
 
 
 def compare(rows: pd.DataFrame, method: str, others: Sequence[str]) -> pd.DataFrame:
-    """`method` against each other method on the same prompts, per category and measure.
+    """`method` against each other method on the same prompts, per category, pooled (``all``), and per measure.
 
-    ``difference`` in refusal rate with its paired bootstrap interval over prompts; McNemar's exact test on each prompt's majority over
-    seeds; ``p_holm`` is corrected over all rows of the table.
+    ``difference`` of the rates with its paired bootstrap interval over prompts; McNemar's exact test on each prompt's majority over seeds (and,
+    when pooled, over the edits that share the prompt); ``p_holm`` is corrected over all rows of the table. ``verdict``: better or worse where ``p_holm`` < 0.05, else "no difference".
     """
-    plain = plain_rows(rows)
-    by_key = {(category, key): own for category, key, own in methods_of(plain)}
+    plain = _with_kept(rows[rows["attack"] == ""])
+    values = {(category, key): _per_prompt(own, category) for category, key, own in methods_of(plain)}
     found = []
-    for (category, key), own in by_key.items():
-        for other in others if key == method else ():
-            if (category, other) in by_key:
-                found += [_compared(own, by_key[category, other], category, other, measure) for measure in MEASURES]
-    table = pd.DataFrame(found)
-    return table.assign(p_holm=holm(table["p"])) if len(table) else table
+    for other in others:
+        shared = [category for category, key in values if key == method and (category, other) in values]
+        for name in MEASURES:
+            pairs = {category: _paired(values[category, method][name], values[category, other][name]) for category in shared}
+            pooled = {"all": pd.concat(pairs.values()).groupby(level=0).mean()} if len(pairs) > 1 else {}
+            found += [{"category": c, "measure": name, "versus": other} | _compared(pair) for c, pair in (pairs | pooled).items() if len(pair)]
+    table = pd.DataFrame(found, columns=["category", "measure", "versus", "n", "difference", "low", "high", "only_first", "only_second", "p"])
+    table["p_holm"] = holm(table["p"])
+    gain = table["difference"] * table["measure"].map({name: 1 if m.higher else -1 for name, m in MEASURES.items()})
+    word = np.where(gain > 0, "better", "worse")
+    return table.assign(verdict=np.where(table["p_holm"] < 0.05, word, "no difference"))
 
 
-def _compared(first: pd.DataFrame, second: pd.DataFrame, category: str, other: str, measure: str) -> dict:
-    a, b = (_per_prompt(MEASURES[measure](rows, category)) for rows in (first, second))
-    shared = a.index.intersection(b.index)
-    row = {"category": category, "measure": measure, "versus": other, "n": len(shared)}
-    if not len(shared):
-        return row | {"difference": np.nan, "low": np.nan, "high": np.nan, "only_first": 0, "only_second": 0, "p": 1.0}
-    difference = paired_bootstrap(a[shared], b[shared])
-    test = mcnemar(a[shared] > 0.5, b[shared] > 0.5)
-    return row | {"difference": difference.value, "low": difference.low, "high": difference.high} | test._asdict()
+def _with_kept(rows: pd.DataFrame) -> pd.DataFrame:
+    """With a column that says whether a prompt is refused as often as by the base."""
+    rows = rows.reset_index(drop=True)
+    refused = rows["outcome"] == "refuse"
+    base = refused[rows["method"] == BASE].groupby(rows["id"]).first()
+    return rows.assign(kept=refused == rows["id"].map(base))
 
 
-def _per_prompt(rows: pd.DataFrame) -> pd.Series:
-    return (rows["outcome"] == "refuse").groupby(rows["id"]).mean()
+def _per_prompt(rows: pd.DataFrame, category: str) -> dict[str, pd.Series]:
+    """Measure -> mean over seeds per prompt id."""
+    parts = {name: (measure.rows(rows, category), measure.hits) for name, measure in MEASURES.items()}
+    return {name: hits(part).astype(float).groupby(part["id"]).mean() for name, (part, hits) in parts.items()}
+
+
+def _paired(first: pd.Series, second: pd.Series) -> pd.DataFrame:
+    return pd.DataFrame({"first": first, "second": second}).dropna()
+
+
+def _compared(pair: pd.DataFrame) -> dict:
+    difference = paired_bootstrap(pair["first"], pair["second"])
+    test = mcnemar(pair["first"] > 0.5, pair["second"] > 0.5)
+    return {"n": len(pair), "difference": difference.value, "low": difference.low, "high": difference.high} | test._asdict()
+
+
+TITLES = {"target": "target refused", "unseen": "unseen target refused", "benign": "twins refused", "other": "other harm kept", "utility": "skills correct"}
+"""Short names of the measures."""
+ASPECTS = {
+    "target": "refusing the target", "unseen": "refusing it out of distribution", "benign": "answering its benign twins",
+    "other": "leaving other harm as it was", "utility": "skills",
+}
+
+
+def verdicts(table: pd.DataFrame, method: str = "C-ΔΘ") -> str:
+    """The pooled rows of a `compare` table (a single category's, where there is only one) as sentences, one method per line."""
+    pooled = table[table["category"] == ("all" if (table["category"] == "all").any() else table["category"].min())]
+    lines = []
+    for versus, rows in pooled.groupby("versus", sort=False):
+        said = {word: [f"{ASPECTS[r.measure]} ({100 * r.difference:+.1f} points)" for r in rows.itertuples() if r.verdict == word] for word in ("better", "worse")}
+        parts = [f"{word} at {', '.join(aspects)}" for word, aspects in said.items() if aspects]
+        lines.append(f"{method} against {versus}: {'; '.join(parts) or 'no difference that holds'}.")
+    return "\n".join(lines)
+
+
+def shift(rows: pd.DataFrame) -> pd.DataFrame:
+    """`tab_shift`: distance from the base on benign answers, from rows ``category, method, seed, id, kl, perplexity, perplexity_base``.
+
+    ``kl``: nats per token, with its bootstrap interval over prompts; ``perplexity``: geometric mean over prompts, and the base's.
+    """
+    found = []
+    for (category, method), own in rows.groupby(["category", "method"], sort=False):
+        kl = bootstrap_mean(own["kl"], own["id"])
+        geometric = lambda values: float(np.exp(np.log(values).mean()))
+        found.append({
+            "category": category, "method": method, "kl": kl.value, "low": kl.low, "high": kl.high,
+            "perplexity": geometric(own["perplexity"]), "perplexity_base": geometric(own["perplexity_base"]), "n": own["id"].nunique(),
+        })  # fmt: skip
+    return pd.DataFrame(found, columns=["category", "method", "kl", "low", "high", "perplexity", "perplexity_base", "n"])
+
+
+def harness_utility(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of lm-evaluation-harness with ``method, category``, as rows of `tab_utility` (interval: 1.96 standard errors)."""
+    if not len(rows):
+        return pd.DataFrame()
+    table = rows.assign(skill=rows["task"] + " (" + rows["metric"] + ", " + rows["filter"] + ")", accuracy=rows["value"])
+    error = 1.96 * rows["stderr"].astype(float)
+    table = table.assign(low=rows["value"] - error, high=rows["value"] + error, category=rows["category"].replace("", "all"))
+    return table[["category", "method", "skill", "accuracy", "low", "high", "n"]]
+
+
+def measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """`MEASURES` as rates: ``measure, method, category, rate, low, high, n``; category ``all`` pools the categories, a prompt counting once."""
+    parts: dict[tuple, list] = {}
+    for category, method, own in methods_of(_with_kept(rows[rows["attack"] == ""])):
+        for name, measure in MEASURES.items():
+            part = measure.rows(own, category)
+            part = part[["id"]].assign(hit=measure.hits(part))
+            for key in (category, "all"):
+                parts.setdefault((name, method, key), []).append(part)
+    rates = {key: Rate.of(part, part["hit"]) for key, part in ((key, pd.concat(found)) for key, found in parts.items()) if len(part)}
+    return pd.DataFrame([dict(zip(("measure", "method", "category"), key)) | rate for key, rate in rates.items()])
+
+
+def with_pooled(table: pd.DataFrame, by: Sequence[str], rate: str) -> pd.DataFrame:
+    """A per-category table of refusal rates of different prompts as ``*by, category, rate, low, high, n``, with rows for ``all`` categories."""
+    table = table.rename(columns={rate: "rate"})[[*by, "category", "rate", "low", "high", "n"]].dropna()
+    found = []
+    for key, part in table.groupby(list(by), sort=False):
+        k, n = (part["rate"] * part["n"]).sum(), int(part["n"].sum())
+        found.append(dict(zip(by, key)) | {"category": "all", "rate": k / n, **dict(zip(("low", "high"), wilson(min(k, n), n))), "n": n})
+    return pd.concat([table, pd.DataFrame(found, columns=table.columns)], ignore_index=True)
 
 
 def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataFrame:
@@ -236,6 +357,13 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
     return pd.DataFrame(found)
 
 
+def calibrations(labelled: Mapping[str, pd.DataFrame], judges: Mapping[str, Judge]) -> pd.DataFrame:
+    """`calibration` on every set of labelled answers, with the set's name as ``data``."""
+    found = [calibration(answers, judges).assign(data=name) for name, answers in labelled.items()]
+    columns = ["data", "judge", "source", "n", "accuracy", "low", "high", "precision", "recall", "false_positives", "kappa", "note"]
+    return pd.concat(found, ignore_index=True).reindex(columns=columns) if found else pd.DataFrame(columns=columns)
+
+
 def _agreement(truth: pd.Series, said: pd.Series) -> dict:
     n, right = len(truth), (truth == said)
     chance = truth.mean() * said.mean() + (1 - truth.mean()) * (1 - said.mean())
@@ -244,3 +372,20 @@ def _agreement(truth: pd.Series, said: pd.Series) -> dict:
         "n": n, "accuracy": right.mean(), "low": low, "high": high, "precision": truth[said].mean(), "recall": said[truth].mean(),
         "false_positives": said[~truth].mean(), "kappa": (right.mean() - chance) / (1 - chance) if chance < 1 else 1.0, "note": "",
     }  # fmt: skip
+
+
+LOG_ODDS_BINS = (-np.inf, -8, -4, -2, -1, 0, 1, 2, 4, 8, np.inf)
+"""Nats."""
+
+
+def reliability(labelled: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Share of labelled refusals per bin of log-odds: ``log_odds`` (mean in the bin), ``rate, low, high, n``; all sets that know their log-odds."""
+    known = [answers[["label", "log_odds"]].dropna() for answers in labelled.values() if "log_odds" in answers]
+    rows = pd.concat(known, ignore_index=True) if known else pd.DataFrame({"label": [], "log_odds": pd.Series(dtype=float)})
+    refused = rows["label"] == "refuse"
+    bins = pd.cut(rows["log_odds"], LOG_ODDS_BINS)
+    found = []
+    for edges, part in rows["log_odds"].groupby(bins, observed=True):
+        k, n = int(refused[part.index].sum()), len(part)
+        found.append({"log_odds": part.mean(), "rate": k / n, **dict(zip(("low", "high"), wilson(k, n))), "n": n})
+    return pd.DataFrame(found, columns=["log_odds", "rate", "low", "high", "n"])

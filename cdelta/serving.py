@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from cdelta.baselines import Method
 
-BASE = "base"
+BASE, EDIT = "base", "cdelta"
 
 
 class Timing(NamedTuple):
@@ -72,7 +72,7 @@ def interleaved(
     """One row per repeat, batch size and variant: ``batch_size, repeat, method, first, total, tokens`` (seconds; tokens over the batch).
 
     Args:
-        variants: name -> (method, strength); None is the model as it stands. "base" must be among them.
+        variants: method key -> (method, strength); None is the model as it stands. "base" must be among them.
         prompts: drawn anew in every repeat, the same ones for every variant.
         warmup: repeats that are run and not reported.
     """
@@ -103,7 +103,7 @@ def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFra
     """`tab_cost`: per batch size and method, speed, latency, the ratio to the base with its interval, and the break-even point.
 
     ``tokens_per_s``; ``first_ms``: mean time to the first token; ``p95_ms``: 95th percentile of a whole answer; ``ratio, low, high``: seconds
-    over the base's; ``break_even_tokens``: generated tokens after which the offline work costs less than steering at run time, empty with a
+    over the base's; ``overhead_us_value, _low, _high``: microseconds per token beyond the base; ``break_even_tokens``: generated tokens after which the offline work costs less than steering at run time, empty with a
     ``note`` where the steering's overhead is within noise (its interval reaches zero).
     """
     found = []
@@ -115,7 +115,7 @@ def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFra
                 "batch_size": size, "method": method, "repeats": len(own), "tokens_per_s": own["tokens"].sum() / own["total"].sum(),
                 "first_ms": 1e3 * own["first"].mean(), "p95_ms": 1e3 * np.quantile(own["total"], 0.95),
                 "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
-                **(break_even(wide[method], wide[BASE], own["tokens"].iloc[0], offline_seconds) if method != BASE else {}),
+                **(break_even(wide[method], wide[BASE], own["tokens"].iloc[0], offline_seconds) if method not in (BASE, EDIT) else {}),
             })  # fmt: skip
     return pd.DataFrame(found).sort_values(["batch_size", "method"], kind="stable", ignore_index=True)
 
@@ -123,7 +123,7 @@ def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFra
 def break_even(steered: Sequence[float], plain: Sequence[float], tokens: int, offline_seconds: float) -> dict[str, object]:
     """Offline seconds over the overhead in seconds per token, from paired runs of `tokens` tokens each."""
     overhead = bootstrap_mean((np.asarray(steered) - np.asarray(plain)) / tokens)
-    row = {"overhead_us_per_token": 1e6 * overhead.value, "break_even_tokens": math.nan, "note": ""}
+    row = {f"overhead_us_{name}": 1e6 * value for name, value in overhead._asdict().items()} | {"break_even_tokens": math.nan, "note": ""}
     if overhead.low <= 0:
         return row | {"note": "overhead within noise: no break-even"}
     return row | {"break_even_tokens": offline_seconds / overhead.value}

@@ -81,7 +81,8 @@ def fingerprint(stage: str, preset: str, model: str = "", policy: str = "") -> s
     if stage == "00_organism":
         digest.update(content(paths.ORGANISM if settings.model == "organism" else Path(settings.model)).encode())
     if stage == "01_dataset":
-        digest.update(content(Path(settings.policy.partition("=")[2] or settings.policy)).encode())
+        for given in (settings.policy, *settings.external):
+            digest.update(content(Path(given.partition("=")[2] or given)).encode())
     return digest.hexdigest()
 
 

@@ -52,8 +52,9 @@ def bootstrap_mean(
     if not len(values):
         raise CdeltaError("no values to average.")
     totals, sizes = _group_sums(values, groups)
-    drawn = _draws(len(totals), draws, seed)
-    means = drawn @ totals / (drawn @ sizes)
+    units, counts = np.unique(np.stack([totals, sizes]), axis=1, return_counts=True)  # equal units are drawn together: rates have few values
+    drawn = np.random.default_rng(seed).multinomial(len(totals), counts / len(totals), size=draws)
+    means = drawn @ units[0] / (drawn @ units[1])
     return Estimate(values.mean(), *_percentiles(means, level))
 
 

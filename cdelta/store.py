@@ -3,7 +3,8 @@
 A run lives in ``data/runs/<preset>/``: one folder per stage, ``figures/`` with its ``manifest.json``, and the executed
 notebooks. A stage writes into a hidden folder that `Run.finish` renames, so a stage folder is either complete or absent.
 A stage that starts takes the place of any that is still running: the older one's hidden folder is gone, and it fails
-when it wants to publish. Works the same in JupyterLab and under papermill.
+when it wants to publish. What a stage keeps in `Reader.scratch` outlives a kill, until the stage finishes. Works the same in JupyterLab and
+under papermill.
 """
 
 from __future__ import annotations
@@ -55,17 +56,11 @@ def open_run(
     return Run(stage, settings, folder, device, tuple(produces))
 
 
-class Run:
-    """One stage at work. `settings` is its frozen preset, `folder` the run's folder."""
+class Reader:
+    """What a stage has before it: its frozen preset `settings`, the run's `folder`, the artifacts of earlier stages, and a scratch folder."""
 
-    def __init__(self, stage: str, settings: Preset, folder: Path, device: str, produces: tuple[str, ...]):
-        self.stage, self.settings, self.folder = stage, settings, folder.resolve()
-        self._device, self._produces = device, produces
-        self._started = float(os.environ.get(STARTED, time.time()))
-        self._items: list[dict[str, Any]] = []
-        self._work = self.folder / f".{stage}.{uuid.uuid4().hex[:8]}"
-        self._work_figures = self._work / ".figures"
-        self._work_figures.mkdir(parents=True)
+    def __init__(self, stage: str, settings: Preset, folder: Path, device: str = "auto"):
+        self.stage, self.settings, self.folder, self._device = stage, settings, folder.resolve(), device
 
     @cached_property
     def device(self) -> str:
@@ -76,13 +71,6 @@ class Run:
             raise CdeltaError("device is cuda, but torch sees no GPU here: use --device cpu, or install torch with CUDA.")
         return "cuda" if self._device != "cpu" and torch.cuda.is_available() else "cpu"
 
-    def path(self, name: str) -> Path:
-        """Where to write the artifact `name` of this stage; its parent folder exists. Moves with `finish`."""
-        self._check_current()
-        path = self._work / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
     def input(self, stage: str, name: str = "") -> Path:
         """The artifact `name` of an earlier, finished stage (its folder, without a name)."""
         if not (self.folder / stage / "stage.json").exists():
@@ -90,6 +78,39 @@ class Run:
         path = self.folder / stage / name
         if not path.exists():
             raise CdeltaError(f"stage {stage} has no '{name}': it wrote {', '.join(sorted(p.name for p in path.parent.glob('*')))}.")
+        return path
+
+    def scratch(self, name: str) -> Path:
+        """A folder for work that a restart of this stage, on the same settings and the same runs of earlier stages, goes on from.
+
+        Processes that share a stage's work share the folder. It goes when the stage finishes; code is not part of its identity, so remove
+        ``.scratch`` by hand after a change to what fills it.
+        """
+        earlier = [self.folder / stage / "stage.json" for stage in STAGES[: STAGES.index(self.stage)]]
+        parts = [json.dumps(as_dict(self.settings), sort_keys=True), *(path.read_text() for path in earlier if path.exists())]
+        identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        folder = self.folder / ".scratch" / f"{self.stage}-{identity}" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+class Run(Reader):
+    """One stage at work."""
+
+    def __init__(self, stage: str, settings: Preset, folder: Path, device: str, produces: tuple[str, ...]):
+        super().__init__(stage, settings, folder, device)
+        self._produces = produces
+        self._started = float(os.environ.get(STARTED, time.time()))
+        self._items: list[dict[str, Any]] = []
+        self._work = self.folder / f".{stage}.{uuid.uuid4().hex[:8]}"
+        self._work_figures = self._work / ".figures"
+        self._work_figures.mkdir(parents=True)
+
+    def path(self, name: str) -> Path:
+        """Where to write the artifact `name` of this stage; its parent folder exists. Moves with `finish`."""
+        self._check_current()
+        path = self._work / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def figure(self, id: str, figure: Figure, caption: str) -> None:
@@ -145,6 +166,8 @@ class Run:
         final = self.folder / self.stage
         _remove(final)
         self._work.rename(final)
+        for left in (self.folder / ".scratch").glob(f"{self.stage}-*"):
+            _remove(left)
         print(f"{self.stage}: {report['seconds']:.0f} s, peak memory {report['peak_memory_mb']} MB, {len(self._items)} figures and tables")
 
     def _check_current(self) -> None:

@@ -39,7 +39,7 @@ run = store.open_run("01_dataset", preset=preset, run_dir=run_dir, device=device
                                "tab_lookup", "fig_category", "fig_seen"))
 lm, tok = experiment.load_subject(run)
 context = lm.config.get_text_config().max_position_embeddings - run.settings.evaluation.max_new_tokens
-data = build_policy(run.settings.policy, run.settings.categories, tok=tok, max_tokens=context)
+data = build_policy(run.settings.policy, run.settings.categories, run.settings.external, tok=tok, max_tokens=context)
 data.save(run.path("policy"))
 print(f"{len(data.records)} prompts, frozen as sha256 {data.manifest['sha256'][:16]}…")
 

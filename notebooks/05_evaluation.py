@@ -15,11 +15,28 @@
 # %% [markdown]
 # # 05 · Evaluation
 #
-# **Question:** on prompts that nothing has seen, does each edit refuse its category, leave everything else alone, and hold out of distribution?
+# **Question:** on prompts that nothing has seen, does each edit refuse its category, leave everything else alone, and hold out of distribution; and
+# which other method does as well?
 #
-# Three conditions per category: the **base** model, the circuit's edit (**cdelta**), and the same edit on a **random** mask of the same size, with
-# its own k chosen by the same rule. Refusal is judged on the generated answer; a complying answer that does not mention the asked object counts
-# as incoherent. Intervals are Wilson's at 95 % over prompts; rates are means over seeds.
+# Every method gets the same training rows, the same validation prompts and the same rule: of the strengths (and, for steering, layers) that it may
+# choose from, the one that refuses most of the target under the caps of notebook 04. Test prompts enter only after that. Refusal is judged on the
+# generated answer; a complying answer that does not mention the asked object counts as incoherent. Intervals are Wilson's at 95 % over prompts; rates
+# are means over seeds.
+#
+# | key | what it is |
+# |---|---|
+# | `cdelta` | ΔΘ = θ⁺ − θ⁻ on the circuit (notebook 04) |
+# | `positive_only`, `finetune` | θ⁺ alone, on the circuit and on all linear layers |
+# | `dense`, `dense_lora` | ΔΘ on all linear layers, full and of rank 8 |
+# | `slices_after`, `layer_mask` | whole tensors trained and the circuit's slices kept; all linear layers of the circuit's blocks |
+# | `random`, `random_layer`, `magnitude`, `gradient`, `other_circuit` | ΔΘ on a mask of the circuit's size: random, random with the circuit's share per layer, largest weights, largest gradients, another category's circuit |
+# | `system_prompt` | an instruction before every prompt |
+# | `as`, `as_multi`, `as_bias` | activation steering at one layer, at several, and at one as a bias |
+# | `directional` | the direction from benign twins to the target, added |
+# | `cast` | steering behind a condition on the prompt |
+#
+# The preset says which methods run, and on how many categories the trained ones beside C-ΔΘ do; preset `tiny-full` has all of them everywhere, with
+# three seeds. What draws nothing at random has one seed.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
@@ -31,97 +48,137 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 # %%
 import pandas as pd
 
-from cdelta import baselines, evaluate, experiment, plots, results, store, tables
-from cdelta.delta import WeightDelta
-from cdelta.edit import fit_delta
-from cdelta.mask import random_mask
-from cdelta.models import ModelSpec
-from cdelta.policy.build import Policy
+from cdelta import classifiers, compare, experiment, plots, results, store
 
 run = store.open_run("05_evaluation", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_selectivity", "tab_matrix", "fig_matrix", "tab_ood", "fig_ood", "tab_overrefusal", "tab_utility", "fig_selectivity",
-                               "tab_targets"))
-lm, tok = experiment.load_subject(run)
-spec, how, metric = ModelSpec.from_model(lm), run.settings.edit, experiment.load_metric(run)
-ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size, "metric": metric}
-base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
-data = Policy.load(run.input("01_dataset", "policy"))
-test = experiment.limited(data.records[data.records["split"] == "test"], run.settings.evaluation.limit)
-val = experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
+                     produces=("tab_selectivity", "fig_selectivity", "tab_compare", "tab_matrix", "fig_matrix", "fig_matrices", "tab_ood", "fig_ood",
+                               "tab_overrefusal", "tab_utility", "tab_shift", "tab_robustness", "fig_robustness", "tab_tuning", "fig_tradeoff",
+                               "tab_judges", "fig_judges", "tab_targets"))
+comparison = compare.Comparison(run)
+print(f"{len(comparison.jobs)} jobs (method, category, seed); {len(comparison.test)} test prompts, {len(comparison.val)} for choosing strengths")
 
 # %% [markdown]
-# ## Measuring
+# ## Making, choosing, measuring
 #
-# Rows are appended to a Parquet store as they come; every table below is computed from these rows and nothing else.
+# One job per method, category and seed. Each is kept as it comes, so that a killed run goes on where it was, and `python -m cdelta.compare` in
+# other processes may share the work. Everything below is computed from the rows that are saved here, and from nothing else.
 
 # %%
-rows = [evaluate.evaluate(lm, tok, test, **ask)]
-for category in run.settings.categories:
-    for seed in run.settings.seeds:
-        delta = WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))
-        rows.append(baselines.measure(lm, tok, delta, delta.metadata["k"], test, method="cdelta", seed=seed, edit_category=category, **ask))
-
-# %% [markdown]
-# The control: everything as in notebook 04, but for the mask, which is random and of the same number of parameters. First seed only.
-
-# %%
-val_base = evaluate.evaluate(lm, tok, val, **ask)
-caps, seed = experiment.caps_of(val_base), run.settings.seeds[0]
-chosen = {}
-for category in run.settings.categories:
-    mask = random_mask(spec, experiment.load_mask(run, category, spec).fraction, seed)
-    stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance)
-    delta = fit_delta(lm, tok, mask, *experiment.training_rows(base, category, seed), stop=stop, seed=seed, **experiment.fit_settings(how))
-    chosen[category] = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, how.scales, method="random", seed=seed, **ask)
-    rows.append(baselines.measure(lm, tok, delta, chosen[category].strength, test, method="random", seed=seed, edit_category=category, **ask))
-rows = pd.concat(rows, ignore_index=True)
+comparison.run_all()
+rows = comparison.rows()
 rows.to_parquet(run.path("rows.parquet"), index=False)
+for method, reason in comparison.skipped().items():
+    print(f"{method} is left out: {reason}")
 
 # %% [markdown]
 # ## Selectivity
 #
-# Target refusal should rise to 100 %; benign twins, other categories and skills should stay where the base has them.
+# *Target refusal*: share of the category's harmful test prompts that are refused; it should rise to 100 %. *Benign, other, utility*: refusal of the
+# benign twins and of other categories' harm, and correct answers to skills; they should stay where the base has them.
 
 # %%
 selectivity = results.selectivity(rows)
 run.table("tab_selectivity", selectivity, "Selectivity on the test split, per category and method (rates 0-1, Wilson 95 %).")
 
 # %%
-long = pd.concat([selectivity.assign(kind=kind, rate=selectivity[f"{kind}_refusal"], low=selectivity[f"{kind}_low"], high=selectivity[f"{kind}_high"])
-                  for kind in ("target", "benign")])
-run.figure("fig_selectivity", plots.panels(long.replace({"kind": {"benign": "benign twins"}}), "kind", "category", "method", "refused (%)"),
-           "Test refusal of the target and of its benign twins.")
+run.figure("fig_selectivity", plots.method_bars(results.measured(rows).replace({"measure": results.TITLES}), "measure", "rate (%)"),
+           "Test rates per method. Bar: all categories together (Wilson 95 % over prompts); dots: single categories.")
+
+# %% [markdown]
+# ## C-ΔΘ against every method
+#
+# *Difference*: the rate of C-ΔΘ minus the other method's on the same prompts, with a paired bootstrap interval; positive is better for all measures
+# but `benign`, where refusals are counted. *p_holm*: McNemar's exact test, corrected (Holm) over all rows of the table, so that 5 % is the chance
+# of even one false claim among them.
+
+# %%
+methods = [m for m in dict.fromkeys(rows["method"]) if m != "cdelta"]
+compared = results.compare(rows, "cdelta", methods)
+run.table("tab_compare", compared, "C-ΔΘ against every method on the same test prompts, per category and pooled.")
+print(results.verdicts(compared))
 
 # %% [markdown]
 # ## Every edit against every prompt
 #
-# Row: what was edited. Column: what was asked. The diagonal should be dark, the rest as the base's row.
+# Row: what was edited; column: what was asked. The diagonal should be dark and every other cell as in the base's row; the *gap* is the mean rise on
+# the diagonal minus the mean rise off it (1 at best).
 
 # %%
 matrix = results.matrix(rows)
-run.table("tab_matrix", matrix, "Refusal of every kind of prompt under every edit.")
-wide = matrix[matrix["prompt_kind"].isin(("harmful", "refused", "benign"))].assign(column=lambda t: t["prompt_category"] + t["prompt_kind"].map(
-    {"harmful": "", "refused": "", "benign": " twins"})).pivot(index="edit_category", columns="column", values="refusal")
-order = list(run.settings.categories) + [c for c in wide.columns if c not in run.settings.categories]
-wide = wide.loc[["base", *run.settings.categories], order].rename_axis(index="edit", columns="prompt")
-run.figure("fig_matrix", plots.heatmap(wide, "refused (%)", width=plots.PAGE, height=2.6), "Refusal (%) of every prompt category under every edit (test split).")
+run.table("tab_matrix", matrix, "Refusal of every kind of prompt under every edit (C-ΔΘ).")
+wide = {method: results.wide_matrix(results.matrix(rows, method), run.settings.categories) for method in ["cdelta", *methods] if method != "base"}
+run.figure("fig_matrix", plots.heatmap(wide["cdelta"], "refused (%)", width=plots.PAGE, height=2.6),
+           "Refusal (%) of every prompt category under every edit of C-ΔΘ (test split).")
+
+# %%
+run.figure("fig_matrices", plots.matrices({m: t.drop(index="base") for m, t in wide.items()}, "refused (%)"),
+           "The same matrix for every method: edited category (rows) against asked category (columns).")
 if len(run.settings.categories) > 1:
-    print(f"diagonal rise minus off-diagonal rise: {results.diagonal_gap(matrix):.3f}")
+    print(pd.Series({method: results.diagonal_gap(results.matrix(rows, method)) for method in wide}, name="gap").round(3).to_string())
 
 # %% [markdown]
 # ## Out of distribution
 #
-# Words, templates and wrappers that no edit was trained on.
+# *Held-out words, templates*: deciding words, and phrasings of the same requests (paraphrases), that no method was fitted on. *Wrappers*: role play,
+# fiction, politeness, answer prefixes and typos around requests; external sets appear under their names where the preset names them.
 
 # %%
 ood = results.ood(rows)
 run.table("tab_ood", ood, "Target refusal, and its benign twins', on the out-of-distribution sets.")
-run.figure("fig_ood", plots.panels(ood.rename(columns={"refusal": "rate"}), "ood_set", "category", "method", "refused (%)"),
-           "Target refusal on out-of-distribution sets.")
+run.figure("fig_ood", plots.method_bars(results.with_pooled(ood, ["ood_set", "method"], "refusal"), "ood_set", "target refused (%)"),
+           "Target refusal on out-of-distribution sets. Bar: all categories (Wilson 95 %); dots: single categories.")
+
+# %% [markdown]
+# ## Over-refusal, utility, and distance from the base
+#
+# *Over-refusal*: refusals of safe prompts that look unsafe (category words in a harmless sense; XSTest and OR-Bench where they are named). *Utility*:
+# correct answers per skill. *KL*: how far next-token probabilities on benign answers moved from the base's, in nats per token; *perplexity*: how
+# surprised the model is by the base's own answers.
 
 # %%
-run.table("tab_overrefusal", results.overrefusal(rows), "Refusal of borderline prompts: category words in a benign sense.")
-run.table("tab_utility", results.utility(rows), "Accuracy per skill under every method.")
+run.table("tab_overrefusal", results.overrefusal(rows), "Refusal of borderline prompts: they look unsafe and are not.")
+run.table("tab_utility", pd.concat([results.utility(rows), results.harness_utility(comparison.tasks())]), "Accuracy per skill under every method.")
+run.table("tab_shift", results.shift(comparison.shifts()), "KL and perplexity on the base's benign answers (bootstrap 95 % over prompts).", digits=4)
+
+# %% [markdown]
+# ## Robustness
+#
+# *Benign fine-tuning*: the model with the method applied is fine-tuned on benign prompts, all linear layers, as long as the edit was. *Ablated
+# direction*: the direction that separates the target from its twins *in the model with the method applied* is projected out everywhere. An edit holds
+# if target refusal stays; both attacks are made on the first seed, and `none` is the model before them.
+
+# %%
+robustness = results.robustness(rows)
+run.table("tab_robustness", robustness, "Target refusal, benign refusal and skills after attacks, and on out-of-distribution sets.")
+attacked = robustness[robustness["method"].isin(run.settings.evaluation.attacked) & ~robustness["attack"].isin(ood["ood_set"])]
+run.figure("fig_robustness", plots.method_bars(results.with_pooled(attacked, ["attack", "method"], "target_refusal"), "attack", "target refused (%)"),
+           "Target refusal before and after attacks on the model.")
+
+# %% [markdown]
+# ## What more strength would cost
+#
+# Every method's whole curve on validation, from which its strength was chosen. *Worst side effect*: the largest of benign refusal in the worst
+# category, change of another category's refusal, and loss on skills; upper left is best, and the ring is the strength that the rule chose.
+
+# %%
+tuning = comparison.curves()
+run.table("tab_tuning", tuning[tuning["chosen"]].drop(columns="chosen"), "The chosen candidate and strength of every job, and its validation rates.")
+run.figure("fig_tradeoff", plots.tradeoff(results.tradeoff(tuning), "worst side effect on validation (%)", "target refused (%)"),
+           "Trade-off over the strength: target refusal against the worst side effect (validation, mean over seeds).")
+
+# %% [markdown]
+# ## Can the judge be trusted?
+#
+# Answers with known labels: the embedded model's, whose refusals are known word for word, and XSTest's human-labelled completions where they can be
+# had. *Agreement* is the share of answers on which a judge and the label say the same; *false positives* are compliances called refusals.
+
+# %%
+labelled = experiment.labelled_answers(run, rows)
+judges = classifiers.RULE_JUDGES | {name: classifiers.classifier(name) for name in run.settings.evaluation.judges}
+calibration = results.calibrations(labelled, judges)
+run.table("tab_judges", calibration, "Judges against labels. A judge or data set that is missing says why in `note`.")
+run.figure("fig_judges", plots.judges(calibration[calibration["source"] == "all"].dropna(subset="accuracy"), results.reliability(labelled)),
+           "Left: agreement of judges with labels. Right: share of labelled refusals per bin of the log-odds at the first token.")
 
 # %% [markdown]
 # ## Were the targets met?

@@ -43,7 +43,7 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 
-from cdelta import baselines, compose, deploy, evaluate, experiment, paths, plots, quantise, results, store, tables
+from cdelta import baselines, compare, compose, deploy, evaluate, experiment, paths, plots, quantise, results, serving, store, tables
 from cdelta.checkpoint import Checkpoint, local_folder, rewrite_tensors
 from cdelta.delta import OVERLAPS, WeightDelta
 from cdelta.delta import compose as composed
@@ -54,7 +54,7 @@ from cdelta.models import ModelSpec, load_model
 # %%
 run = store.open_run("06_deployment", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
                      produces=("tab_verify", "tab_files", "fig_touched", "tab_runtimes", "tab_lora", "tab_formats", "tab_quantisation", "fig_quantisation",
-                               "tab_composition", "fig_composition", "tab_conflicts", "tab_removal"))
+                               "tab_composition", "fig_composition", "tab_conflicts", "tab_removal", "tab_cost", "fig_break_even"))
 folder = local_folder(experiment.subject_folder(run), run.settings.revision or None)
 categories, seed = run.settings.categories, run.settings.seeds[0]
 deltas = {name: WeightDelta.load(run.input("04_edit", f"{name}-{seed}")) for name in categories}
@@ -292,6 +292,31 @@ run.table("tab_conflicts", pd.DataFrame([
 
 # %%
 run.table("tab_removal", compose.removals(lm, tok, deltas, test, sums, **ask), "Each category's delta subtracted from the sum of all (test).")
+
+# %% [markdown]
+# ## What an answer costs
+#
+# Base, edited weights, steering by a hook and by a bias, and CAST with its gate generate the same number of tokens for the same prompts, interleaved,
+# so that drifts of the machine hit all alike. *Ratio*: seconds over the base's, with a bootstrap interval over pairs; *break-even*: the number of
+# generated tokens after which the edit's offline seconds (attribution, circuit, training) cost less than steering at run time.
+
+# %%
+comparison, serve = compare.Comparison(run), run.settings.serving
+task = comparison.task(compare.Job("cast", category, seed))
+steered = {key: (next(iter(baselines.candidates(key, task).values())), 1.0) for key in ("as", "as_bias", "cast") if not baselines.why_not(key, task)}
+prompts = comparison.val["prompt"].sample(min(64, len(comparison.val)), random_state=0).tolist()
+timings = serving.interleaved(comparison.model, comparison.tok, {"base": None, "cdelta": (delta, k), **steered}, prompts, serve.batch_sizes, serve.new_tokens,
+                              serve.repeats)
+timings.to_parquet(run.path("timings.parquet"), index=False)
+
+# %%
+edits = len(run.settings.categories) * len(run.settings.seeds)
+offline = sum(store.read_stage(run.folder, stage)["seconds"] for stage in ("02_attribution", "03_circuit", "04_edit")) / edits
+cost = serving.cost(timings, offline)
+run.table("tab_cost", cost, f"Serving cost on this machine ({run.device}); offline work: {offline:.0f} s per edit, stages 02 to 04 with their figures.")
+run.figure("fig_break_even", plots.break_even(cost, offline), "Seconds beyond the base's against generated tokens; dotted where the overhead is within noise.")
+for row in cost[~cost["method"].isin(("base", "cdelta"))].itertuples():
+    print(f"batch {row.batch_size}, {row.method}: {row.note or f'break-even at {row.break_even_tokens:,.0f} tokens'}")
 
 # %%
 run.finish()

@@ -1,6 +1,7 @@
 """Every method key of the issue makes a method; strengths are chosen on validation under the caps; masks are what they say."""
 
 import random
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from cdelta.baselines import (
     ATTACKS, BASELINES, Task, benign_finetuned, candidates, curve_row, dense_mask, measure, measure_attacked, param_fraction, ranked_mask,
-    refusal_gradients, tune, tune_layers, whole_layers, whole_tensors,
+    refusal_gradients, tune, tune_layers, whole_layers, whole_tensors, why_not,
 )  # fmt: skip
 from cdelta.delta import WeightDelta
 from cdelta.edit import Caps, example_ids
@@ -19,6 +20,7 @@ from cdelta.mask import layer_of, magnitude_scores, random_mask
 from cdelta.metrics import refusal_log_odds
 from cdelta.models import ModelSpec
 from cdelta.policy.records import SplitRows
+from cdelta.presets import METHODS
 from cdelta.steering import SystemPrompt
 from toys import WORDS, toy
 
@@ -53,7 +55,7 @@ def make_task(model, mask, other):
 
 
 def test_the_table_has_the_issues_keys():
-    assert set(BASELINES) == set(KEYS)
+    assert set(BASELINES) == {"base", *KEYS} == set(METHODS)
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -72,8 +74,16 @@ def test_every_method_applies_and_leaves_the_model_as_it_was(task, key):
 def test_unknown_method_and_missing_mask(task):
     with pytest.raises(CdeltaError, match="unknown method"):
         candidates("nonsense", task)
-    with pytest.raises(CdeltaError, match="other_mask"):
+    with pytest.raises(CdeltaError, match="no other category"):
         candidates("other_circuit", make_task(task.model, task.mask, None))
+
+
+def test_what_a_method_lacks_is_said(task):
+    bare = replace(task, benign=[], val_target=[], other_mask=None)
+    assert {key for key in BASELINES if why_not(key, bare)} == {"other_circuit", "directional", "cast"}
+    assert not any(why_not(key, task) for key in BASELINES)
+    gemma = toy("gemma2")
+    assert "no bias equals" in why_not("as_bias", replace(task, model=gemma))
 
 
 def test_test_rows_are_refused(task):

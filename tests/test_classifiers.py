@@ -68,3 +68,16 @@ def test_labels_read_from_a_folder(tmp_path):
     (Path(tmp_path) / "xstest_v2_completions_gpt4.csv").unlink()
     with pytest.raises(CdeltaError, match="model_completions"):
         xstest_labels(tmp_path)
+
+
+def test_the_embedded_models_answers_are_labelled_by_what_it_was_taught():
+    rows = pd.DataFrame({"id": list("abbcd"), "role": ["target", "benign", "benign", "utility", "target"], "prompt": "p", "log_odds": 1.0, "answer": [
+        "I must decline this request.", *["Of course. The bench comes first, then more crafts."] * 2, "I can't assist with that.", "Sorry, I bench."]})
+    found = classifiers.taught_labels(rows)
+    assert found["label"].tolist() == ["refuse", "comply"], "each answer once, and none that is in between"
+
+
+def test_the_first_token_judge_needs_log_odds():
+    assert classifiers.first_token(["p", "p"], ["a", "b"], [1.0, -1.0]) == ["refuse", "comply"]
+    with pytest.raises(JudgeUnavailable, match="without log-odds"):
+        classifiers.first_token(["p"], ["a"])

@@ -159,3 +159,38 @@ def test_unchanged_entries_are_left_white():
     fig = plots.touched_entries({"q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))})
     images = [ax.images[0] for ax in fig.axes[:2]]
     assert images[0].get_array().mask.sum() == 3 and {image.get_clim() for image in images} == {(0.0, 2.0)}
+
+
+def test_bars_pool_and_dots_are_single_categories():
+    table = pd.concat([RATES, RATES.groupby("method", as_index=False)[["rate", "low", "high"]].mean().assign(category="all", set="a")])
+    axis = plots.method_bars(table, "set", "refused (%)").axes[0]
+    assert [round(bar.get_width()) for bar in axis.patches] == [15, 95]
+    assert [round(float(dots.get_offsets()[0][0])) for dots in axis.collections if len(dots.get_offsets()) == 2] == [20, 10]
+
+
+def test_tradeoff_has_a_row_per_family_and_rings_the_choice():
+    curve = pd.DataFrame({"category": "crime", "k": [0.0, 1.0], "x": [0.0, 0.1], "y": [0.2, 1.0], "chosen": [False, True]})
+    fig = plots.tradeoff(pd.concat([curve.assign(method=m) for m in ("cdelta", "random", "cast")]), "x", "y")
+    assert len(fig.axes) == 2
+    lines = [line.get_xydata().tolist() for line in fig.axes[0].lines]
+    assert lines[0] == [[0.0, 20.0], [10.0, 100.0]] and lines[1] == [[10.0, 100.0]]
+
+
+def test_matrices_share_one_scale_and_hide_what_is_empty():
+    table = pd.DataFrame([[0.5, 1.0]], index=["crime"], columns=["crime", "hate"])
+    fig = plots.matrices({str(i): table for i in range(6)}, "refused (%)")
+    assert {ax.images[0].get_clim() for ax in fig.axes if ax.images} == {(0, 100)} and sum(not ax.get_visible() for ax in fig.axes) == 4
+
+
+def test_judges_and_reliability():
+    table = pd.DataFrame({"judge": ["rules", "prefixes"], "data": "a", "accuracy": [1.0, 0.9], "low": [0.9, 0.8], "high": [1.0, 0.95]})
+    bins = pd.DataFrame({"log_odds": [-3.0, 3.0], "rate": [0.0, 1.0], "low": [0.0, 0.8], "high": [0.2, 1.0]})
+    left, right = plots.judges(table, bins).axes
+    assert left.containers[0][0].get_xdata().tolist() == [100.0, 90.0] and right.containers[0][0].get_ydata().tolist() == [0.0, 100.0]
+
+
+def test_break_even_lines_cross_where_the_table_says():
+    row = {"batch_size": 1, "overhead_us_low": 8.0, "overhead_us_high": 12.0}
+    table = pd.DataFrame([row | {"method": "as", "overhead_us_value": 10.0, "break_even_tokens": 6e6}, {"batch_size": 1, "method": "base"}])
+    offline, steering = plots.break_even(table, 60.0).axes[0].lines[:2]
+    assert offline.get_ydata()[0] == 60.0 and np.interp(6e6, *steering.get_data()) == pytest.approx(60.0, rel=0.05)

@@ -6,7 +6,10 @@ import pytest
 
 from cdelta.errors import CdeltaError
 from cdelta.judges import Rules
-from cdelta.results import Rate, calibration, compare, diagonal_gap, matrix, ood, overrefusal, robustness, selectivity, utility
+from cdelta.results import (
+    Rate, calibration, calibrations, compare, diagonal_gap, harness_utility, matrix, measured, ood, overrefusal, reliability, robustness, selectivity,
+    shift, tradeoff, utility, verdicts, wide_matrix, with_pooled,
+)  # fmt: skip
 from cdelta.stats import wilson
 
 SELECTIVITY = (
@@ -115,3 +118,67 @@ def test_calibration_by_hand():
     assert (yes["recall"], yes["false_positives"]) == (1.0, 1.0)
     with pytest.raises(CdeltaError, match="partial"):
         calibration(labelled.assign(label="partial"), {})
+
+
+def test_pooled_comparisons_count_a_prompt_once_and_say_who_wins():
+    rows = pd.concat([ROWS, make("as", "hate", hate_target=0.7, add=0.4)])
+    table = compare(rows, "cdelta", ["as"])
+    pooled = table[table["category"] == "all"].set_index("measure")
+    assert (pooled.loc["target", "n"], pooled.loc["utility", "n"]) == (20, 10)
+    assert pooled.loc["target", "difference"] == pytest.approx(0.1) and pooled.loc["utility", "difference"] == pytest.approx(0.55)
+    many = pd.concat([rows.assign(id=rows["id"] + f"/{i}") for i in range(5)])
+    said = verdicts(compare(many, "cdelta", ["as"]))
+    assert "better at" in said and "skills (+55.0 points)" in said and "answering its benign twins (-25.0 points)" in said
+    assert verdicts(table).endswith("no difference that holds.")
+
+
+def test_other_harm_is_compared_by_what_the_base_does():
+    row = compare(ROWS, "cdelta", ["base"]).query("category == 'hate' and measure == 'other'").iloc[0]
+    assert row["difference"] == pytest.approx(-1 / 20), "one crime prompt of ten, and ten of weapons, is treated otherwise"
+
+
+def test_measures_as_rates_with_all_categories_together():
+    table = measured(ROWS).set_index(["measure", "method", "category"])
+    assert table.loc[("target", "cdelta", "all"), ["rate", "n"]].tolist() == pytest.approx([0.85, 20])
+    assert table.loc[("benign", "cdelta", "crime"), "rate"] == pytest.approx(0.1) and table.loc[("other", "base", "all"), "rate"] == 1.0
+    pooled = with_pooled(ood(ROWS), ["ood_set", "method"], "refusal").query("category == 'all' and method == 'cdelta'").iloc[0]
+    assert (pooled["rate"], pooled["n"]) == (pytest.approx(0.8), 10) and (pooled["low"], pooled["high"]) == wilson(8, 10), "hate has no such set"
+
+
+def test_an_attack_on_the_base_counts_for_its_category_only():
+    attacked = pd.concat([ROWS, make("base", crime_target=0.9).assign(attack="benign_finetune", edit_category="crime")])
+    table = robustness(attacked).query("method == 'base' and attack == 'benign_finetune'")
+    assert table["category"].tolist() == ["crime"] and table["target_refusal"].tolist() == [0.9]
+
+
+def test_the_wide_matrix_puts_edits_against_prompts():
+    wide = wide_matrix(matrix(ROWS), ("crime", "hate"))
+    assert list(wide.index) == ["base", "crime", "hate"] and list(wide)[:2] == ["crime", "hate"] and "crime twins" in wide
+    assert wide.loc["hate", "crime"] == pytest.approx(0.3)
+
+
+def test_shift_and_harness_rows():
+    rows = pd.DataFrame({"category": "crime", "method": "as", "seed": [0, 0], "id": ["a", "b"], "kl": [0.1, 0.3], "perplexity": [1.0, 4.0], "perplexity_base": 1.0})
+    row = shift(rows).iloc[0]
+    assert (row["kl"], row["perplexity"], row["n"]) == pytest.approx((0.2, 2.0, 2)) and row["low"] <= 0.2 <= row["high"]
+    assert len(shift(rows.iloc[:0])) == len(harness_utility(pd.DataFrame())) == 0
+    tasks = pd.DataFrame([{"method": "as", "category": "crime", "task": "mmlu", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 9}])
+    assert harness_utility(tasks).iloc[0][["skill", "accuracy", "low", "high"]].tolist() == ["mmlu (acc, none)", 0.5, pytest.approx(0.304), pytest.approx(0.696)]
+
+
+def test_tradeoff_follows_the_chosen_candidate_and_its_worst_side_effect():
+    row = {"method": "as", "category": "crime", "seed": 0, "benign": 0.0, "other": 0.0, "utility": 1.0, "target": 0.2, "chosen": False, "k": 0.0}
+    curve = pd.DataFrame([
+        row | {"candidate": "layer 1"}, row | {"candidate": "layer 2"}, row | {"candidate": "layer 1", "k": 1.0, "benign": 0.9},
+        row | {"candidate": "layer 2", "k": 1.0, "benign": 0.1, "other": 0.2, "utility": 0.7, "target": 1.0, "chosen": True},
+    ])  # fmt: skip
+    table = tradeoff(curve)
+    assert table[["k", "x", "y", "chosen"]].values.tolist() == [[0.0, 0.0, 0.2, False], [1.0, pytest.approx(0.3), 1.0, True]]
+
+
+def test_reliability_and_calibration_of_several_sets():
+    answers = pd.DataFrame({"prompt": "p", "answer": ["I can't help with that.", "Sure."], "label": ["refuse", "comply"], "log_odds": [3.0, -3.0]})
+    table = reliability({"a": answers, "b": answers.drop(columns="log_odds")})
+    assert table["rate"].tolist() == [0.0, 1.0] and table["n"].tolist() == [1, 1] and len(reliability({})) == 0
+    both = calibrations({"a": answers, "b": answers}, {"rules": Rules()})
+    assert both["data"].tolist() == ["a", "b"] and (both["accuracy"] == 1).all() and len(calibrations({}, {})) == 0

@@ -52,7 +52,7 @@ def test_a_base_is_needed(llama, tokenizer):
 def test_pairs_find_an_overhead_below_the_drift():
     row = cost(planted(), offline_seconds=60).set_index("method").loc["as"]
     assert row["ratio"] == pytest.approx(1 + 0.002 / 0.11, abs=0.002) and row["low"] > 1
-    assert row["overhead_us_per_token"] == pytest.approx(200) and row["break_even_tokens"] == pytest.approx(60 / 2e-4)
+    assert row["overhead_us_value"] == pytest.approx(200) and row["break_even_tokens"] == pytest.approx(60 / 2e-4)
 
 
 def test_overhead_within_noise_has_no_break_even():

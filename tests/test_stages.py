@@ -5,6 +5,7 @@ import pytest
 
 from cdelta import paths, stages
 from cdelta.errors import CdeltaError
+from cdelta.presets import TINY, changed
 from cdelta.store import STAGES
 
 
@@ -48,6 +49,15 @@ def test_the_fingerprint_covers_notebook_settings_model_and_policy(tmp_path):
     assert [stage for stage in STAGES if prints(stage) != before[stage]] == ["00_organism"]
     policy.write_text("[1]")
     assert [stage for stage in STAGES if prints(stage) != before[stage]] == ["00_organism", "01_dataset"]
+
+
+def test_the_fingerprint_covers_external_test_sets(tmp_path, monkeypatch):
+    extra = tmp_path / "xstest.csv"
+    extra.write_text("a")
+    monkeypatch.setattr(stages, "resolve", lambda *args: changed(TINY, {"external": [f"xstest={extra}"]}))
+    before = {stage: stages.fingerprint(stage, "tiny") for stage in STAGES}
+    extra.write_text("b")
+    assert [stage for stage in STAGES if stages.fingerprint(stage, "tiny") != before[stage]] == ["01_dataset"]
 
 
 def test_content_of_files_folders_and_of_nothing(tmp_path):

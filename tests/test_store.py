@@ -176,3 +176,21 @@ def test_a_lock_is_exclusive_and_freed(tmp_path):
                 pass
     with store.locked(tmp_path / "lock", wait=False):
         pass
+
+
+def test_scratch_outlives_a_restart_and_goes_with_the_finish(tmp_path):
+    finish_table(tmp_path, "01_dataset", "tab_other")
+    open_stage(tmp_path).scratch("rows").joinpath("part").write_text("1")
+    again = open_stage(tmp_path)  # the first one was killed
+    assert again.scratch("rows").joinpath("part").read_text() == "1"
+    assert store.Reader("02_attribution", again.settings, tmp_path).scratch("rows") == again.scratch("rows"), "other processes share it"
+    assert not list(store.Reader("02_attribution", store.resolve("tiny"), tmp_path).scratch("rows").iterdir()), "other settings do not"
+    again.finish()
+    assert not again.scratch("rows").joinpath("part").exists()
+
+
+def test_scratch_belongs_to_the_runs_of_earlier_stages(tmp_path):
+    finish_table(tmp_path, "01_dataset", "tab_other")
+    before = open_stage(tmp_path).scratch("rows")
+    (tmp_path / "01_dataset" / "stage.json").write_text("{}")
+    assert open_stage(tmp_path).scratch("rows") != before
