@@ -119,6 +119,25 @@ def select(
     return Circuit(tuple(map(unit_name, units)), (), origin | {"param_budget": param_budget, "fill": fill})
 
 
+def unit_scores(scores, others: Sequence = (), ranking: str = "pairs") -> tuple[Tensor, Tensor]:
+    """Head and neuron scores by which units are ranked.
+
+    ``mean``: the scores as they are, so pairs with a large difference of the metric decide. ``pairs``: every pair has the same say, the mean
+    over pairs of |score| over the pair's sum (needs ``attribute(per_pair=True)``). Else one of `selective_scores` against `others`.
+    """
+    if ranking in SELECTIVE and others:
+        return selective_scores(scores, others, ranking)
+    if ranking not in ("mean", "pairs", *SELECTIVE):
+        raise CdeltaError(f"unknown ranking {ranking!r}: use mean, pairs, {', '.join(SELECTIVE)}.")
+    if ranking != "pairs":
+        return scores.heads, scores.neurons
+    if scores.pair_heads is None:
+        raise CdeltaError("ranking by pairs needs every pair's scores: call attribute with per_pair=True.")
+    total = (scores.pair_heads.abs().sum((1, 2)) + scores.pair_neurons.abs().sum((1, 2))).clamp(min=1e-30)
+    share = lambda values: (values.abs() / total[:, None, None]).mean(0)
+    return share(scores.pair_heads), share(scores.pair_neurons)
+
+
 def selective_scores(category, others: Sequence, how: str = "difference") -> tuple[Tensor, Tensor]:
     """Head and neuron scores that are high where a unit serves the category more than the others (twins, other categories).
 

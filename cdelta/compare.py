@@ -57,7 +57,8 @@ def jobs(settings: Preset) -> list[Job]:
     for names, known, what in (((*how.methods, *how.attacked), baselines.BASELINES, "method"), (how.attacks, baselines.ATTACKS, "attack")):
         if unknown := [name for name in names if name not in known]:
             raise CdeltaError(f"unknown {what} {', '.join(unknown)}: use {', '.join(known)}.")
-    seeds = lambda method: settings.seeds[:1] if method in baselines.UNTRAINED else settings.seeds
+    once = lambda method: method in baselines.UNTRAINED or (how.repeated and method not in ("cdelta", *how.repeated))
+    seeds = lambda method: settings.seeds[:1] if once(method) else settings.seeds
     fitted_here = lambda method: method not in (*baselines.UNTRAINED, "cdelta")
     categories = lambda method: settings.categories[: how.trained_categories or None] if fitted_here(method) else settings.categories
     attacked = [Job("base", category, settings.seeds[0]) for category in settings.categories if "base" in how.attacked]

@@ -67,6 +67,8 @@ class Settings:
     ``sides``: the base with each side by itself. Under ``positive`` both are θ⁺."""
     retain_loss: str = "answers"
     """``answers``: cross-entropy on the base's own answers. ``kl``: KL(base ‖ side) at every position of those answers."""
+    focus: float = 1.0
+    """A target row weighs its own loss to this power, so that the few rows that are hard are not given up; 0: all rows alike."""
     beta: float = 0.1
     """Temperature of the margin objective."""
     rank: int = 0
@@ -335,6 +337,13 @@ def _cross_entropy(side: Callable, base: Callable, wanted: Batch, other: Batch |
     return F.cross_entropy(side(wanted).flatten(0, 1), wanted.labels.flatten(), ignore_index=NO_LABEL)
 
 
+def _focused(side: Callable, base: Callable, wanted: Batch, other: Batch | None, how: Settings) -> Tensor:
+    """Mean over rows, each row's mean over its answer's tokens, weighted by the row's own loss to the power of `focus`."""
+    rows = -sequence_logp(side(wanted), wanted.labels) / (wanted.labels != NO_LABEL).sum(-1)
+    weights = rows.detach().clamp(min=1e-6) ** how.focus
+    return (weights * rows).sum() / weights.sum()
+
+
 def _margin(side: Callable, base: Callable, wanted: Batch, other: Batch, how: Settings) -> Tensor:
     """DPO (arXiv 2305.18290, equation 7) of the side's answer over the other side's, mean over rows."""
     gain = lambda batch: sequence_logp(side(batch), batch.labels) - sequence_logp(base(batch), batch.labels)
@@ -352,7 +361,7 @@ def sequence_logp(logits: Float[Tensor, "row answer vocab"], labels: Int[Tensor,
     return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none").sum(-1)
 
 
-TARGET_LOSSES = {"contrastive": _cross_entropy, "positive": _cross_entropy, "margin": _margin}
+TARGET_LOSSES = {"contrastive": _focused, "positive": _focused, "margin": _margin}
 RETAIN_LOSSES = {"answers": _cross_entropy, "kl": _kl}
 
 
@@ -657,7 +666,7 @@ class Caps:
 
 
 def choose_scale(curve: Sequence[Mapping[str, float]], caps: Caps | Mapping[str, float]) -> float:
-    """The scale with the highest target refusal among those that meet the caps; of equals, the smallest.
+    """The scale with the highest target refusal among those that meet the caps; of equals, the nearest to 1, at which the training looked.
 
     Args:
         curve: rows ``k, target, benign, other, utility`` measured on validation.
@@ -669,4 +678,4 @@ def choose_scale(curve: Sequence[Mapping[str, float]], caps: Caps | Mapping[str,
     if not allowed:
         nearest = min(curve, key=caps.excess)
         raise CdeltaError(f"no scale meets {caps}: the nearest, k = {nearest['k']}, exceeds one by {caps.excess(nearest):.3f}.")
-    return max(allowed, key=lambda row: (row["target"], -abs(row["k"])))["k"]
+    return max(allowed, key=lambda row: (row["target"], -abs(row["k"] - 1)))["k"]

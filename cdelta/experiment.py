@@ -183,7 +183,7 @@ def _retained(rows: pd.DataFrame, category: str, others: int, rng: random.Random
 
 def fit_settings(how: Edit) -> dict[str, object]:
     """Keywords of `edit.fit_delta`, the same for every trained method."""
-    return {"steps": how.max_steps, **{name: getattr(how, name) for name in ("check_every", "lr", "batch_size", "retain_share", "retain_on", "objective")}}
+    return {"steps": how.max_steps, **{name: getattr(how, name) for name in ("check_every", "lr", "batch_size", "retain_share", "retain_on", "focus", "objective")}}
 
 
 def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Metric, firsts: pd.Series, batch_size: int = 128) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from cdelta.attribution import attribute
 from cdelta.baselines import measure, tune
 from cdelta.checkpoint import Checkpoint, local_folder
-from cdelta.circuit import Circuit, select
+from cdelta.circuit import Circuit, select, unit_scores
 from cdelta.delta import WeightDelta, new_folder
 from cdelta.deploy import RECORD, VerifyReport, save_edited, verify
 from cdelta.edit import Settings, collate, example_ids, fit_sides, stop_ids
@@ -132,9 +132,11 @@ class Study:
         """The circuit that separates the category's prompts from their benign counterparts, within the parameter budget."""
         job = self.job
         pairs, _ = category_pairs(self.records, job.category, self.tok, minimum=job.min_pairs)
-        scores = attribute(self.model, pairs, self.metric() or self._sequence_metric(), method=job.method, progress=progress)
+        scores = attribute(self.model, pairs, self.metric() or self._sequence_metric(), method=job.method, per_pair=True, progress=progress)
         provenance = {"category": job.category, "pairs": len(pairs)}
-        return select(scores, ModelSpec.from_model(self.model), param_budget=job.param_budget, provenance=provenance)
+        heads, neurons = unit_scores(scores)
+        spec = ModelSpec.from_model(self.model)
+        return select(None, spec, param_budget=job.param_budget, heads=heads, neurons=neurons, fill=True, provenance=provenance)
 
     def metric(self):
         """Refusal log-odds over the first tokens of the model's own answers (and `job.refusal` where it never refuses); None where first

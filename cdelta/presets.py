@@ -56,8 +56,8 @@ class Circuit:
 
     param_budget: float = 0.05
     """Largest share of all the model's parameters that the mask may own (the paper: < 5 %)."""
-    selective: str = ""
-    """How a category's scores are set against the other categories' (`circuit.selective_scores`: difference, ratio, orthogonalised); "" ranks the plain scores."""
+    ranking: str = "pairs"
+    """By which scores units are ranked (`circuit.unit_scores`: mean, pairs, difference, ratio, orthogonalised)."""
     pairs: int = 30
     """Held-out pairs per category (val split) that circuits are run on; 0: all."""
     fractions: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -84,13 +84,15 @@ class Edit:
 
     max_steps: int = 90
     check_every: int = 30
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     batch_size: int = 48
     objective: str = "contrastive"
-    retain_share: float = 0.65
+    retain_share: float = 0.5
     """Share of retain rows in every batch."""
     retain_on: str = "difference"
     """See `edit.Settings.retain_on`."""
+    focus: float = 1.0
+    """See `edit.Settings.focus`."""
     refuse_at: float = 0.975
     """An update is selective when it refuses (θ⁻: answers) this share of the target on validation ..."""
     tolerance: float = 0.05
@@ -120,6 +122,8 @@ class Evaluation:
     """Keys of `baselines.ATTACKS`."""
     trained_categories: int = 0
     """Methods that are trained beside C-ΔΘ run on the first so many categories (0: all)."""
+    repeated: tuple[str, ...] = ()
+    """Methods that run with every seed of the preset (C-ΔΘ always does); the others run with the first. Empty: all."""
     wrappers: tuple[str, ...] = ()
     """Texts around ``{prompt}`` for jailbreak tests of real models; the embedded set brings its own wrappers and paraphrases."""
     shift_prompts: int = 100
@@ -163,9 +167,12 @@ class Deployment:
 class Ablation:
     """Values that notebook 07 varies, one at a time."""
 
-    budgets: tuple[float, ...] = (0.01, 0.05)
-    scales: tuple[float, ...] = (0.5, 0.7, 0.9)
-    selective: tuple[str, ...] = ("difference",)
+    budgets: tuple[float, ...] = (0.01,)
+    """Sizes of circuits and random masks beside the preset's own."""
+    updates: tuple[str, ...] = ("retained by each side", "rows weighed alike", "θ⁺ alone")
+    """Names of notebook 07's changes to the training."""
+    rankings: tuple[str, ...] = ("mean",)
+    """Other ways to rank units (`Circuit.ranking`)."""
     factors: tuple[float, ...] = (0.0, 1.5)
     """Factors on k that every layer tries."""
     layer_limit: int = 20
@@ -240,7 +247,7 @@ _BRIEF = {
     },
     "serving": {"batch_sizes": [1, 2], "new_tokens": 3, "repeats": 3},
     "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2], "runtimes": ["transformers"], "formats": ["bfloat16 in 4"]},
-    "ablation": {"budgets": [0.05], "scales": [1.0], "selective": ["difference"], "factors": [0.0], "layer_limit": 2},
+    "ablation": {"budgets": [], "updates": [], "rankings": ["difference"], "factors": [0.0], "layer_limit": 2},
 }
 
 PRESETS = {

@@ -45,8 +45,8 @@ from cdelta.models import ModelSpec
 from cdelta.policy.build import Policy
 
 run = store.open_run("02_attribution", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_tokens", "fig_idea", "tab_attribution", "fig_components", "fig_edges", "tab_edges", "fig_convergence", "fig_exact",
-                               "tab_cost"))
+                     produces=("tab_tokens", "fig_idea", "tab_attribution", "fig_scores", "fig_edges", "tab_edges", "fig_convergence", "fig_exact",
+                               "tab_attribution_cost"))
 lm, tok = experiment.load_subject(run)
 spec, how = ModelSpec.from_model(lm), run.settings.attribution
 data, base = Policy.load(run.input("01_dataset", "policy")), pd.read_parquet(run.input("01_dataset", "base.parquet"))
@@ -102,7 +102,7 @@ run.table("tab_attribution", pd.DataFrame(rows), "Pairs, mean metric (nats) on b
 
 # %%
 heads, mlps = ({category: getattr(s, part).numpy() for category, s in scores.items()} for part in ("heads", "mlps"))
-run.figure("fig_components", plots.layer_maps(heads, mlps, "effect (nats)"),
+run.figure("fig_scores", plots.layer_maps(heads, mlps, "effect (nats)"),
            "Score of every attention head (layer x head) and of every MLP per category, all on one colour scale. Blue: carries refusal.")
 
 # %% [markdown]
@@ -152,7 +152,7 @@ run.figure("fig_exact", plots.agreement(edges, f"{name} (nats)", f"{how.method},
 # the number of pairs; on a CPU it is the process's, which also counts what its allocator rounds up.
 
 # %%
-run.table("tab_cost", pd.DataFrame(costs), f"Seconds and peak memory on top of the model of each category's attribution, measured and predicted "
+run.table("tab_attribution_cost", pd.DataFrame(costs), f"Seconds and peak memory on top of the model of each category's attribution, measured and predicted "
           f"({lm.device}, micro-batch {how.micro_batch}).", digits=1)
 
 # %%

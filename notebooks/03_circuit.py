@@ -20,11 +20,9 @@
 #
 # Units are attention heads and MLP neurons. A head owns its query rows, its output columns and, counted once, its kv group's key and value
 # rows; a neuron owns its gate and up rows and its down column. Units are ranked by score per parameter until the budget, counted exactly in
-# parameters of the whole model, is spent; it is never exceeded.
-#
-# Refusal machinery that all categories share should not be edited for one of them. `selective` sets a unit's share of the category's score
-# against its share in the other categories; notebook 07 compares those rankings with the plain one, which is the default because it was the
-# better one on validation.
+# parameters of the whole model, is spent; it is never exceeded. Every prompt pair has the same say in the ranking: with plain means, the few
+# pairs whose metric differs most (blatant words) decide alone. Rankings that set a category's scores against the other categories' are
+# compared in notebook 07.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
@@ -38,7 +36,7 @@ import pandas as pd
 
 from cdelta import drawing, experiment, plots, store, study
 from cdelta.attribution import Scores, attribute
-from cdelta.circuit import Circuit, select, selective_scores
+from cdelta.circuit import Circuit, select, unit_scores
 from cdelta.delta import model_hash
 from cdelta.errors import CdeltaError
 from cdelta.faithfulness import curves, direct_effects, edge_circuits, leave_one_out, parts, total_effects, unit_circuits, unit_parameters
@@ -48,7 +46,7 @@ from cdelta.policy.build import Policy
 
 run = store.open_run("03_circuit", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
                      produces=("tab_masks", "fig_circuit_heads", "fig_depth", "tab_top_units", "tab_faithfulness", "fig_faithfulness", "tab_controls", "fig_controls",
-                               "tab_stability", "fig_stability", "fig_overlap_circuits", "tab_overlap", "tab_sharing", "tab_components", "fig_components",
+                               "tab_stability", "fig_stability", "fig_overlap_circuits", "tab_overlap", "tab_sharing", "tab_components", "fig_parts",
                                "fig_attention", "fig_graph", "page_graph"))
 # %%
 lm, tok = experiment.load_subject(run)
@@ -70,10 +68,10 @@ circuits, masks, used = {}, {}, {}
 identity = model_hash(lm)
 for category in names:
     others = [s for name, s in scores.items() if name != category]
-    used[category] = selective_scores(scores[category], others, settings.selective) if settings.selective and others else (scores[category].heads, scores[category].neurons)
+    used[category] = unit_scores(scores[category], others, settings.ranking)
     origin = {name: getattr(scores[category], name) for name in ("method", "steps", "rule", "n_pairs", "pairs_hash")}
     circuits[category] = select(None, spec, param_budget=settings.param_budget, heads=used[category][0], neurons=used[category][1], fill=True,
-                                provenance={"category": category, "selective": settings.selective, "model_hash": identity, **origin})
+                                provenance={"category": category, "ranking": settings.ranking, "model_hash": identity, **origin})
     circuits[category].save(run.path(f"{category}.json"))
     masks[category] = circuits[category].to_mask(spec)
 
@@ -88,7 +86,7 @@ run.table("tab_masks", table, f"The parameter masks at a budget of {settings.par
 
 # %%
 chosen = {c: [parse_unit(node)[1:] for node in circuit.nodes if node.startswith("a")] for c, circuit in circuits.items()}
-run.figure("fig_circuit_heads", plots.component_maps({c: used[c][0].numpy() for c in names}, "head", "effect (nats)", marked=chosen),
+run.figure("fig_circuit_heads", plots.component_maps({c: scores[c].heads.numpy() for c in names}, "head", "effect (nats)", marked=chosen),
            "Score of every attention head; framed: in the circuit. Blue carries refusal.")
 
 # %%
@@ -206,7 +204,7 @@ for category in names:
     table.append(study.component_table(category, effects))
 table = study.strongest_parts(pd.concat(table, ignore_index=True))
 run.table("tab_components", table, "Effect of the circuits' parts on the metric (nats), with 95 % bootstrap intervals over pairs.")
-run.figure("fig_components", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names), "Effect of the circuits' parts (tab_components).")
+run.figure("fig_parts", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names), "Effect of the circuits' parts (tab_components).")
 
 # %% [markdown]
 # ## What the heads attend to

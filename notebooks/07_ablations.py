@@ -29,17 +29,18 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 
 # %%
 import pandas as pd
+from tqdm import tqdm
 
 from cdelta import baselines, evaluate, experiment, plots, store
 from cdelta.attribution import Scores
-from cdelta.circuit import select, selective_scores
+from cdelta.circuit import select, unit_scores
 from cdelta.delta import WeightDelta
 from cdelta.edit import fit_delta
 from cdelta.mask import random_mask
 from cdelta.models import ModelSpec
 
 run = store.open_run("07_ablations", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_budget", "fig_budget", "tab_ranking", "tab_layer_scales"))
+                     produces=("tab_ablations", "fig_budget", "tab_layer_scales"))
 lm, tok = experiment.load_subject(run)
 spec, how, metric, seed = ModelSpec.from_model(lm), run.settings.edit, experiment.load_metric(run), run.settings.seeds[0]
 ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size, "metric": metric}
@@ -51,30 +52,39 @@ scores = {folder.name: Scores.load(folder) for folder in sorted(run.input("02_at
 others = [s for name, s in scores.items() if name != category]
 
 # %% [markdown]
-# ## The masks to compare
+# ## What varies
 #
-# For every budget: the circuit's mask and a random one. At the preset's budget also the other ways to rank units.
+# *Update*: the retain rows kept by each side by itself instead of by the difference; all target rows weighed alike instead of by their own loss;
+# θ⁺ alone without θ⁻; the base's distribution (KL) instead of its answers. *Ranking*: other scores by which units are chosen. *Budget*: circuits
+# and random masks of other sizes. Each is trained as in notebook 04, with k chosen by the same rule under the same caps.
 
 # %%
-budget = run.settings.circuit.param_budget
-masks = [("circuit", b, select(scores[category], spec, param_budget=b, fill=True).to_mask(spec)) for b in run.settings.ablation.budgets]
-masks += [("random", b, random_mask(spec, b, seed)) for b in run.settings.ablation.budgets]
-for selective in run.settings.ablation.selective:
-    heads, neurons = selective_scores(scores[category], others, selective)
-    masks.append((selective, budget, select(None, spec, param_budget=budget, heads=heads, neurons=neurons, fill=True).to_mask(spec)))
+budget, chosen = run.settings.circuit.param_budget, run.settings.ablation
+ranked = {ranking: unit_scores(scores[category], others, ranking) for ranking in (run.settings.circuit.ranking, *chosen.rankings)}
+circuit = lambda ranking, share: select(None, spec, param_budget=share, heads=ranked[ranking][0], neurons=ranked[ranking][1], fill=True).to_mask(spec)
+own = circuit(run.settings.circuit.ranking, budget)
+updates = {"retained by each side": {"retain_on": "sides"}, "rows weighed alike": {"focus": 0.0}, "θ⁺ alone": {"objective": "positive"}, "KL": {"retain_loss": "kl"}}
+variants = [("update", name, own, changes) for name, changes in updates.items() if name in chosen.updates]
+variants += [("ranking", ranking, circuit(ranking, budget), {}) for ranking in chosen.rankings]
+variants += [("circuit", f"{share:.1%}", circuit(run.settings.circuit.ranking, share), {}) for share in chosen.budgets]
+variants += [("random", f"{share:.1%}", random_mask(spec, share, seed), {}) for share in (*chosen.budgets, budget)]
 
 # %%
 stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance)
 rows = experiment.training_rows(base, category, seed)
+deltas = {("as in notebook 04", ""): WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))}
+for kind, name, mask, changes in tqdm(variants, desc="variants", mininterval=10):
+    deltas[kind, name] = fit_delta(lm, tok, mask, *rows, stop=stop, seed=seed, **experiment.fit_settings(how) | changes)
+
+# %%
 found = []
-for name, share, mask in masks:
-    for objective in ("contrastive", "positive"):
-        delta = fit_delta(lm, tok, mask, *rows, stop=stop, seed=seed, **experiment.fit_settings(how) | {"objective": objective})
-        best = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, run.settings.ablation.scales, method=name, **ask)
-        at_best = best.curve[best.curve["k"] == best.strength].iloc[0]
-        found.append({"mask": name, "budget": share, "fraction": mask.fraction, "update": objective, "k": best.strength, "within caps": best.within_caps,
-                      **at_best[["target", "benign", "other", "utility"]], "steps": delta.metadata["training"]["steps"]})
+for (kind, name), delta in deltas.items():
+    best = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, how.scales, method="cdelta", **ask)
+    at_best = best.curve[best.curve["k"] == best.strength].iloc[0]
+    found.append({"varied": kind, "value": name, "fraction": delta.count() / spec.n_params, "k": best.strength, "within caps": best.within_caps,
+                  **at_best[["target", "benign", "other", "utility"]], **delta.metadata["training"], "norm": delta.norm()})
 found = pd.DataFrame(found)
+run.table("tab_ablations", found, f"One choice varied at a time ({category}, validation, first seed): rates at the k that the caps allow.")
 
 # %% [markdown]
 # ## Budget
@@ -82,17 +92,10 @@ found = pd.DataFrame(found)
 # A random mask also trains; the question is what it costs, and how far below 5 % each still works.
 
 # %%
-by_budget = found[found["mask"].isin(("circuit", "random"))]
-run.table("tab_budget", by_budget, f"Validation rates against the parameter budget ({category}): circuit and random masks, contrastive and θ⁺ alone.")
-lines = by_budget[by_budget["update"] == "contrastive"].assign(percent=lambda t: 100 * t["fraction"], rate=lambda t: 100 * t["target"])
-run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "mask", "parameters in the mask (%)", "target refused (%)", percent=True),
+sizes = found[found["varied"].isin(("circuit", "random")) | (found["varied"] == "as in notebook 04")].replace({"varied": {"as in notebook 04": "circuit"}})
+lines = sizes.assign(percent=100 * sizes["fraction"], rate=100 * sizes["target"]).sort_values("percent")
+run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "parameters in the mask (%)", "target refused (%)", plots.METHOD_COLOURS, percent=True),
            f"Target refusal on validation against the mask's share of the parameters ({category}), k chosen under the caps.")
-
-# %% [markdown]
-# ## How units are ranked
-
-# %%
-run.table("tab_ranking", found[found["budget"] == budget], f"Ways to rank units, at a budget of {budget:.0%} ({category}, validation).")
 
 # %% [markdown]
 # ## One scale per layer
@@ -101,7 +104,7 @@ run.table("tab_ranking", found[found["budget"] == budget], f"Ways to rank units,
 # where the target is refused as often without it. First row: the edit of notebook 04 as it is.
 
 # %%
-delta = WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))
+delta = deltas["as in notebook 04", ""]
 few = experiment.limited(val_base, run.settings.ablation.layer_limit)
 scaled, tried = baselines.tune_layers(lm, tok, delta, delta.metadata["k"], few, few, category, caps, run.settings.ablation.factors, **ask)
 run.table("tab_layer_scales", tried, f"Factors on k = {delta.metadata['k']:g} per group of layers ({category}, validation), and which were kept.")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdelta.attribution import attribute
-from cdelta.circuit import Circuit, connected_edges, edge_slices, ranked_edges, select, selective_scores
+from cdelta.circuit import Circuit, connected_edges, edge_slices, ranked_edges, select, selective_scores, unit_scores
 from cdelta.errors import CdeltaError
 from cdelta.mask import ParameterMask, module_mask, slices_size
 from cdelta.models import ModelSpec
@@ -155,3 +155,17 @@ def test_bad_input_is_one_clear_error(scored, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(CdeltaError, match="holds no circuit"):
         Circuit.load(tmp_path / "x.json")
+
+
+def test_ranking_by_pairs_gives_every_pair_the_same_say(llama):
+    """A pair with thousandfold scores does not outvote two small ones; the mean would follow it."""
+    spec = ModelSpec.from_model(llama)
+    heads, neurons = torch.zeros(3, spec.n_layers, spec.n_heads), torch.zeros(3, spec.n_layers, spec.d_mlp)
+    heads[0, 0, 0], heads[1, 0, 1], heads[2, 0, 1], neurons[:, 0, 0] = 1000.0, -1.0, 1.0, 0.0
+    scores = SimpleNamespace(heads=heads.mean(0), neurons=neurons.mean(0), pair_heads=heads, pair_neurons=neurons)
+    shares, _ = unit_scores(scores)
+    assert shares[0, :2].tolist() == pytest.approx([1 / 3, 2 / 3]) and unit_scores(scores, ranking="mean")[0] is scores.heads
+    with pytest.raises(CdeltaError, match="per_pair=True"):
+        unit_scores(SimpleNamespace(pair_heads=None))
+    with pytest.raises(CdeltaError, match="unknown ranking"):
+        unit_scores(scores, ranking="luck")

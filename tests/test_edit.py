@@ -281,7 +281,7 @@ def test_selective_stop():
 def test_choose_scale_takes_the_best_within_the_caps():
     row = lambda k, target, benign, utility=1.0: dict(k=k, target=target, benign=benign, other=0.0, utility=utility)
     curve = [row(0.5, 0.8, 0.0), row(0.75, 0.97, 0.02), row(1.0, 0.97, 0.01), row(1.25, 1.0, 0.05), row(1.5, 1.0, 0.0, 0.5)]
-    assert choose_scale(curve, Caps(benign=0.02, utility=0.99)) == 0.75
+    assert choose_scale(curve, Caps(benign=0.02, utility=0.99)) == 1.0 and choose_scale(curve[:2], Caps(benign=0.02)) == 0.75
     assert choose_scale(curve, {"benign": 0.05}) == 1.25
     with pytest.raises(CdeltaError, match="nearest, k = 0.5"):
         choose_scale(curve[:1] + curve[3:], Caps(benign=-0.1))

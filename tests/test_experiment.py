@@ -32,7 +32,7 @@ def test_training_rows_are_edit_rows_with_the_models_own_words(base):
     crime = set(base.loc[(base["role"] == "target") & (base["category"] == "crime"), "prompt"])
     assert {p for p, _ in positive} <= crime and not crime & {p for p, _ in retain}
     counted = base[base["prompt"].isin({p for p, _ in retain})].groupby(["category", "role"]).size()
-    assert counted["crime", "benign"] == 240 and counted["hate", "target"] == 20 and counted["weapons", "other_harm"] == 20
+    assert counted["crime", "benign"] == 240 and counted["hate", "target"] == 40 and counted["weapons", "other_harm"] == 20
 
 
 def test_another_seed_keeps_other_retain_rows(base):
