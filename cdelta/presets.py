@@ -255,9 +255,10 @@ PRESETS = {
     for preset in (
         TINY,
         changed(TINY, {
-            "name": "tiny-full", "description": "the embedded model, every method, three seeds, all test prompts: hours on two cores",
+            "name": "tiny-full", "description": "the embedded model, every method, three seeds of the main ones: hours on two cores",
             "seeds": [0, 1, 2],
-            "evaluation": {"test_limit": 0, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
+            "evaluation": {"test_limit": 50, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
+                           "repeated": ["positive_only", "dense", "random"],
                            "attacks": ["benign_finetune", "ablated_direction"],
                            "attacked": ["base", "cdelta", "positive_only", "dense", "random", "as", "cast"]},
         }),
