@@ -378,6 +378,8 @@ def leave_one_out(model, pairs: PromptPairs, metric, circuit: Circuit, removed: 
 
 def total_effects(model, pairs: PromptPairs, metric, components: Mapping[str, Circuit], **how) -> dict[str, Tensor]:
     """Ablation: by how much the model's metric falls when a component alone is replaced, Float[pair], in the metric's unit."""
+    if not components:
+        return {}
     runs = evaluate(model, pairs, metric, list(components.values()), ablate=True, **how)
     return dict(zip(components, runs.clean - runs.circuits))
 
@@ -388,6 +390,8 @@ def direct_effects(model, pairs: PromptPairs, metric: Metric, components: Mappin
     Float[pair], in the metric's unit. The final norm sees the change. What later layers make of the component is left out, so that this
     minus `total_effects` is what they add.
     """
+    if not components:
+        return {}
     spec, keep = ModelSpec.from_model(model), kept_channels(ModelSpec.from_model(model), list(components.values()))
     changes = torch.zeros(len(components), len(pairs), dtype=torch.float64)
     for batch in batches(pairs, rows, input_device(model)):

@@ -68,11 +68,11 @@ class Circuit:
     """... and random masks (and layer-matched ones) for each of them."""
     edge_pairs: int = 8
     """Pairs on which circuits of edges are run, one forward pass per size."""
-    bootstrap: int = 60
+    bootstrap: int = 50
     """Redrawn samples of pairs behind the intervals of stability and overlap."""
     again_pairs: int = 10
     """Pairs that are attributed again with other numbers of steps and with another metric; also those on which single units are left out ..."""
-    left_out: int = 300
+    left_out: int = 100
     """... and at most so many of the circuit's units, evenly from all."""
     stable_at: float = 0.5
     """A circuit whose units' Jaccard overlap falls below this in any variation is called unstable."""

@@ -202,7 +202,9 @@ def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def faithfulness_row(model, pairs: PromptPairs, metric, circuit: Circuit, curve: Curve, by_edge: Curve, few: int, left_out: int, rows: int = 64) -> dict[str, float]:  # fmt: skip
+def faithfulness_row(
+    model, pairs: PromptPairs, metric, circuit: Circuit, curve: Curve, by_edge: Curve, few: int, left_out: int, rows: int = 64
+) -> dict[str, float]:
     """One circuit's numbers: CPR and CMD of its ranking, f of the circuit itself under every kind of ablation, completeness, minimality.
 
     ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units (at most `left_out`,
@@ -256,7 +258,9 @@ def variations(scores: Scores, phrasing: Sequence[str], again: Mapping[str, Scor
     return found | {name: partial(both, other) for name, other in again.items()}
 
 
-def stability(spec: ModelSpec, category: str, scores: Scores, phrasing: Sequence[str], again: Mapping[str, Scores], budget: float, draws: int, seed: int = 0) -> pd.DataFrame:
+def stability(
+    spec: ModelSpec, category: str, scores: Scores, phrasing: Sequence[str], again: Mapping[str, Scores], budget: float, draws: int, seed: int = 0
+) -> pd.DataFrame:
     """Jaccard of the selected units and Spearman's rank correlation of all |scores|, medians over draws with the middle 95 % of them."""
     rows = []
     for name, draw in variations(scores, phrasing, again).items():

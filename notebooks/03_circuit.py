@@ -127,8 +127,10 @@ run.figure("fig_faithfulness", plots.panel_lines(lines, "fraction", "f", "kind",
 
 # %%
 controls = study.control_table(compared)
-run.table("tab_controls", controls, "CPR of the circuit minus that of every control, paired over the held-out pairs (95 % bootstrap interval), means over draws and seeds.")
-run.figure("fig_controls", plots.forest(controls, "control", "difference", "CPR of the circuit minus CPR of the control"), "The circuit against its controls (tab_controls).")
+run.table("tab_controls", controls, "CPR of the circuit minus that of every control, paired over the held-out pairs (95 % bootstrap interval), "
+          "means over draws and seeds.")
+run.figure("fig_controls", plots.forest(controls, "control", "difference", "CPR of the circuit minus CPR of the control"),
+           "The circuit against its controls (tab_controls).")
 print(study.verdict(controls))
 
 # %% [markdown]
@@ -144,7 +146,8 @@ for category in names:
     by_unit = curves(lm, held_out[category], metric, series, settings.fractions, rows=rows)["units"]
     few = held_out[category][: settings.edge_pairs]
     by_edge = curves(lm, few, metric, {"edges": edge_circuits(scores[category], spec, settings.fractions)}, settings.fractions, rows=rows)["edges"]
-    table.append({"category": category, **study.faithfulness_row(lm, held_out[category], metric, circuits[category], by_unit, by_edge, settings.again_pairs, settings.left_out, rows)})
+    table.append({"category": category, **study.faithfulness_row(lm, held_out[category], metric, circuits[category], by_unit, by_edge,
+                                                                 settings.again_pairs, settings.left_out, rows)})
 run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pairs (edges: {settings.edge_pairs} of them), completeness and minimality.")
 
 # %% [markdown]
@@ -155,17 +158,18 @@ run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pa
 # steps, and as metric the log-odds of whole answers' first tokens instead of the first one's.
 
 # %%
-answers, table = experiment.sequence_metric(tok, base), []
+answers, table, steps = experiment.sequence_metric(tok, base), [], run.settings.attribution.convergence
 how = {"method": run.settings.attribution.method, "rule": run.settings.attribution.rule, "micro_batch": run.settings.attribution.micro_batch, "per_pair": True}
 for category in names:
     few = discover[category][: settings.again_pairs]
-    again = {f"{steps} steps": attribute(lm, few, metric, steps=steps, **how) for steps in (run.settings.attribution.convergence[0], run.settings.attribution.convergence[-1])}
+    again = {f"IG with {n} step(s)": attribute(lm, few, metric, steps=n, **how) for n in (steps[0], steps[-1])}
     again["metric over answers"] = attribute(lm, few, answers, steps=run.settings.attribution.steps, **how)
     table.append(study.stability(spec, category, scores[category], phrasing[category], again, settings.param_budget, settings.bootstrap))
 table = pd.concat(table, ignore_index=True)
 
 # %%
-run.table("tab_stability", table, f"Overlap of the selected units and rank correlation of all units' scores, medians over {settings.bootstrap} draws and the middle 95 % of them.")
+run.table("tab_stability", table, "Overlap of the selected units and rank correlation of all units' scores, "
+          f"medians over {settings.bootstrap} draws and the middle 95 % of them.")
 run.figure("fig_stability", plots.forest(table, "variation", "Jaccard", "Jaccard overlap of the selected units", "Jaccard low", "Jaccard high", line=settings.stable_at),
            f"Stability of the selection. Dotted: {settings.stable_at:g}, below which a circuit is called unstable.")
 for row in table[table["Jaccard"] < settings.stable_at].to_dict("records"):
@@ -204,7 +208,8 @@ for category in names:
     table.append(study.component_table(category, effects))
 table = study.strongest_parts(pd.concat(table, ignore_index=True))
 run.table("tab_components", table, "Effect of the circuits' parts on the metric (nats), with 95 % bootstrap intervals over pairs.")
-run.figure("fig_parts", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names), "Effect of the circuits' parts (tab_components).")
+run.figure("fig_parts", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names),
+           "Effect of the circuits' parts (tab_components).")
 
 # %% [markdown]
 # ## What the heads attend to
@@ -234,7 +239,8 @@ run.figure("fig_attention", plots.stacked_by_layer(attention, "attention (%)", "
 
 # %%
 graphs = {c: drawing.circuit_graph(scores[c], circuits[c]) for c in names}
-run.figure("fig_graph", drawing.graph_figure(graphs), f"The circuits: their strongest parts (at most {drawing.NODES}) and the strongest edges between them (at most {drawing.EDGES}).")
+run.figure("fig_graph", drawing.graph_figure(graphs),
+           f"The circuits: their strongest parts (at most {drawing.NODES}) and the strongest edges between them (at most {drawing.EDGES}).")
 run.page("page_graph", drawing.graph_page(graphs, f"Circuits ({run.settings.name})"), "The circuits as graphs: choose a category, click a part.")
 
 # %%

@@ -8,6 +8,7 @@ from cdelta import experiment, paths
 from cdelta.attribution import attribute
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.policy.build import build_policy
+from cdelta.policy.synthetic import HELD_OUT_TEMPLATES, TEMPLATES
 from toys import toy_pairs
 
 
@@ -88,3 +89,26 @@ def test_limited_takes_at_most_so_many_per_cell(base):
     few = experiment.limited(base, 3)
     assert few.groupby(["category", "role", "skill", "ood_set", "split"]).size().max() == 3
     assert len(experiment.limited(base, 0)) == len(base)
+
+
+def test_held_out_pairs_are_of_val_or_else_of_edit_never_of_test(base, tokenizer):
+    words = lambda table: table.assign(prompt=["how do i"] * len(table))  # of one length for the toy's words
+    assert experiment.held_out_pairs(words(base), "crime", tokenizer, 5).split == "val"
+    pairs = experiment.held_out_pairs(words(base[base["split"] != "val"]), "crime", tokenizer)
+    assert pairs.split == "edit" and len(pairs) == 240
+    with pytest.raises(CdeltaError, match="split \\(none\\)"):
+        experiment.held_out_pairs(words(base[base["split"] == "test"]), "crime", tokenizer)
+
+
+def test_openings_tell_the_synthetic_templates_apart(base, tokenizer):
+    for category, form in (("crime", "verb"), ("hate", "adjective"), ("health", "noun")):
+        _, found = experiment.category_pairs(base, category, tokenizer)
+        assert len(set(experiment.openings(base, found))) == len(TEMPLATES[form]) - HELD_OUT_TEMPLATES
+
+
+def test_the_sequence_metric_is_of_the_models_own_answers(base, tokenizer):
+    answers = base.assign(answer=base["outcome"].map({"refuse": "make a bomb", "comply": "tell me about"}))
+    metric = experiment.sequence_metric(tokenizer, answers, tokens=2)
+    words = lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert (metric.refusal, metric.compliance) == (words("make a"), words("tell me"))
+    assert experiment.sequence_metric(tokenizer, answers[answers["outcome"] == "comply"].assign(answer="tell me")).compliance == words("tell me")
