@@ -143,7 +143,7 @@ class Comparison:
         chosen = self._chosen(job, task, folder)
         under = {"method": job.method, "seed": job.seed, "edit_category": job.category, "store": RowStore(folder / "rows"), **self.ask}
         if job.method != "base":
-            baselines.measure(self.model, self.tok, chosen.method, chosen.strength, self.test_of(job.category), **under)
+            self._measure_test(job, chosen, under)
             self._measure_shift(chosen, folder)
         no_tasks = self._measure_tasks(job, chosen, folder) if job.method != "base" else ""
         self._attack(job, task, chosen, under)
@@ -175,6 +175,17 @@ class Comparison:
         if isinstance(options.get(""), WeightDelta):
             options[""].save(folder / "delta")
         return options
+
+    def _measure_test(self, job: Job, chosen: Chosen, under: Mapping) -> None:
+        """The test rows; at strength 0 they are the base's, once those are there."""
+        records, base = self.test_of(job.category), self.jobs[0]
+        if chosen.strength or self.facts(base) is None:
+            baselines.measure(self.model, self.tok, chosen.method, chosen.strength, records, **under)
+            return
+        rows = RowStore(self._folder(base) / "rows").read()
+        share = baselines.param_fraction(chosen.method, ModelSpec.from_model(self.model))
+        same = {"method": job.method, "seed": job.seed, "edit_category": job.category, "param_fraction": share}
+        under["store"].append(rows[rows["id"].isin(records["id"])].assign(**same))
 
     def _measure_shift(self, chosen: Chosen, folder: Path) -> None:
         """KL and perplexity on benign answers, against the base's logits."""

@@ -558,8 +558,8 @@ def tradeoff(curves: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
 
 def matrices(tables: Mapping[str, pd.DataFrame], label: str) -> Figure:
     """A small heatmap of rates per method, all on one scale: what was edited (rows) against what was asked (columns)."""
-    across = min(len(tables), 5)
-    down = -(-len(tables) // across)
+    down = -(-len(tables) // 5)
+    across = -(-len(tables) // down)
     with style():
         fig, axes = plt.subplots(down, across, figsize=(PAGE, 0.9 + 1.05 * down), squeeze=False, sharex=True, sharey=True)
         for ax in axes.flat[len(tables) :]:

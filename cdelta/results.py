@@ -273,13 +273,15 @@ ASPECTS = {
 
 
 def verdicts(table: pd.DataFrame, method: str = "C-ΔΘ") -> str:
-    """The pooled rows of a `compare` table (a single category's, where there is only one) as sentences, one method per line."""
-    pooled = table[table["category"] == ("all" if (table["category"] == "all").any() else table["category"].min())]
-    lines = []
-    for versus, rows in pooled.groupby("versus", sort=False):
+    """The pooled rows of a `compare` table (a single category's, where only one is shared) as sentences, one method per line."""
+    every, lines = set(table["category"]) - {"all"}, []
+    for versus, rows in table.groupby("versus", sort=False):
+        shared = [category for category in dict.fromkeys(rows["category"]) if category != "all"]
+        rows = rows[rows["category"] == ("all" if len(shared) > 1 else shared[0])]
+        where = f" (on {', '.join(shared)})" if len(shared) < len(every) else ""
         said = {word: [f"{ASPECTS[r.measure]} ({100 * r.difference:+.1f} points)" for r in rows.itertuples() if r.verdict == word] for word in ("better", "worse")}
         parts = [f"{word} at {', '.join(aspects)}" for word, aspects in said.items() if aspects]
-        lines.append(f"{method} against {versus}: {'; '.join(parts) or 'no difference that holds'}.")
+        lines.append(f"{method} against {versus}{where}: {'; '.join(parts) or 'no difference that holds'}.")
     return "\n".join(lines)
 
 

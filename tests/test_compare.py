@@ -19,7 +19,7 @@ from cdelta.mask import magnitude_scores
 from cdelta.models import ModelSpec, load_model
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.records import content_hash
-from cdelta.presets import PRESETS, TINY, changed
+from cdelta.presets import METHODS, PRESETS, TINY, changed
 from cdelta.store import Reader, locked
 from edits import random_delta
 from toys import save_chat_toy
@@ -108,6 +108,16 @@ def test_every_method_seed_and_attack_has_its_rows(whole):
     assert set(whole.shifts()["method"]) == {"cdelta", "random", "cast"} and not whole.skipped()
 
 
+def test_strength_0_has_the_bases_rows(folder, whole):
+    task = whole.task(Job("random", "crime"))
+    still = replace(whole._chosen(Job("cdelta", "crime"), task, folder), strength=0.0)
+    made, measured = RowStore(folder / "made"), RowStore(folder / "measured")
+    under = {"method": "cdelta", "seed": 0, "edit_category": "crime", **whole.ask}
+    whole._measure_test(Job("cdelta", "crime"), still, under | {"store": made})
+    baselines.measure(whole.model, whole.tok, still.method, 0.0, whole.test_of("crime"), **under, store=measured)
+    pd.testing.assert_frame_equal(ordered(made.read()), ordered(measured.read()))
+
+
 def test_the_rows_make_every_table(whole):
     rows, curves = whole.rows(), whole.curves()
     for make in (results.selectivity, results.matrix, results.ood, results.overrefusal, results.utility, results.robustness, results.measured):
@@ -188,8 +198,12 @@ def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
 
 
 def test_jobs_of_the_full_preset_and_unknown_methods():
-    full = jobs(PRESETS["tiny-full"])
-    assert len(full) == len(set(full)) == 1 + 5 * (1 + 12 * 3 + 6), "the base is attacked once per category"
+    preset = changed(PRESETS["tiny-full"], {"evaluation": {"repeated": []}})
+    assert len(jobs(preset)) == len(set(jobs(preset))) == 1 + 5 * (1 + 12 * 3 + 6), "the base is attacked once per category"
+    few = jobs(changed(preset, {"evaluation": {"repeated": ["random"], "trained_categories": 2}}))
+    seeds = {method: sorted(job.seed for job in few if job.method == method and job.category == "crime") for method in METHODS}
+    assert seeds["cdelta"] == seeds["random"] == [0, 1, 2] and seeds["dense"] == seeds["as"] == [0]
+    assert {job.category for job in few if job.method == "dense"} == {"crime", "hate"}
     with pytest.raises(CdeltaError, match="unknown method nonsense"):
         jobs(changed(TINY, {"evaluation": {"methods": ["nonsense"]}}))
 

@@ -130,6 +130,7 @@ def test_pooled_comparisons_count_a_prompt_once_and_say_who_wins():
     said = verdicts(compare(many, "cdelta", ["as"]))
     assert "better at" in said and "skills (+55.0 points)" in said and "answering its benign twins (-25.0 points)" in said
     assert verdicts(table).endswith("no difference that holds.")
+    assert verdicts(compare(ROWS, "cdelta", ["as", "base"])).startswith("C-ΔΘ against as (on crime): ")
 
 
 def test_other_harm_is_compared_by_what_the_base_does():
