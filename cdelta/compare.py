@@ -62,7 +62,7 @@ def jobs(settings: Preset) -> list[Job]:
     fitted_here = lambda method: method not in (*baselines.UNTRAINED, "cdelta")
     categories = lambda method: settings.categories[: how.trained_categories or None] if fitted_here(method) else settings.categories
     attacked = [Job("base", category, settings.seeds[0]) for category in settings.categories if "base" in how.attacked]
-    others = [Job(m, c, s) for m in how.methods if m != "base" for c in categories(m) for s in seeds(m)]
+    others = [Job(m, c, s) for s in settings.seeds for m in how.methods if m != "base" and s in seeds(m) for c in categories(m)]
     return [Job("base", seed=settings.seeds[0]), *attacked, *others]
 
 

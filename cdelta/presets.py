@@ -153,6 +153,10 @@ class Deployment:
 
     limit: int = 25
     """Test prompts per category and role (a third as many per skill) on which compositions and quantised models are judged; 0: all."""
+    quantised: int = 0
+    """How many of the categories' edits, the first ones, are quantised (0: all)."""
+    subsets: tuple[int, ...] = ()
+    """Sizes of the subsets of categories whose deltas are added up; empty: all subsets."""
     common_scales: tuple[float, ...] = (0.85, 0.7, 0.5)
     """Common scales for a sum of deltas that breaks the caps on validation at 1."""
     joint: tuple[int, ...] = (2, 5)
@@ -233,7 +237,7 @@ def _converted(key: str, old: Any, new: Any) -> Any:
 
 TINY = Preset("tiny", "the embedded model, all five categories (default)", evaluation=Evaluation(
     test_limit=25, layers=(3,), strengths=(0.0, 3.0, 6.0), attacked=("cdelta",), attacks=("ablated_direction",), trained_categories=2,
-))  # fmt: skip
+), deployment=Deployment(limit=12, quantised=2, subsets=(1, 5), joint=()))  # fmt: skip
 
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
@@ -246,7 +250,7 @@ _BRIEF = {
         "attacks": ["benign_finetune", "ablated_direction"], "trained_categories": 1, "shift_prompts": 4,
     },
     "serving": {"batch_sizes": [1, 2], "new_tokens": 3, "repeats": 3},
-    "deployment": {"limit": 2, "common_scales": [0.5], "joint": [2], "runtimes": ["transformers"], "formats": ["bfloat16 in 4"]},
+    "deployment": {"limit": 2, "quantised": 1, "common_scales": [0.5], "joint": [2], "runtimes": ["transformers"], "formats": ["bfloat16 in 4"]},
     "ablation": {"budgets": [], "updates": [], "rankings": ["difference"], "factors": [0.0], "layer_limit": 2},
 }
 
@@ -256,7 +260,7 @@ PRESETS = {
         TINY,
         changed(TINY, {
             "name": "tiny-full", "description": "the embedded model, every method, three seeds of the main ones: hours on two cores",
-            "seeds": [0, 1, 2],
+            "seeds": [0, 1, 2], "deployment": {"limit": 25, "quantised": 0, "subsets": [], "joint": [2, 5]},
             "evaluation": {"test_limit": 50, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
                            "repeated": ["positive_only", "dense", "random"],
                            "attacks": ["benign_finetune", "ablated_direction"],

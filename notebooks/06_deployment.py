@@ -198,17 +198,17 @@ run.table("tab_formats", formats, "The edit in other formats: verification, entr
 # changed entries still differ from the rounded base, and what the rounded models do.
 
 # %%
-rows = []
+rows, rounded = [], dict(list(deltas.items())[: run.settings.deployment.quantised or None])
 for scheme in tqdm(("", *quantise.SCHEMES), desc="schemes", mininterval=5):
     rounding = lambda: quantise.quantised(lm, scheme) if scheme else nullcontext()
     with rounding():
         rows.append(evaluate.evaluate(lm, tok, test, attack=scheme, **ask))
-    for name, own in deltas.items():
+    for name, own in rounded.items():
         with own.applied(lm, own.metadata["k"]), rounding():
             rows.append(evaluate.evaluate(lm, tok, test, method="cdelta", edit_category=name, k=own.metadata["k"], attack=scheme, **ask))
 rows = pd.concat(rows, ignore_index=True)
-rates = pd.concat([tables.kind_rates(rows[rows["edit_category"].isin(("", name))], name).assign(category=name) for name in categories])
-survival = pd.concat([pd.DataFrame(quantise.quantisation_survival(folder, own, own.metadata["k"])).assign(category=name) for name, own in deltas.items()])
+rates = pd.concat([tables.kind_rates(rows[rows["edit_category"].isin(("", name))], name).assign(category=name) for name in rounded])
+survival = pd.concat([pd.DataFrame(quantise.quantisation_survival(folder, own, own.metadata["k"])).assign(category=name) for name, own in rounded.items()])
 
 # %%
 kinds = {"target": "target refused", "benign": "benign twins refused", "skills": "skills correct"}
@@ -236,7 +236,7 @@ run.figure("fig_quantisation", plots.panels(shown, "kind", "scheme", "category",
 # %%
 val_base = evaluate.evaluate(lm, tok, val, **ask)
 caps, sums, chosen = experiment.caps_of(val_base), [base_rows], []
-for subset in tqdm(compose.subsets(categories), desc="subsets", mininterval=5):
+for subset in tqdm(compose.subsets(categories, run.settings.deployment.subsets), desc="subsets", mininterval=5):
     total = composed([deltas[name] for name in subset])
     factor = 1.0
     if len(subset) > 1:
@@ -262,7 +262,7 @@ print(f"{sum(c['factor'] < 1 for c in chosen)} of {len(chosen)} sums were scaled
 # with the majority's sign (TIES). Or the categories are trained together, as one category on the union of their masks, with its own k.
 
 # %%
-subset = categories[: max(run.settings.deployment.joint)]
+subset = categories[: max(run.settings.deployment.joint, default=len(categories))]
 rules = [baselines.measure(lm, tok, composed([deltas[name] for name in subset], rule), 1.0, test, method=rule, edit_category="+".join(subset), **ask)
          for rule in OVERLAPS if rule != "sum" and len(subset) > 1]
 metric = experiment.load_metric(run)
