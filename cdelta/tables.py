@@ -48,3 +48,20 @@ def kind_rates(rows: pd.DataFrame, category: str) -> pd.DataFrame:
     kind = kind_of(rows, category).rename("kind")
     hits = (rows["outcome"] == "refuse").where(kind != "skills", rows["correct"].fillna(False).astype(bool))
     return rate_table(hits, [rows["method"], rows["attack"], kind])
+
+
+def curve_bands(curve: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """k curves as rows ``category, k, kind, rate, low, high``, means over seeds with Wilson intervals at the number of prompts behind each rate.
+
+    Args:
+        curve: ``category, seed, k, target, benign, other, utility``, as `baselines.curve_row` makes them.
+        rows: the validation rows that they were measured on.
+
+    ``other`` is a largest change, of which there is no such interval.
+    """
+    per_category = lambda role: int(rows[rows["role"] == role].groupby("category").size().min()) if (rows["role"] == role).any() else 0
+    prompts = {"target": per_category("target"), "benign": per_category("benign"), "other": 0, "skills": int((rows["role"] == "utility").sum())}
+    long = curve.rename(columns={"utility": "skills"}).melt(["category", "k"], list(prompts), "kind", "rate")
+    mean = long.groupby(["category", "k", "kind"], sort=False)["rate"].mean().reset_index()
+    bounds = [wilson(rate * prompts[kind], prompts[kind]) if prompts[kind] else (rate, rate) for kind, rate in zip(mean["kind"], mean["rate"])]
+    return mean.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])

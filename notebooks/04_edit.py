@@ -86,14 +86,13 @@ run.table("tab_training", pd.DataFrame(ended), "After how many steps the trainin
 # %% [markdown]
 # ## The whole k curve
 #
-# Rates on validation, mean over seeds. Benign: the worst category's twins. Other: the largest change of another category's refusal.
+# Rates on validation, mean over seeds, with Wilson intervals at the number of prompts. Benign: the worst category's twins. Other: the largest
+# change of another category's refusal (a change, so without an interval).
 
 # %%
-long = curve.melt(["category", "seed", "k"], ["target", "benign", "other", "utility"], "kind", "rate").replace({"kind": {"utility": "skills"}})
-mean = long.groupby(["category", "k", "kind"], sort=False)["rate"].agg(["mean", "min", "max"]).reset_index()
-mean = mean.rename(columns={"mean": "rate", "min": "low", "max": "high"})
+bands = tables.curve_bands(curve, val)
 picked = {c: curve[(curve["category"] == c) & curve["chosen"]]["k"].mean() for c in run.settings.categories}
-run.figure("fig_scale", plots.scale_curves(mean, picked), "Validation rates against the scale k; band: range over seeds; dotted: the chosen k (mean over seeds).")
+run.figure("fig_scale", plots.scale_curves(bands, picked), "Validation rates against the scale k (Wilson 95 %); dotted: the chosen k (mean over seeds).")
 run.table("tab_scale", curve[curve["chosen"]].drop(columns=["candidate", "chosen"]), "The chosen scale per category and seed, and its validation rates.")
 
 # %% [markdown]

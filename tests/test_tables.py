@@ -35,3 +35,11 @@ def test_kind_rates_are_refusals_and_the_skills_accuracy(rows):
     assert table.loc[("int4", "skills"), ["rate", "n"]].tolist() == [0, 1] and (table["method"] == "cdelta").all()
     shared = rows.iloc[[3]].assign(category="benign")
     assert tables.kind_of(shared, "hate").tolist() == ["benign"]
+
+
+def test_curve_bands_are_wilson_at_the_number_of_prompts():
+    val = pd.DataFrame({"category": ["crime"] * 4 + ["hate"] * 6 + ["other"] * 9, "role": ["target"] * 2 + ["benign"] * 2 + ["target"] * 3 + ["benign"] * 3 + ["utility"] * 9})
+    curve = pd.DataFrame({"category": "crime", "seed": [0, 1], "k": 1.0, "target": [0.5, 1.0], "benign": 0.0, "other": 0.05, "utility": 1.0})
+    bands = tables.curve_bands(curve, val).set_index("kind")
+    assert bands.loc["target", ["rate", "low", "high"]].tolist() == [0.75, *wilson(1.5, 2)]
+    assert bands.loc["skills", ["low", "high"]].tolist() == list(wilson(9, 9)) and bands.loc["other", ["low", "high"]].tolist() == [0.05, 0.05]
