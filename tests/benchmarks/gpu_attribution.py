@@ -37,7 +37,8 @@ def metric(logits):
 
 
 def random_model(shape: dict, device: str):
-    """Random bf16 weights, made on the device."""
+    """Random bf16 weights, always the same, made on the device."""
+    torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
