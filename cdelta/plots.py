@@ -528,7 +528,15 @@ def method_bars(table: pd.DataFrame, panel: str, xlabel: str) -> Figure:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         if labels:
             fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=2)
+        if not panels:
+            _say(axes[0, 0], "no such prompts here")
     return fig
+
+
+def _say(ax, text: str) -> None:
+    """In place of data that a run does not have."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="0.4")
 
 
 def tradeoff(curves: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
@@ -569,7 +577,7 @@ def matrices(tables: Mapping[str, pd.DataFrame], label: str) -> Figure:
             ax.set_title(method)
             ax.set_xticks(range(table.shape[1]), table.columns, rotation=90, fontsize=5)
             ax.set_yticks(range(table.shape[0]), table.index, fontsize=5)
-            ax.tick_params(length=0, labelbottom=place + across >= len(tables))
+            ax.tick_params(length=0, labelbottom=place >= across * (down - 1))
         fig.colorbar(image, ax=axes, label=label, shrink=0.8, aspect=30)
     return fig
 
@@ -593,6 +601,9 @@ def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
         axes[1].errorbar(bins["log_odds"], 100 * bins["rate"], error, fmt="o", ms=3.5, lw=1, capsize=1.5, color=_PALETTE[0])
         axes[1].axvline(0, color="0.7", lw=0.8, ls=":")
         axes[1].set(xlabel="refusal log-odds at the first token (nats)", ylabel="labelled refusals (%)", ylim=(-4, 104))
+        for ax, known in zip(axes, (table, bins)):
+            if not len(known):
+                _say(ax, "no labelled answers here")
     return fig
 
 

@@ -196,3 +196,10 @@ def test_break_even_lines_cross_where_the_table_says():
     table = pd.DataFrame([row | {"method": "as", "overhead_us_value": 10.0, "break_even_tokens": 6e6}, {"batch_size": 1, "method": "base"}])
     offline, steering = plots.break_even(table, 60.0).axes[0].lines[:2]
     assert offline.get_ydata()[0] == 60.0 and np.interp(6e6, *steering.get_data()) == pytest.approx(60.0, rel=0.05)
+
+
+def test_what_is_missing_is_said_in_place_of_empty_axes():
+    words = lambda fig: [text.get_text() for ax in fig.axes for text in ax.texts]
+    assert words(plots.method_bars(RATES.iloc[:0], "set", "x")) == ["no such prompts here"]
+    assert words(plots.judges(pd.DataFrame(columns=["judge", "data", "accuracy", "low", "high"]), pd.DataFrame(columns=["log_odds", "rate", "low", "high"]))) == [
+        "no labelled answers here"] * 2
