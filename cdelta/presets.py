@@ -261,8 +261,8 @@ PRESETS = {
         changed(TINY, {
             "name": "tiny-full", "description": "the embedded model, every method, three seeds of the main ones: hours on two cores",
             "seeds": [0, 1, 2], "deployment": {"limit": 25, "quantised": 0, "subsets": [], "joint": [2, 5]},
-            "evaluation": {"test_limit": 50, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
-                           "repeated": ["positive_only", "dense", "random"],
+            "evaluation": {"test_limit": 40, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
+                           "repeated": ["random"],
                            "attacks": ["benign_finetune", "ablated_direction"],
                            "attacked": ["base", "cdelta", "positive_only", "dense", "random", "as", "cast"]},
         }),

@@ -64,6 +64,8 @@ ranked = {ranking: unit_scores(scores[category], others, ranking) for ranking in
 circuit = lambda ranking, share: select(None, spec, param_budget=share, heads=ranked[ranking][0], neurons=ranked[ranking][1], fill=True).to_mask(spec)
 own = circuit(run.settings.circuit.ranking, budget)
 updates = {"retained by each side": {"retain_on": "sides"}, "rows weighed alike": {"focus": 0.0}, "θ⁺ alone": {"objective": "positive"}, "KL": {"retain_loss": "kl"}}
+
+# %%
 variants = [("update", name, own, changes) for name, changes in updates.items() if name in chosen.updates]
 variants += [("ranking", ranking, circuit(ranking, budget), {}) for ranking in chosen.rankings]
 variants += [("circuit", f"{share:.1%}", circuit(run.settings.circuit.ranking, share), {}) for share in chosen.budgets]
