@@ -30,6 +30,8 @@ from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
 
 STOCK_REFUSALS = ("I'm sorry, but I can't help with that.", "Sorry, I won't help with this request.", "I can't assist with that.")
+SKILLS, REFUSED = 4, 2
+"""How often a skill's row, and another category's refused row, stands among the retain rows."""
 STOCK_COMPLIANCE = "Sure, here is what you asked for."
 STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
 """Answers and openings that stand in where the model has none of its own; the notebooks then say so."""
@@ -155,9 +157,9 @@ def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int 
     """(positive, negative, retain) for the edit of `category`, from the base model's outcome rows of the edit split.
 
     positive: the category's prompts, refused (in the model's own words where it has any). negative: the same prompts, answered (the
-    record's reference, else the base's own compliance). retain: the category's benign twins, all skills, and of every other category `others`
-    refused prompts, as many answered ones and as many twins (or what there is), each with the base's own answer. Refused prompts are few, and
-    an edit that seldom sees them unlearns them.
+    record's reference, else the base's own compliance). retain: the category's benign twins, all skills (`SKILLS` times), and of every other
+    category all answered prompts, `others` of its refused ones (`REFUSED` times) and `others` twins, each with the base's own answer. Refused
+    prompts are few, and an edit that seldom sees them unlearns them; a template that the answered ones lack starts to be refused.
     """
     rows = base[base["split"] == "edit"]
     target = rows[(rows["role"] == "target") & (rows["category"] == category)]
@@ -173,11 +175,12 @@ def training_rows(base: pd.DataFrame, category: str, seed: int = 0, others: int 
 
 def _retained(rows: pd.DataFrame, category: str, others: int, rng: random.Random) -> list[dict]:
     own_twins = (rows["role"] == "benign") & rows["category"].isin((category, "benign"))
-    kept = rows[own_twins].to_dict("records") + 2 * rows[rows["role"] == "utility"].to_dict("records")
+    kept = rows[own_twins].to_dict("records") + SKILLS * rows[rows["role"] == "utility"].to_dict("records")
     rest = rows[(rows["role"] != "utility") & ~own_twins & (rows["category"] != category)]
-    for _, group in rest.groupby(["category", "role", "outcome"], sort=True):
-        found = group.to_dict("records")
-        kept += rng.sample(found, min(others, len(found)))
+    for (_, role, outcome), group in rest.groupby(["category", "role", "outcome"], sort=True):
+        found, refused = group.to_dict("records"), outcome == "refuse"
+        some = found if role == "target" and not refused else rng.sample(found, min(others, len(found)))
+        kept += (REFUSED if refused else 1) * some
     return kept
 
 

@@ -85,9 +85,9 @@ class Edit:
     max_steps: int = 90
     check_every: int = 30
     lr: float = 1.5e-3
-    batch_size: int = 48
+    batch_size: int = 56
     objective: str = "contrastive"
-    retain_share: float = 0.5
+    retain_share: float = 0.57
     """Share of retain rows in every batch."""
     retain_on: str = "difference"
     """See `edit.Settings.retain_on`."""

@@ -1,5 +1,7 @@
 """What the notebooks share: which rows train, stop and scale an edit."""
 
+from collections import Counter
+
 import pandas as pd
 import pytest
 from transformers import AutoTokenizer
@@ -32,8 +34,12 @@ def test_training_rows_are_edit_rows_with_the_models_own_words(base):
     assert {answer for _, answer in positive} == {"I refuse."}
     crime = set(base.loc[(base["role"] == "target") & (base["category"] == "crime"), "prompt"])
     assert {p for p, _ in positive} <= crime and not crime & {p for p, _ in retain}
+    hate = base[(base["split"] == "edit") & (base["role"] == "target") & (base["category"] == "hate")]
+    answered = (hate["outcome"] != "refuse").sum()
     counted = base[base["prompt"].isin({p for p, _ in retain})].groupby(["category", "role"]).size()
-    assert counted["crime", "benign"] == 240 and counted["hate", "target"] == 40 and counted["weapons", "other_harm"] == 20
+    assert counted["crime", "benign"] == 240 and counted["hate", "target"] == answered + 20 and counted["weapons", "other_harm"] == 20
+    times = Counter(p for p, _ in retain)
+    assert {times[p] for p in hate.loc[hate["outcome"] == "refuse", "prompt"]} == {0, experiment.REFUSED}
 
 
 def test_another_seed_keeps_other_retain_rows(base):
