@@ -9,7 +9,7 @@ from cdelta.errors import CdeltaError
 
 Settings = TypeVar("Settings")
 
-CORE = ("base", "cdelta", "random", "system_prompt", "as", "directional", "cast")
+CORE = ("base", "cdelta", "random", "system_prompt", "as", "cast")
 """Methods of the default run: one trained control, and those that need no training."""
 METHODS = (
     *CORE[:2], "positive_only", "dense", "dense_lora", "finetune", "slices_after", "layer_mask", "random", "random_layer", "magnitude", "gradient",
@@ -97,7 +97,7 @@ class Edit:
     """An update is selective when it refuses (θ⁻: answers) this share of the target on validation ..."""
     tolerance: float = 0.05
     """... and no other group's rate is further than this from the base's."""
-    scales: tuple[float, ...] = (0.0, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
+    scales: tuple[float, ...] = (0.0, 0.5, 0.65, 0.75, 0.85, 1.0, 1.15)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Ablation:
 
     budgets: tuple[float, ...] = (0.01,)
     """Sizes of circuits and random masks beside the preset's own."""
-    updates: tuple[str, ...] = ("retained by each side", "rows weighed alike", "θ⁺ alone")
+    updates: tuple[str, ...] = ("retained by each side", "rows weighed alike", "θ⁺ alone", "KL")
     """Names of notebook 07's changes to the training."""
     rankings: tuple[str, ...] = ("mean",)
     """Other ways to rank units (`Circuit.ranking`)."""
@@ -237,7 +237,7 @@ def _converted(key: str, old: Any, new: Any) -> Any:
 
 TINY = Preset("tiny", "the embedded model, all five categories (default)", evaluation=Evaluation(
     test_limit=25, layers=(3,), strengths=(0.0, 3.0, 6.0), attacked=("cdelta",), attacks=("ablated_direction",), trained_categories=2,
-), deployment=Deployment(limit=12, quantised=2, subsets=(1, 5), joint=()))  # fmt: skip
+), deployment=Deployment(limit=8, quantised=1, subsets=(1, 5), joint=()), ablation=Ablation(updates=("retained by each side", "θ⁺ alone"), rankings=()))  # fmt: skip
 
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
@@ -261,10 +261,11 @@ PRESETS = {
         changed(TINY, {
             "name": "tiny-full", "description": "the embedded model, every method, three seeds of the main ones: hours on two cores",
             "seeds": [0, 1, 2], "deployment": {"limit": 25, "quantised": 0, "subsets": [], "joint": [2, 5]},
+            "ablation": {"budgets": [0.005, 0.01, 0.02], "updates": ["retained by each side", "rows weighed alike", "θ⁺ alone", "KL"], "rankings": ["mean", "difference"]},
             "evaluation": {"test_limit": 40, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
                            "repeated": ["random"],
                            "attacks": ["benign_finetune", "ablated_direction"],
-                           "attacked": ["base", "cdelta", "positive_only", "dense", "random", "as", "cast"]},
+                           "attacked": ["cdelta", "positive_only", "random"]},
         }),
         changed(TINY, {
             "name": "smoke", "description": "every cell in minutes, for tests: too little of everything to conclude from",
