@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument("--only", metavar="NN", help="this stage, after the earlier ones that it needs and that are not up to date")
     which.add_argument("--from", dest="start", metavar="NN", help="this stage and all later ones, likewise")
     parser.add_argument("--force", action="store_true", help="run the chosen stages again even if up to date; with --only 00, retrain the embedded model")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="stages at a time (default: 1)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="stages at a time (default: 2 of the embedded model, where there are two cores, else 1)")
     parser.add_argument("--record", action="store_true", help="copy executed notebooks, figures and a retrained model into the repository for commit")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="list the stages and which are finished")
@@ -103,7 +103,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     model, policy = _absolute_model(args.model), _absolute_policy(args.policy)
     settings = resolve(args.preset, model, policy)
     retrain = args.force and args.only is not None and chosen == ("00_organism",) and settings.model == "organism"
-    return Plan(args.preset, chosen, model, policy, args.device, args.jobs, args.force, retrain)
+    jobs = args.jobs or (min(2, os.cpu_count() or 1) if settings.threads and not retrain else 1)
+    return Plan(args.preset, chosen, model, policy, args.device, jobs, args.force, retrain)
 
 
 def find_stage(text: str) -> str:
