@@ -14,6 +14,7 @@ import tomllib
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from cdelta import paths
 
@@ -51,6 +52,13 @@ def test_the_lock_is_what_runs_here_and_complete():
     for name, version in lock().items():
         assert installed.get(name, version) == version, name
     assert set(needed(DIRECT)) <= set(lock())
+
+
+def test_every_locked_version_admits_the_oldest_python_that_the_project_admits():
+    """Debian 12's Python is 3.11.2: a package that asks for 3.11.5 would end its installation."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    asked = {normal(d.metadata["Name"]): d.metadata["Requires-Python"] for d in importlib.metadata.distributions()}
+    assert not [name for name in lock() if oldest not in SpecifierSet(asked.get(name) or "")]
 
 
 def needed(requirements):

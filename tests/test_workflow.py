@@ -258,6 +258,15 @@ def test_threads_are_the_presets_or_all_cores_divided_by_jobs(monkeypatch):
     assert workflow.Plan("llama-3.1-8b", STAGES, policy="x", jobs=20).threads == 1
 
 
+def test_two_stages_at_a_time_only_where_a_stage_takes_one_thread(monkeypatch):
+    plan = lambda *flags: workflow.make_plan(workflow.make_parser().parse_args(list(flags)))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert (plan().jobs, plan("--jobs", "1").jobs, plan("--force", "--only", "00").jobs) == (2, 1, 1)
+    assert plan("--preset", "llama-3.1-8b", "--policy", str(paths.ROOT / "README.md")).jobs == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert plan().jobs == 1
+
+
 def test_paths_on_the_command_line_are_the_callers(tmp_path, monkeypatch):
     (tmp_path / "cast.json").touch()
     monkeypatch.chdir(tmp_path)
