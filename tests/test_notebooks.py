@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import resource
 import subprocess
 
@@ -9,11 +10,14 @@ import jupytext
 import nbformat
 import pandas as pd
 import pytest
+import toys
 
 from cdelta import paths, stages
 from cdelta.presets import PRESETS
 from cdelta.store import STAGES, check_figures, read_manifest
 from project import Project
+
+CAST = paths.ROOT.parent / "shared" / "data" / "cast" / "condition_multiple.json"
 
 
 @pytest.fixture(params=STAGES)
@@ -92,3 +96,18 @@ def test_every_kind_of_result_is_there(smoke):
     items = read_manifest(smoke.run_dir / "figures")["items"]
     assert {item["notebook"] for item in items} == set(STAGES) and {item["kind"] for item in items} == {"figure", "table", "page"}
     assert all(len(pd.read_csv(path)) for path in (smoke.run_dir / "figures").glob("*.csv"))
+
+
+@pytest.mark.skipif(not CAST.exists(), reason="needs ../shared/data/cast")
+@pytest.mark.skipif(not os.environ.get("CDELTA_TEST_CAST"), reason="takes minutes: set CDELTA_TEST_CAST=1")
+def test_real_prompts_and_a_real_architecture_flow_through_every_stage(tmp_path):
+    prompts = [text for row in json.loads(CAST.read_text())["train"] for text in row.values()]
+    model = toys.save_chat_toy(tmp_path / "model", prompts)
+    project = Project.real(tmp_path / "project")
+    result = project.run("--preset", "smoke-cast", "--jobs", "2", "--model", str(model), "--policy", f"cast={CAST}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = project.root / "data" / "runs" / "smoke-cast"
+    assert all((folder / stage / "stage.json").exists() for stage in STAGES)
+    table = pd.read_csv(folder / "figures" / "tab_selectivity.csv")
+    assert set(table["category"]) == {"crime", "hate", "health", "legal", "sexual"} and (table["target_refusal"] == 0).all()
+    assert "This model refuses nothing" in (folder / "notebooks" / "01_dataset.ipynb").read_text()  # ... and the notebook says so
