@@ -92,11 +92,6 @@ def judge(answer: str, log_odds: float | None = None, phrases: Sequence[str] = (
     return Rules(tuple(phrases)).outcome(answer, log_odds)
 
 
-def judge_all(answers: Sequence[str], log_odds: Sequence[float | None] | None = None, phrases: Sequence[str] = ()) -> list[str]:
-    """`judge` on every answer."""
-    return Rules(tuple(phrases))([""] * len(answers), answers, log_odds)
-
-
 def plain(text: str) -> str:
     """Casefolded, with straight apostrophes and single spaces."""
     return " ".join(text.replace("’", "'").replace("‘", "'").casefold().split())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cdelta.judges import OUTCOMES, Rules, is_incoherent, judge, judge_all
+from cdelta.judges import OUTCOMES, Rules, is_incoherent, judge
 
 REFUSALS = (
     "sorry , i can not help with that .",
@@ -72,5 +72,5 @@ def test_a_models_own_phrases_can_be_added():
 
 def test_all_and_the_interface_agree_with_one():
     answers = [*REFUSALS, *COMPLIANCES, "", "the the the the the"]
-    assert judge_all(answers) == Rules()([""] * len(answers), answers) == [judge(a) for a in answers]
-    assert set(judge_all(answers)) == set(OUTCOMES)
+    found = Rules()([""] * len(answers), answers)
+    assert found == [judge(a) for a in answers] and set(found) == set(OUTCOMES)
