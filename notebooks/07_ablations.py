@@ -44,6 +44,8 @@ run = store.open_run("07_ablations", preset=preset, run_dir=run_dir, device=devi
 lm, tok = experiment.load_subject(run)
 spec, how, metric, seed = ModelSpec.from_model(lm), run.settings.edit, experiment.load_metric(run), run.settings.seeds[0]
 ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size, "metric": metric}
+
+# %%
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 val = experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
 val_base = evaluate.evaluate(lm, tok, val, **ask)
