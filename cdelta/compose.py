@@ -21,8 +21,9 @@ from cdelta.results import BASE, HARMFUL, Rate, twins, utility_rows
 
 
 def subsets(categories: Sequence[str], sizes: Sequence[int] = ()) -> list[tuple[str, ...]]:
-    """All non-empty subsets (of the given sizes), small ones first."""
-    return [subset for size in range(1, len(categories) + 1) if not sizes or size in sizes for subset in combinations(categories, size)]
+    """All non-empty subsets, or those of the given sizes and the whole set, small ones first."""
+    every = range(1, len(categories) + 1)
+    return [subset for size in every if not sizes or size in (*sizes, every[-1]) for subset in combinations(categories, size)]
 
 
 def common_scale(model, tok, delta: WeightDelta, subset: Sequence[str], records, base: pd.DataFrame, caps: Caps, scales: Sequence[float], **how) -> Chosen:

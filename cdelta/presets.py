@@ -156,7 +156,7 @@ class Deployment:
     quantised: int = 0
     """How many of the categories' edits, the first ones, are quantised (0: all)."""
     subsets: tuple[int, ...] = ()
-    """Sizes of the subsets of categories whose deltas are added up; empty: all subsets."""
+    """Sizes of the subsets of categories whose deltas are added up, beside the whole set; empty: all subsets."""
     common_scales: tuple[float, ...] = (0.85, 0.7, 0.5)
     """Common scales for a sum of deltas that breaks the caps on validation at 1."""
     joint: tuple[int, ...] = (2, 5)
@@ -237,7 +237,7 @@ def _converted(key: str, old: Any, new: Any) -> Any:
 
 TINY = Preset("tiny", "the embedded model, all five categories (default)", evaluation=Evaluation(
     test_limit=25, layers=(3,), strengths=(0.0, 3.0, 6.0), attacked=("cdelta",), attacks=("ablated_direction",), trained_categories=2,
-), deployment=Deployment(limit=8, quantised=1, subsets=(1, 5), joint=()), ablation=Ablation(updates=("retained by each side", "θ⁺ alone"), rankings=()))  # fmt: skip
+), deployment=Deployment(limit=8, quantised=1, subsets=(1,), joint=()), ablation=Ablation(updates=("retained by each side", "θ⁺ alone"), rankings=()))  # fmt: skip
 
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},

@@ -18,6 +18,7 @@ from cdelta.judges import Rules
 def test_thirty_one_subsets_of_five():
     found = compose.subsets("abcde")
     assert len(found) == len(set(found)) == 31 and found[0] == ("a",) and found[-1] == tuple("abcde")
+    assert compose.subsets("abc", (1,)) == [("a",), ("b",), ("c",), ("a", "b", "c")] and compose.subsets("ab", (5,)) == [("a", "b")]
 
 
 def test_a_sum_within_the_caps_keeps_its_scale_and_another_shrinks(monkeypatch):
