@@ -265,7 +265,7 @@ PRESETS = {
             "evaluation": {"test_limit": 40, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
                            "repeated": ["random"],
                            "attacks": ["benign_finetune", "ablated_direction"],
-                           "attacked": ["cdelta", "positive_only", "random"]},
+                           "attacked": ["base", "cdelta", "positive_only", "random"]},
         }),
         changed(TINY, {
             "name": "smoke", "description": "every cell in minutes, for tests: too little of everything to conclude from",
