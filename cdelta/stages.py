@@ -149,6 +149,7 @@ def use_own_kernel(folder: Path) -> None:
 
     spec = get_kernel_dict(["--HistoryManager.enabled=False", "--log-level=CRITICAL"])  # no file in the home folder, no chatter
     spec["argv"][0] = sys.executable
+    spec["env"] = {**spec.get("env", {}), **QUIET}
     kernel = folder / "kernels" / "python3"
     kernel.mkdir(parents=True, exist_ok=True)
     write_json(kernel / "kernel.json", spec)
