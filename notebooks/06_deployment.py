@@ -230,7 +230,7 @@ run.figure("fig_quantisation", plots.panels(shown, "kind", "scheme", "category",
 # %% [markdown]
 # ## All subsets of the categories
 #
-# Deltas add up: every subset of the edits, each at its own chosen k, is one delta again. Where the sum breaks the caps on validation, one
+# Deltas add up: a subset of the edits, each at its own chosen k, is one delta again (preset `tiny`: single edits and all of them; `tiny-full`: all 31). Where the sum breaks the caps on validation, one
 # common factor is chosen there; the table below is measured on test. Rows: what was edited; columns: what was asked.
 
 # %%
