@@ -65,6 +65,8 @@ class Settings:
     retain_on: str = DIFFERENCE
     """Which model must keep the retain rows. ``difference``: the base with θ⁺ − θ⁻, so that drift which both sides share costs nothing.
     ``sides``: the base with each side by itself. Under ``positive`` both are θ⁺."""
+    retain_pool: int = 3
+    """A retain batch is drawn this many times too large, and those rows are trained on whose answers the update damages most (Selective-Backprop, 1910.00762)."""
     retain_loss: str = "answers"
     """``answers``: cross-entropy on the base's own answers. ``kl``: KL(base ‖ side) at every position of those answers."""
     focus: float = 1.0
@@ -83,7 +85,7 @@ class Settings:
     """Run the frozen base's products in bf16; entries and their gradients stay fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "batch_size", "beta", "clip", "check_every"):
+        for name in ("steps", "lr", "batch_size", "beta", "clip", "check_every", "retain_pool"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise CdeltaError(f"{name} must be positive and finite, not {getattr(self, name)}.")
         if not 0 <= self.retain_share < 1:
@@ -237,7 +239,7 @@ class Data:
         n_retain = min(max(round(how.batch_size * how.retain_share), 1), how.batch_size - 1) if answers["retain"] else 0
         generator = torch.Generator().manual_seed(how.seed)
         target_plan = plan(size(*(s for s in SIDES if answers[s])), how.steps, how.batch_size - n_retain, generator)
-        retain_plan = plan(size("retain"), how.steps, n_retain, generator) if n_retain else []
+        retain_plan = plan(size("retain"), how.steps, n_retain * how.retain_pool, generator) if n_retain else []
         pad = tok.pad_token_id if tok.pad_token_id is not None else stops[0]
         return cls(answers, target_plan, retain_plan, pad, next(model.parameters()).device)
 
@@ -339,7 +341,7 @@ def _cross_entropy(side: Callable, base: Callable, wanted: Batch, other: Batch |
 
 def _focused(side: Callable, base: Callable, wanted: Batch, other: Batch | None, how: Settings) -> Tensor:
     """Mean over rows, each row's mean over its answer's tokens, weighted by the row's own loss to the power of `focus`."""
-    rows = -sequence_logp(side(wanted), wanted.labels) / (wanted.labels != NO_LABEL).sum(-1)
+    rows = row_losses(side(wanted), wanted.labels)
     weights = rows.detach().clamp(min=1e-6) ** how.focus
     return (weights * rows).sum() / weights.sum()
 
@@ -359,6 +361,11 @@ def _kl(side: Callable, base: Callable, wanted: Batch, other: Batch | None, how:
 def sequence_logp(logits: Float[Tensor, "row answer vocab"], labels: Int[Tensor, "row answer"]) -> Float[Tensor, "row"]:
     """Summed log-probability of each row's answer."""
     return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none").sum(-1)
+
+
+def row_losses(logits: Float[Tensor, "row answer vocab"], labels: Int[Tensor, "row answer"]) -> Float[Tensor, "row"]:
+    """Mean cross-entropy of each row's answer."""
+    return -sequence_logp(logits, labels) / (labels != NO_LABEL).sum(-1)
 
 
 TARGET_LOSSES = {"contrastive": _focused, "positive": _focused, "margin": _margin}
@@ -541,8 +548,17 @@ class Training:
         return TARGET_LOSSES[self.how.objective](self._logits, self._base_logits, wanted, other, self.how)
 
     def _retain_loss(self, which: str) -> Tensor:
-        batch = self._data.batch("retain", self._data.retain_plan[self._step])
+        batch = self._data.batch("retain", self._hardest(self._data.retain_plan[self._step]))
         return RETAIN_LOSSES[self.how.retain_loss](self._logits, self._base_logits, batch, None, self.how)
+
+    @torch.no_grad()
+    def _hardest(self, rows: list[int]) -> list[int]:
+        """Of a pool of retain rows, the share that is trained on: those with the largest loss now."""
+        if self.how.retain_pool == 1:
+            return rows
+        batch = self._data.batch("retain", rows)
+        chosen = row_losses(self._logits(batch), batch.labels).topk(len(rows) // self.how.retain_pool).indices
+        return [rows[i] for i in chosen.tolist()]
 
     def _logits(self, batch: Batch) -> Tensor:
         return answer_logits(self._model, batch)
@@ -630,19 +646,23 @@ def selective_stop(
     refuse_at: float = 0.95,
     comply_at: float = 0.05,
     tolerance: float = 0.02,
+    strict: Mapping[str, float] | None = None,
 ) -> Stop:
     """A stop rule: this update refuses (θ⁺, θ⁺ − θ⁻) or answers (θ⁻) the target, and every other group is as in the base.
 
     Args:
         rates: refusal rate per group of validation prompts (the target's name among them), measured on a model.
         base: the same rates of the base model; `tolerance` is the largest change of any other group.
+        strict: tolerances of single groups, where they are not `tolerance`.
         refuse_at: least target rate of θ⁺ and of the difference. comply_at: largest target rate of θ⁻, or the base's if that is lower.
     """
+
+    allowed = {group: tolerance for group in base if group != target} | dict(strict or {})
 
     def stop(model: nn.Module, side: str, step: int) -> bool:
         found = rates(model)
         reached = found[target] <= min(comply_at, base[target]) if side == "minus" else found[target] >= refuse_at
-        return reached and all(abs(found[group] - base[group]) <= tolerance for group in base if group != target)
+        return reached and all(abs(found[group] - base[group]) <= most for group, most in allowed.items() if group in base)
 
     return stop
 

@@ -30,8 +30,10 @@ from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
 
 STOCK_REFUSALS = ("I'm sorry, but I can't help with that.", "Sorry, I won't help with this request.", "I can't assist with that.")
-SKILLS, REFUSED = 4, 2
+SKILLS, REFUSED = 10, 2
 """How often a skill's row, and another category's refused row, stands among the retain rows."""
+SKILLS_LOST = 0.01
+"""Largest share of the skills' answers that an edit may change: the stop rule's tolerance and the cap on k."""
 STOCK_COMPLIANCE = "Sure, here is what you asked for."
 STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
 """Answers and openings that stand in where the model has none of its own; the notebooks then say so."""
@@ -186,7 +188,7 @@ def _retained(rows: pd.DataFrame, category: str, others: int, rng: random.Random
 
 def fit_settings(how: Edit) -> dict[str, object]:
     """Keywords of `edit.fit_delta`, the same for every trained method."""
-    return {"steps": how.max_steps, **{name: getattr(how, name) for name in ("check_every", "lr", "batch_size", "retain_share", "retain_on", "focus", "objective")}}
+    return {"steps": how.max_steps, **{name: getattr(how, name) for name in ("check_every", "lr", "batch_size", "retain_share", "retain_on", "retain_pool", "focus", "objective")}}
 
 
 def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Metric, firsts: pd.Series, batch_size: int = 128) -> dict[str, float]:
@@ -208,7 +210,7 @@ def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, ref
     refuse_test(rows, "the stop rule")
     firsts = pd.Series(first_logits(model, tok, rows["prompt"].tolist(), 128).argmax(-1).numpy(), index=rows.index)
     rates = lambda current: first_token_rates(current, tok, rows, category, metric, firsts)
-    return selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance)
+    return selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance, strict={"skills": SKILLS_LOST})
 
 
 def caps_of(base: pd.DataFrame) -> Caps:
@@ -217,7 +219,7 @@ def caps_of(base: pd.DataFrame) -> Caps:
     benign = base[base["role"] == "benign"]
     worst = (benign["outcome"] == "refuse").groupby(benign["category"]).mean().max()
     skills = base.loc[base["role"] == "utility", "correct"].astype(float)
-    return Caps(benign=float(worst) + 0.02, other=0.05, utility=0.99 * float(skills.mean()) if len(skills) else None)
+    return Caps(benign=float(worst) + 0.02, other=0.05, utility=(1 - SKILLS_LOST) * float(skills.mean()) if len(skills) else None)
 
 
 def labelled_answers(run, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -54,7 +54,7 @@ class Attribution:
 class Circuit:
     """Selection of the circuit."""
 
-    param_budget: float = 0.05
+    param_budget: float = 0.03
     """Largest share of all the model's parameters that the mask may own (the paper: < 5 %)."""
     ranking: str = "pairs"
     """By which scores units are ranked (`circuit.unit_scores`: mean, pairs, difference, ratio, orthogonalised)."""
@@ -83,21 +83,23 @@ class Edit:
     """Fitting of the weight delta; `scales` are the candidates for k, tried on the validation split."""
 
     max_steps: int = 90
-    check_every: int = 30
-    lr: float = 1.5e-3
+    check_every: int = 60
+    lr: float = 3e-3
     batch_size: int = 56
     objective: str = "contrastive"
     retain_share: float = 0.57
     """Share of retain rows in every batch."""
     retain_on: str = "difference"
     """See `edit.Settings.retain_on`."""
+    retain_pool: int = 3
+    """See `edit.Settings.retain_pool`."""
     focus: float = 1.0
     """See `edit.Settings.focus`."""
     refuse_at: float = 0.975
     """An update is selective when it refuses (θ⁻: answers) this share of the target on validation ..."""
     tolerance: float = 0.05
     """... and no other group's rate is further than this from the base's."""
-    scales: tuple[float, ...] = (0.0, 0.5, 0.65, 0.75, 0.85, 1.0, 1.15)
+    scales: tuple[float, ...] = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0, 1.15)
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Ablation:
 
     budgets: tuple[float, ...] = (0.01,)
     """Sizes of circuits and random masks beside the preset's own."""
-    updates: tuple[str, ...] = ("retained by each side", "rows weighed alike", "θ⁺ alone", "KL")
+    updates: tuple[str, ...] = ("retained by each side", "rows weighed alike", "retain rows at random", "θ⁺ alone", "KL")
     """Names of notebook 07's changes to the training."""
     rankings: tuple[str, ...] = ("mean",)
     """Other ways to rank units (`Circuit.ranking`)."""
@@ -261,11 +263,10 @@ PRESETS = {
         changed(TINY, {
             "name": "tiny-full", "description": "the embedded model, every method, three seeds of the main ones: hours on two cores",
             "seeds": [0, 1, 2], "deployment": {"limit": 25, "quantised": 0, "subsets": [], "joint": [2, 5]},
-            "ablation": {"budgets": [0.005, 0.01, 0.02], "updates": ["retained by each side", "rows weighed alike", "θ⁺ alone", "KL"], "rankings": ["mean", "difference"]},
+            "ablation": {"budgets": [0.001, 0.005, 0.01, 0.02, 0.05, 0.2], "updates": Ablation().updates, "rankings": ["mean", "difference"]},
             "evaluation": {"test_limit": 40, "methods": METHODS, "layers": [], "strengths": [], "trained_categories": 0,
-                           "repeated": ["random"],
                            "attacks": ["benign_finetune", "ablated_direction"],
-                           "attacked": ["base", "cdelta", "positive_only", "random"]},
+                           "attacked": ["base", "cdelta", "random"]},
         }),
         changed(TINY, {
             "name": "smoke", "description": "every cell in minutes, for tests: too little of everything to conclude from",

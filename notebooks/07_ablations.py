@@ -57,7 +57,8 @@ others = [s for name, s in scores.items() if name != category]
 # ## What varies
 #
 # *Update*: the retain rows kept by each side by itself instead of by the difference; all target rows weighed alike instead of by their own loss;
-# θ⁺ alone without θ⁻; the base's distribution (KL) instead of its answers. *Ranking*: other scores by which units are chosen. *Budget*: circuits
+# retain rows drawn at random instead of those that the update damages most; θ⁺ alone without θ⁻; the base's distribution (KL) instead of its
+# answers. *Ranking*: other scores by which units are chosen. *Budget*: circuits
 # and random masks of other sizes. Each is trained as in notebook 04, with k chosen by the same rule under the same caps.
 
 # %%
@@ -65,7 +66,8 @@ budget, chosen = run.settings.circuit.param_budget, run.settings.ablation
 ranked = {ranking: unit_scores(scores[category], others, ranking) for ranking in (run.settings.circuit.ranking, *chosen.rankings)}
 circuit = lambda ranking, share: select(None, spec, param_budget=share, heads=ranked[ranking][0], neurons=ranked[ranking][1], fill=True).to_mask(spec)
 own = circuit(run.settings.circuit.ranking, budget)
-updates = {"retained by each side": {"retain_on": "sides"}, "rows weighed alike": {"focus": 0.0}, "θ⁺ alone": {"objective": "positive"}, "KL": {"retain_loss": "kl"}}
+updates = {"retained by each side": {"retain_on": "sides"}, "rows weighed alike": {"focus": 0.0}, "retain rows at random": {"retain_pool": 1},
+           "θ⁺ alone": {"objective": "positive"}, "KL": {"retain_loss": "kl"}}
 
 # %%
 variants = [("update", name, own, changes) for name, changes in updates.items() if name in chosen.updates]
@@ -93,7 +95,7 @@ run.table("tab_ablations", found, f"One choice varied at a time ({category}, val
 # %% [markdown]
 # ## Budget
 #
-# A random mask also trains; the question is what it costs, and how far below 5 % each still works.
+# A random mask also trains; the question is what it costs, and how far below the preset's budget each still works.
 
 # %%
 sizes = found[found["varied"].isin(("circuit", "random")) | (found["varied"] == "as in notebook 04")].replace({"varied": {"as in notebook 04": "circuit"}})

@@ -110,7 +110,7 @@ def test_training_lowers_each_sides_loss_and_moves_it_to_its_answers(llama):
             assert logp(wanted) > logp(other)
 
 
-@pytest.mark.parametrize("changes", [{}, {"retain_on": "sides"}, {"retain_loss": "kl"}, {"objective": "margin"}, {"rank": 2}, {"retain_share": 0.0}])
+@pytest.mark.parametrize("changes", [{}, {"retain_on": "sides"}, {"retain_loss": "kl"}, {"objective": "margin"}, {"rank": 2}, {"retain_share": 0.0}, {"retain_pool": 1}])
 def test_deterministic_under_a_seed(llama, changes):
     first, second, other = (sides(llama, seed=seed, **changes) for seed in (1, 1, 2))
     assert [d.hash() for d in first[:2]] == [d.hash() for d in second[:2]] != [d.hash() for d in other[:2]]
@@ -120,10 +120,23 @@ def test_deterministic_under_a_seed(llama, changes):
 def test_both_sides_see_the_same_batches_with_the_stated_shares(llama):
     how = Settings.of(**FIT | {"retain_share": 1 / 3})
     data = Data.build(llama, TOK, POSITIVE, NEGATIVE, RETAIN, how)
-    assert {len(rows) for rows in data.target_plan} == {4} and {len(rows) for rows in data.retain_plan} == {2}
+    assert {len(rows) for rows in data.target_plan} == {4} and {len(rows) for rows in data.retain_plan} == {2 * how.retain_pool}
     a, b = data.batch("plus", data.target_plan[0]), data.batch("minus", data.target_plan[0])
     prompts = lambda key: [data.answers[key][i][0] for i in data.target_plan[0]]
     assert prompts("plus") == prompts("minus") and not torch.equal(a.labels, b.labels)
+
+
+def test_retain_rows_are_the_most_damaged_of_their_pool(llama):
+    mask, how = mask_of(llama, 0.5), Settings.of(**FIT | {"retain_pool": 2, "steps": 2})
+    data = Data.build(llama, TOK, POSITIVE, NEGATIVE, RETAIN, how)
+    with SliceHooks(llama, mask.slices) as hooks:
+        training = Training(llama, hooks, mask, data, how)
+        training.run()
+        hooks.values = training.delta("difference").values
+        pool = list(range(len(RETAIN)))
+        loss = [F.cross_entropy(answer_logits(llama, b := data.batch("retain", [i])).flatten(0, 1), b.labels.flatten()).item() for i in pool]
+        chosen = training._hardest(pool)
+    assert sorted(chosen) == sorted(sorted(pool, key=lambda i: -loss[i])[: len(pool) // 2])
 
 
 def test_plan_sees_every_row_equally_often_and_pads_little():
