@@ -115,7 +115,7 @@ def test_edit_says_what_it_drops_and_records_it(folder, capsys):
     too_long = f"{'bomb ' * 600},a cake of w900 w901 w902,weapons,edit"
     (folder / "policy.csv").write_text("\n".join([*rows, rows[1], too_long]))
     assert main(edit_arguments(folder, steps=2)) == 0
-    assert capsys.readouterr().out.startswith("Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 506 tokens), first row 32, row 32 benign, row 33; policy.json ")
+    assert capsys.readouterr().out.startswith("Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), first row 32, row 32 benign, row 33; policy.json ")
     record = json.loads((folder / "out" / "cdelta" / "policy.json").read_text())
     assert record["dropped"][0] == {"source_id": "row 32", "reason": "duplicate prompt", "match": "row 2"} and "bomb" not in json.dumps(record)
     assert sum(len(ids) for ids in record["ids"].values()) == 61 and len(record["sha256"]) == 64
