@@ -26,7 +26,7 @@ from cdelta.judges import Rules
 from cdelta.mask import budget_entries
 from cdelta.metrics import SequenceMetric, first_token_sets
 from cdelta.models import ModelSpec, load_model
-from cdelta.policy.build import build_policy
+from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.pairs import FALLBACK_TEMPLATE
 from cdelta.policy.records import SplitRows
 from cdelta.tables import kind_rates
@@ -70,7 +70,8 @@ class Summary:
 def run_edit(job: EditJob, say: Callable[[str], None] = print, progress: bool = False) -> Summary:
     """Attribution on the discover split, training on edit, stopping and k on val, the table on test; then write and verify.
 
-    `job.out` appears whole or not at all: the checkpoint, and in `cdelta/` the delta, the circuit, the k curve and the log.
+    `job.out` appears whole or not at all: the checkpoint, and in `cdelta/` the delta, the circuit, the k curve, the log, and of
+    the policy the ids per split and what was dropped, without the prompts' text.
     """
     if Path(job.out).exists():
         raise CdeltaError(f"{job.out} already exists: choose a new output folder or remove it first.")
@@ -79,9 +80,11 @@ def run_edit(job: EditJob, say: Callable[[str], None] = print, progress: bool = 
     model, tok = load_model(folder, dtype=job.dtype, device=job.device)
     if tok.chat_template is None:
         say(f"The tokenizer has no chat template; prompts are written as {FALLBACK_TEMPLATE!r}.")
-    records = build_policy(job.policy, [job.category], tok=tok).records
-    say(cost_estimate(model, tok, records, job, settings))
-    study = Study.of(model, tok, records, job)
+    policy = build_policy(job.policy, [job.category], tok=tok, max_tokens=model.config.get_text_config().max_position_embeddings - job.max_new_tokens)
+    if len(policy.dropped):
+        say(_drops(policy))
+    say(cost_estimate(model, tok, policy.records, job, settings))
+    study = Study.of(model, tok, policy.records, job)
     circuit = study.circuit(progress)
     delta, log = study.fit(circuit, settings, progress)
     scale, curve = study.scale(delta)
@@ -89,12 +92,25 @@ def run_edit(job: EditJob, say: Callable[[str], None] = print, progress: bool = 
     with new_folder(job.out) as partial:
         _write(partial, folder, delta.with_metadata(k=scale), scale, table)
         circuit.save(partial / RECORD / "circuit.json")
+        (partial / RECORD / "policy.json").write_text(json.dumps(policy.manifest | {"dropped": _dropped(policy)}, indent=1))
         (partial / RECORD / "training.json").write_text(json.dumps({"curve": curve, "table": table, "log": log}, indent=1))
         report = verify(folder, partial, delta)
         if not report.ok:
             raise CdeltaError(f"the written checkpoint fails verification: {report.problems[0]}")
         (partial / RECORD / "verify.json").write_text(report.to_json())
     return Summary(scale, curve, table, delta.metadata["training"], report)
+
+
+def _dropped(policy: Policy) -> list[dict[str, str]]:
+    """Which rows of the policy's file were not kept, and why."""
+    return policy.dropped[["source_id", "reason", "match"]].to_dict("records")
+
+
+def _drops(policy: Policy) -> str:
+    """One sentence: how many prompts were dropped for which reason, and the first of them."""
+    counts = ", ".join(f"{n} {reason}" for reason, n in policy.dropped["reason"].value_counts().items())
+    first = ", ".join(policy.dropped["source_id"].head(5))
+    return f"Dropped {len(policy.dropped)} of {len(policy.dropped) + len(policy.records)} prompts ({counts}), first {first}; policy.json beside the delta will name all."
 
 
 def _write(partial: Path, folder: Path, delta: WeightDelta, scale: float, table: Sequence[Mapping]) -> None:

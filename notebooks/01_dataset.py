@@ -56,8 +56,8 @@ counts = overview.counts_table(data.records).reset_index()
 run.table("tab_counts", counts, "Prompts per source, category, role and split.")
 
 # %% [markdown]
-# A source is *pinned* when its bytes are those of a commit written into `cdelta/policy/sources.py`. A hub data set whose commit we do not know
-# is read at its newest one, which is printed above and named here.
+# A source is *pinned* when its bytes are those of a commit written into `cdelta/policy/sources.py`. A local copy that differs from them
+# is named by its own sha256.
 
 # %%
 run.table("tab_sources", overview.sources_table(data).astype(str), "Sources with revision and licence.")

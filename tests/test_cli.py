@@ -109,6 +109,18 @@ def test_edit_from_a_csv_to_a_verified_checkpoint(folder, capsys):
     assert names(folder) == {"base", "delta", "policy.csv", "out", "back"}
 
 
+def test_edit_says_what_it_drops_and_records_it(folder, capsys):
+    """A repeated row, and a prompt that is longer than the model's context."""
+    rows = (folder / "policy.csv").read_text().splitlines()
+    too_long = f"{'bomb ' * 600},a cake of w900 w901 w902,weapons,edit"
+    (folder / "policy.csv").write_text("\n".join([*rows, rows[1], too_long]))
+    assert main(edit_arguments(folder, steps=2)) == 0
+    assert capsys.readouterr().out.startswith("Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), first row 32, row 32 benign, row 33; policy.json ")
+    record = json.loads((folder / "out" / "cdelta" / "policy.json").read_text())
+    assert record["dropped"][0] == {"source_id": "row 32", "reason": "duplicate prompt", "match": "row 2"} and "bomb" not in json.dumps(record)
+    assert sum(len(ids) for ids in record["ids"].values()) == 61 and len(record["sha256"]) == 64
+
+
 def test_no_chat_template_falls_back_and_says_so(folder, capsys):
     toys.save_toy(folder / "base", seed=2)  # one that says something to the bare template
     (folder / "base" / "chat_template.jinja").unlink()

@@ -59,8 +59,8 @@ def sources_table(policy: Policy) -> pd.DataFrame:
     facts = lambda name: {key: known[name].get(key, False) for key in ("pinned", "gated")}
     kept = [row | facts(row["source"]) | {"note": notes.get(row["source"], "")} for row in policy.manifest["contents"]]
     skipped = [
-        {"source": row.source, "source_revision": SOURCES[row.source].revision or "", "license": SOURCES[row.source].license, "rows": 0,
-         "pinned": SOURCES[row.source].revision is not None, "gated": SOURCES[row.source].gated, "note": row.detail}
+        {"source": row.source, "source_revision": SOURCES[row.source].revision, "license": SOURCES[row.source].license, "rows": 0,
+         "pinned": True, "gated": SOURCES[row.source].gated, "note": row.detail}
         for row in whole[whole["step"] == "skipped"].itertuples()
     ]  # fmt: skip
     return pd.DataFrame(kept + skipped)

@@ -1,8 +1,8 @@
 """Where prompts come from: a declarative table of sources, read from the upstream layout and turned into records.
 
 A source is read from a local copy (a file, or a folder laid out as upstream) or fetched: pinned files over HTTPS with their
-sha256 checked, hub data sets at a pinned commit (where none is known, the newest: it is printed and recorded). What cannot be had,
-because it is gated or the machine is offline, raises `SourceUnavailable` with the reason; the build turns that into a line of its report.
+sha256 checked, hub data sets at a pinned commit. What cannot be had, because it is gated or the machine is offline, raises
+`SourceUnavailable` with the reason; the build turns that into a line of its report.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ class Source:
     gated: bool = False
     url: str = ""
     sha256: str = ""
-    revision: str | None = None
-    """Commit that pins it; None where no commit is known to us: then the newest is resolved, printed and recorded."""
+    revision: str = ""
+    """Commit that pins it."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names that other copies give to columns -> the names in `columns`."""
     selects: str = ""
     """Which rows `to_rows` selects, if not all of them."""
     mapped: bool = True
     """Some of its rows belong to one of our categories; if none does, upstream has renamed its categories."""
+    unpack: Callable[[Any], Tables] | None = None
+    """Reads the rows out of a JSON object that does not hold them under its splits' names."""
 
     @property
     def filename(self) -> str:
@@ -144,6 +146,12 @@ def _mapped(prompt: str, category: str, category_map: Mapping[str, str], split: 
     return [_harmful(f"{split}/{index}", row[prompt], to_category(category_map, row[category]))]
 
 
+def _catqa_tables(questions: Mapping[str, Mapping[str, list[str]]]) -> Tables:
+    """{category: {subcategory: questions}}, as the authors' repository keeps it -> the hub's rows."""
+    nested = ((c, s, q) for c, subcategories in questions.items() for s, some in subcategories.items() for q in some)
+    return {"en": [{"Question": q, "Category": c, "Subcategory": s} for c, s, q in nested]}
+
+
 def _advbench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     return [_harmful(str(index), row["prompt"], "crime")]
 
@@ -175,7 +183,7 @@ SOURCES: dict[str, Source] = {
                 "/data/behavior_datasets/harmbench_behaviors_text_all.csv",
             sha256="2745611872be3b2eab141e39bb328b8c1140dc3cd8d0a49da6174260d9ccbfb9",
         ),
-        Source(
+        Source(  # the hub's commits (OR-Bench, SORRY-Bench, JailbreakBench, AIR-Bench) are those that other projects pin; we have not fetched them
             "or-bench-hard", "CC-BY-4.0", ("prompt", "category"), _or_bench_hard, hub="bench-llm/or-bench", config="or-bench-hard-1k",
             revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
         ),
@@ -183,9 +191,9 @@ SOURCES: dict[str, Source] = {
             "or-bench-toxic", "CC-BY-4.0", ("prompt", "category"), partial(_mapped, "prompt", "category", category_maps.OR_BENCH),
             hub="bench-llm/or-bench", config="or-bench-toxic", revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
         ),
-        Source(
+        Source(  # gated, so nobody without access can check the pin
             "sorry-bench", "SORRY-Bench licence (not redistributable)", ("question_id", "category", "turns", "prompt_style"), _sorry_bench,
-            hub="sorry-bench/sorry-bench-202503", gated=True, selects="prompt_style base",
+            hub="sorry-bench/sorry-bench-202503", gated=True, selects="prompt_style base", revision="612a4e1f45db8adf884fa62318ddf9fa1c6e75e9",
         ),
         Source(
             "jailbreakbench", "MIT", ("Index", "Goal", "Category"), _jailbreakbench, ("harmful", "benign"),
@@ -196,9 +204,11 @@ SOURCES: dict[str, Source] = {
             hub="stanford-crfm/air-bench-2024", config="default", revision="976d9fbb0f52bce704dcbef5bd7a2652e65f2a21",
             selects="legal and medical advice",
         ),
-        Source(
+        Source(  # the authors' own file; the hub's copy, declare-lab/CategoricalHarmfulQA, loads from a local folder or file
             "catqa", "Apache-2.0", ("Question", "Category"), partial(_mapped, "Question", "Category", category_maps.CATQA), ("en",),
-            hub="declare-lab/CategoricalHarmfulQA",
+            revision="515aa9b0fc7bf50bdc0309c01b05721e808c8031", unpack=_catqa_tables,
+            url="https://raw.githubusercontent.com/declare-lab/red-instruct/515aa9b0fc7bf50bdc0309c01b05721e808c8031/harmful_questions/catqa_english.json",
+            sha256="40efd4e205e26d6e840f30e6d8540f95f2777453af052319e42e74d10bd1992a",
         ),
         Source(  # the hub's copy, walledai/AdvBench, is gated; this is the authors' own file
             "advbench", "MIT", ("prompt", "target"), _advbench, aliases={"goal": "prompt"},
@@ -245,6 +255,8 @@ def load(name: str, path: str | Path = "") -> Loaded:
 
 
 def _records(source: Source, split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
+    if not isinstance(row, Mapping):
+        raise CdeltaError(f"{source.name}, {split} row {index}: a {type(row).__name__}, not an object with {', '.join(source.columns)}: download it from {source.home}.")
     named = {source.aliases.get(column, column): value for column, value in row.items()}
     missing = [c for c in source.columns if c not in named]
     if missing:
@@ -259,8 +271,7 @@ def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
     if path is None and source.url:
         path = download(source)
     if path is None:
-        revision = source.revision or _newest_commit(source)
-        return _load_dataset(source, source.hub, revision), revision
+        return _load_dataset(source, source.hub, source.revision), source.revision
     if path.is_dir() and source.filename and (path / source.filename).is_file():
         path = path / source.filename
     if path.is_file():
@@ -276,21 +287,36 @@ def sha256(path: Path) -> str:
 
 
 def _read_file(source: Source, path: Path) -> Tables:
-    """One file in the source's own format; a JSON object holds its splits, any other file is the source's first split."""
+    """One file in the source's own format: a JSON object holds its splits, any other file is the source's first split."""
+    text = lambda: path.read_text(encoding="utf-8-sig")
+    first = lambda rows: {source.splits[0]: rows}
     readers = {
-        ".csv": lambda: pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records"),
-        ".jsonl": lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()],
-        ".parquet": lambda: pd.read_parquet(path).to_dict("records"),
+        ".csv": lambda: first(pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")),
+        ".jsonl": lambda: first(_json_lines(text())),
+        ".parquet": lambda: first(pd.read_parquet(path).to_dict("records")),
+        ".json": lambda: _json_tables(source, text()),
     }
     try:
-        if path.suffix == ".json":
-            tables = json.loads(path.read_text(encoding="utf-8"))
-            return {split: tables[split] for split in source.splits}
-        return {source.splits[0]: readers[path.suffix]()}
-    except (KeyError, TypeError) as error:
-        raise CdeltaError(f"{path}: {error} not found: expected a {', '.join(readers)} file, or a JSON object with {', '.join(source.splits)}.") from error
-    except (ValueError, OSError) as error:  # pandas', pyarrow's and Python's decoding errors
-        raise CdeltaError(f"{path}: cannot be read as {path.suffix} ({_first_line(error)}): download it again.") from error
+        return readers[path.suffix]()
+    except KeyError as error:
+        raise CdeltaError(f"{path}: {error} not found: expected a {', '.join(readers)} file, a JSON object with {', '.join(source.splits)}.") from error
+    except (ValueError, TypeError, AttributeError, OSError) as error:  # those of pandas, pyarrow and Python's decoders, and of another layout
+        raise CdeltaError(f"{path}: cannot be read as {path.suffix} ({_first_line(error)}): download it again, from {source.home}.") from error
+
+
+def _json_tables(source: Source, text: str) -> Tables:
+    """The splits of a JSON object; a list, or JSON lines (which the hub calls .json as well), are the first split."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        content = _json_lines(text)
+    if isinstance(content, list):
+        return {source.splits[0]: content}
+    return source.unpack(content) if source.unpack else {split: content[split] for split in source.splits}
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.split("\n") if line.strip()]  # `splitlines` would also cut at U+2028 inside a string
 
 
 def download(source: Source) -> Path:
@@ -311,18 +337,6 @@ def download(source: Source) -> Path:
     finally:
         partial_file.unlink(missing_ok=True)
     return target
-
-
-def _newest_commit(source: Source) -> str:
-    """The commit that the hub's main branch points to now, so that the manifest can name it; says so."""
-    from huggingface_hub import HfApi
-
-    try:
-        commit = HfApi().dataset_info(source.hub, timeout=30).sha
-    except Exception as error:  # the hub client's errors share no base class across its versions
-        raise SourceUnavailable(_why_not(source, error)) from error
-    print(f"{source.name}: no revision is pinned for {source.hub}; reading its newest commit, {commit}.")
-    return commit
 
 
 def _load_dataset(source: Source, where: str, revision: str | None) -> Tables:

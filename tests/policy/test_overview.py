@@ -37,10 +37,10 @@ def test_sources_table_says_why_a_source_is_missing(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route")
 
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     table = overview.sources_table(build_policy("synthetic", extra=["sorry-bench"])).set_index("source")
     missing = table.loc["sorry-bench"]
-    assert missing["rows"] == 0 and "no route" in missing["note"] and missing["gated"] and not missing["pinned"]
+    assert missing["rows"] == 0 and "no route" in missing["note"] and missing["gated"] and missing["pinned"] and missing["source_revision"].startswith("612a4e1f")
 
 
 def test_overlaps_show_the_data_as_they_came(cast):

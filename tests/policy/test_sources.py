@@ -117,31 +117,42 @@ def test_the_hubs_copies_with_other_column_names_load_too(name, columns, tmp_pat
     assert [row["prompt"] for row in load(name, tmp_path).rows] == ["p"]
 
 
-def test_all_sources_but_two_are_pinned_to_a_commit():
-    """CatQA's and SORRY-Bench's commits are not known to us: no network to the hub where this was written."""
-    assert {name for name, source in SOURCES.items() if source.revision is None} == {"catqa", "sorry-bench"}
-    assert all(len(source.revision) == 40 and int(source.revision, 16) for source in SOURCES.values() if source.revision)
+def test_catqa_loads_as_its_authors_and_as_the_hub_keep_it(tmp_path):
+    """The authors nest the questions under category and subcategory; the hub's `.json` holds lines, here one with U+2028 inside a string."""
+    questions = {"Hate/Harass/Violence": {"Cyberbullying": ["one\u2028more", "two"]}, "Illegal Activity": {"Drug:": ["three"]}, "Malware Viruses": {"Adware": ["four"]}}
+    rows = [{"Question": q, "Category": c, "Subcategory": s} for c, nested in questions.items() for s, some in nested.items() for q in some]
+    contents = {"nested": json.dumps(questions, indent=4), "lines": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "list": json.dumps(rows)}
+    found = []
+    for kind, content in contents.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "catqa_english.json").write_text(content, encoding="utf-8-sig")
+        found.append([(r["prompt"], r["category"], r["source_id"]) for r in load("catqa", tmp_path / kind).rows])
+    assert found[0] == found[1] == found[2] == [("one\u2028more", "hate", "en/0"), ("two", "hate", "en/1"), ("three", "crime", "en/2"), ("four", "other", "en/3")]
+
+
+def test_every_source_is_pinned():
+    """A single file by commit and sha256, a hub data set by commit; `url` and `hub` alone decide which."""
     for source in SOURCES.values():
-        assert not source.url or (source.revision in source.url and len(source.sha256) == 64)
+        assert source.url or source.hub
+        assert len(source.revision) == 40 and int(source.revision, 16)
+        assert not source.url or (source.revision in source.url and len(source.sha256) == 64 and int(source.sha256, 16))
 
 
-def test_the_hub_is_read_at_the_pinned_commit_or_says_that_none_is_pinned(monkeypatch, capsys):
+def test_the_hub_is_read_at_the_pinned_commit(monkeypatch):
     asked = {}
 
     class Rows:
         def to_list(self):
-            return [{"prompt": "p", "category": "hate", "Question": "p", "Category": "Adult Content"}]
+            return [{"prompt": "p", "category": "hate"}]
 
     def read(where, config, split, revision, cache_dir):
-        asked[where] = revision
+        asked[where, config, split] = revision
         return Rows()
 
     monkeypatch.setattr("datasets.load_dataset", read)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: type("Info", (), {"sha": "c" * 40}))
-    pinned, newest = load("or-bench-toxic"), load("catqa")
-    assert asked == {"bench-llm/or-bench": SOURCES["or-bench-toxic"].revision, "declare-lab/CategoricalHarmfulQA": "c" * 40}
-    assert (pinned.origin["pinned"], newest.origin["pinned"]) == (True, False) and newest.rows[0]["source_revision"] == "c" * 40
-    assert capsys.readouterr().out == f"catqa: no revision is pinned for declare-lab/CategoricalHarmfulQA; reading its newest commit, {'c' * 40}.\n"
+    loaded = load("or-bench-toxic")
+    assert asked == {("bench-llm/or-bench", "or-bench-toxic", "train"): SOURCES["or-bench-toxic"].revision}
+    assert loaded.origin["pinned"] and loaded.rows[0]["source_revision"] == SOURCES["or-bench-toxic"].revision
 
 
 def test_jailbreakbench_pairs_its_aligned_rows(tmp_path):
@@ -213,7 +224,9 @@ def test_renamed_categories_are_noticed(tmp_path):
     [
         ("cast", ("a.json", "{oops"), "a.json: cannot be read as .json"),
         ("cast", ("a.json", '{"train": []}'), "a.json: 'test' not found"),
+        ("cast", ("a.json", '{"train": [1], "test": []}'), "cast, train row 0: a int, not an object with base, crime_planning, .*: download it from https://raw"),
         ("cast", ("a.xml", "<a/>"), "a.xml: '.xml' not found: expected a .csv"),
+        ("catqa", ("a.json", '{"Question": "q", "Category": "c"}'), "a.json: cannot be read as .json .*: download it again, from https://raw"),
         ("catqa", ("a.parquet", "no"), "a.parquet: cannot be read as .parquet"),
         ("sorry-bench", ("a.jsonl", '{"question_id": 1, "category": "1", "turns": ["a"], "prompt_style": "slang"}'), "none of 1 rows is of the selected kind .prompt_style base"),
     ],
@@ -236,11 +249,11 @@ def test_what_cannot_be_reached_is_unavailable_with_the_reason(monkeypatch):
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(SourceUnavailable, match="harmbench: cannot download https://raw.* .no route to host.: give a local copy with harmbench=PATH."):
         load("harmbench")
-    with pytest.raises(SourceUnavailable, match="catqa: cannot be read from https://huggingface.co/datasets/declare-lab/CategoricalHarmfulQA .no route to host."):
-        load("catqa")
+    with pytest.raises(SourceUnavailable, match="jailbreakbench: cannot be read from https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors .no route to host."):
+        load("jailbreakbench")
     with pytest.raises(SourceUnavailable, match="sorry-bench: .*gated, so ask for access on its page and log in; no route to host"):
         load("sorry-bench")
 
