@@ -20,7 +20,7 @@
 #
 # The delta is added shard by shard on disk; nothing else of the folder changes. `verify` compares every entry with the base. Then the folder
 # goes where users take it: plain `transformers` and other runtimes in a process without this package, PEFT, other dtypes, fewer bits. Finally
-# the categories are combined, in all subsets.
+# the categories are combined.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
@@ -228,10 +228,11 @@ run.figure("fig_quantisation", plots.panels(shown, "kind", "scheme", "category",
            "After rounding: share of the changed entries whose stored number differs from the rounded base's, and rates of the edited model (test, Wilson 95 %).")
 
 # %% [markdown]
-# ## All subsets of the categories
+# ## Subsets of the categories
 #
-# Deltas add up: a subset of the edits, each at its own chosen k, is one delta again (preset `tiny`: single edits and all of them; `tiny-full`: all 31). Where the sum breaks the caps on validation, one
-# common factor is chosen there; the table below is measured on test. Rows: what was edited; columns: what was asked.
+# Deltas add up: a subset of the edits, each at its own chosen k, is one delta again (preset `tiny`: single edits and all of them; `tiny-full`:
+# all 31 subsets). Where the sum breaks the caps on validation, one common factor is chosen there; the table below is measured on test. Rows:
+# what was edited; columns: what was asked.
 
 # %%
 val_base = evaluate.evaluate(lm, tok, val, **ask)
@@ -248,8 +249,8 @@ sums = pd.concat(sums, ignore_index=True)
 composition = compose.interference(sums)
 
 # %%
-run.figure("fig_composition", plots.composition_map(composition), "Refusal (%) of every category's test prompts under every subset of edits (frame: edited), the worst "
-           "category's benign twins, and skills.")
+run.figure("fig_composition", plots.composition_map(composition), "Refusal (%) of every category's test prompts under sums of edits (frame: edited), the worst category's "
+           "benign twins, and skills.")
 aimed, others = composition[composition["edited"]], composition[~composition["edited"] & (composition["subset"] != "base")]
 print(f"{len(composition['subset'].unique()) - 1} subsets: refusal of edited categories {aimed['refusal'].mean():.1%} (least {aimed['refusal'].min():.1%}), of others "
       f"{others['change'].mean():+.1%} from the base (largest change {others['change'].abs().max():.1%}), worst twins {composition['benign_refusal'].max():.1%}")
@@ -259,7 +260,8 @@ print(f"{sum(c['factor'] < 1 for c in chosen)} of {len(chosen)} sums were scaled
 # ### Where masks overlap, and training together
 #
 # Entries that several categories own get the sum of their values; alternatives are their mean, the largest, or the mean of those that agree
-# with the majority's sign (TIES). Or the categories are trained together, as one category on the union of their masks, with its own k.
+# with the majority's sign (TIES). Or the categories are trained together, as one category on the union of their masks, with its own k
+# and, for n of them, at most n times the steps.
 
 # %%
 subset = categories[: max(run.settings.deployment.joint, default=len(categories))]
@@ -271,13 +273,13 @@ for size in (n for n in run.settings.deployment.joint if 1 < n <= len(categories
     mask = compose.union_mask([experiment.load_mask(run, c, spec) for c in together])
     stop = experiment.stop_rule(lm, tok, compose.merged(val, together), name, metric, how.refuse_at, how.tolerance)
     joint = fit_delta(lm, tok, mask, *experiment.training_rows(compose.merged(base, together), name, seed), stop=stop, seed=seed,
-                      **experiment.fit_settings(how))
+                      **experiment.fit_settings(how) | {"steps": size * how.max_steps})
     best = baselines.tune(lm, tok, {"": joint}, val, val_base, together, caps, how.scales, method="joint", **ask)
     rules.append(baselines.measure(lm, tok, joint, best.strength, test, method="joint", edit_category=name, **ask))
 
 # %%
 run.table("tab_composition", pd.concat([composition, compose.interference(pd.concat([base_rows, *rules])).query("subset != 'base'")]),
-          "Every subset of edits against every category's prompts (test): sums, other rules for overlapping entries, and joint training.")
+          "Sets of edits against every category's prompts (test): sums, other rules for overlapping entries, and joint training.")
 conflicts = compose.interference(pd.concat([sums, *rules]))
 conflicts = conflicts[conflicts["subset"].isin({rows["edit_category"].iloc[0] for rows in rules})]
 run.table("tab_conflicts", pd.DataFrame([

@@ -289,6 +289,9 @@ def test_selective_stop():
     for rates, plus, minus in (((1.0, 0.0, 0.3), True, False), ((0.0, 0.0, 0.3), False, True), ((1.0, 0.03, 0.3), False, False), ((0.0, 0.0, 0.2), False, False)):
         found.update(zip(base, rates))
         assert (stop(None, "plus", 1), stop(None, "difference", 1), stop(None, "minus", 1)) == (plus, plus, minus)
+    found.update(zip(base, (1.0, 0.015, 0.3)))
+    strict = lambda most: selective_stop(lambda model: found, base, "hate", strict={"benign": most, "absent group": 0.0})
+    assert stop(None, "plus", 1) and not strict(0.01)(None, "plus", 1) and strict(0.02)(None, "plus", 1)
 
 
 def test_choose_scale_takes_the_best_within_the_caps():
