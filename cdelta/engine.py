@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cdelta.metrics import SequenceMetric
 from cdelta.models import Block, ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
@@ -130,14 +129,19 @@ def make_batch(pairs: PromptPairs, rows: list[int], device: torch.device) -> Bat
 
 
 def run(model, ids: Int[Tensor, "row pos"], batch: Batch, metric) -> Float[Tensor, "row"]:
-    """The metric's value per row; logits are computed only where the metric looks."""
-    kept = metric.kept if isinstance(metric, SequenceMetric) else 1
+    """The metric's value per row."""
+    return metric(*seen_by(metric, model, ids, batch))
+
+
+def seen_by(metric, model, ids: Int[Tensor, "row pos"], batch: Batch) -> tuple[Tensor, ...]:
+    """What the metric is called with; logits are computed only where it looks, at its last `kept` positions (one, if it does not say)."""
+    kept = getattr(metric, "kept", 1)
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
     logits = model(
         input_ids=ids, attention_mask=batch.mask, position_ids=positions, use_cache=False, logits_to_keep=kept
     ).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return metric(logits, ids[:, -kept:].to(logits.device)) if kept > 1 else metric(logits[:, -1])
+    return (logits, ids[:, -kept:].to(logits.device)) if kept > 1 else (logits[:, -1],)
 
 
 # ---------------------------------------------------------------------- hooks and weights

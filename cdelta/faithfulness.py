@@ -2,6 +2,7 @@
 
 f(C) = (m(C) − m_corr) / (m_clean − m_corr), with m(C) the metric when the circuit sees the clean prompt and all else writes what it wrote
 for the corrupted one (MIB: Mueller et al. 2504.13151). 1: the circuit is all that the metric needs; 0: it carries nothing of it.
+The metric looks at a few tokens. Beside it stands KL(model ‖ circuit) of the whole next-token distribution at the last prompt token.
 
 A circuit of *units* (heads, neurons) keeps what these write, and every later part reads it. A circuit of *edges* decides per source and
 reader: each reader gets its own residual stream, Σ over its edges in the circuit of what the sources now write + Σ over all others of
@@ -19,11 +20,11 @@ import torch
 from cdelta.circuit import Circuit, node_units, select
 from cdelta.engine import (
     Batch, SourceDifferences, Wiring, after, batches, before, compute_dtype, hooked, in_out, input_device, loaded, norm_scale, per_unit,
-    run, wide, writers,
+    run, seen_by, wide, writers,
 )  # fmt: skip
 from cdelta.errors import CdeltaError
 from cdelta.mask import slices_size, unit_name
-from cdelta.metrics import Metric, SequenceMetric
+from cdelta.metrics import Metric, SequenceMetric, WithKL, after_prompt
 from cdelta.models import ModelSpec
 from cdelta.patching import patched_changes, read_shifted
 from cdelta.policy.pairs import PromptPairs
@@ -48,11 +49,16 @@ Written = Mapping["tuple[str, int]", "Tensor"]
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """The metric of every pair, in its unit, in the clean run, the corrupted run and one run per circuit."""
+    """The metric of every pair, in its unit, in the clean run, the corrupted run and one run per circuit, and how far these are from the clean run.
+
+    `kl_circuits` and `kl_corrupted` are KL(clean run ‖ this run) of the next token after the prompt, in nats.
+    """
 
     clean: Float[Tensor, "pair"]
     corrupted: Float[Tensor, "pair"]
     circuits: Float[Tensor, "circuit pair"]
+    kl_corrupted: Float[Tensor, "pair"]
+    kl_circuits: Float[Tensor, "circuit pair"]
 
     @property
     def restored(self) -> Float[Tensor, "circuit pair"]:
@@ -68,6 +74,15 @@ class Runs:
     def faithfulness(self) -> Float[Tensor, "circuit"]:
         """f of every circuit, as the ratio of the means over pairs (single pairs' effects may be near zero)."""
         return self.restored.mean(-1) / self.effect.mean()
+
+    @property
+    def faithfulness_kl(self) -> Float[Tensor, "circuit"]:
+        """1 − KL(clean ‖ C) / KL(clean ‖ corrupted) of every circuit, as the ratio of the means over pairs.
+
+        1: the circuit predicts the next token as the model does; 0: it is as far from that as the corrupted run; below 0: farther.
+        Nats alone have no scale: how far the corrupted run is differs between categories and between models.
+        """
+        return 1 - self.kl_circuits.mean(-1) / self.kl_corrupted.mean()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,15 +133,21 @@ def evaluate(
     extended = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
     todo = batches(extended, max(1, rows // max(1, min(SIDE_BY_SIDE, len(circuits)))), input_device(model))
     kind = EdgeRuns if any(c.edges for c in circuits) else UnitRuns
-    runner = kind(model, metric, circuits, ablate, rows)
-    total = torch.zeros(len(circuits) + 2, len(pairs), dtype=torch.float64)
+    runner = kind(model, circuits, ablate, rows)
+    total = torch.zeros(len(circuits) + 2, len(pairs), 2, dtype=torch.float64)
     with torch.no_grad():
         reference = references(runner.written, todo, outside)
         for batch in todo:
-            ends = [run(model, ids, batch, metric) for ids in (batch.clean, batch.corrupted)]
-            values = torch.stack([*ends, *runner.values(batch, reference(batch))])
+            clean = seen_by(metric, model, batch.clean, batch)
+            both = WithKL(metric, after_prompt(clean[0]))
+            values = torch.stack([both(*clean), run(model, batch.corrupted, batch, both), *runner.values(batch, reference(batch), both)])
             total.index_add_(1, torch.tensor(batch.rows) * len(pairs) // len(extended), values.double().cpu())
-    return Runs(total[0], total[1], total[2:])
+    value, kl = total[..., 0], total[..., 1] * len(pairs) / len(extended)  # a pair's rows share the prompt, and so the KL
+    return Runs(value[0], value[1], value[2:], kl[1], kl[2:])
+
+
+def unmeasured(logits: Float[Tensor, "row vocab"]) -> None:
+    """The metric of runs that are made for what they write."""
 
 
 def references(written: Callable[[Tensor, Batch], Written], todo: Sequence[Batch], outside: str) -> Callable[[Batch], Written]:
@@ -150,8 +171,8 @@ class UnitRuns:
     (Gemma) normalises the mixture.
     """
 
-    def __init__(self, model, metric, circuits: Sequence[Circuit], ablate: bool, rows: int):
-        self.model, self.metric, self.spec, self.rows = model, metric, ModelSpec.from_model(model), rows
+    def __init__(self, model, circuits: Sequence[Circuit], ablate: bool, rows: int):
+        self.model, self.spec, self.rows = model, ModelSpec.from_model(model), rows
         self.keep = {key: keep ^ ablate for key, keep in kept_channels(self.spec, circuits).items()}
         self.n = len(circuits)
         self.projections = {}
@@ -162,15 +183,15 @@ class UnitRuns:
         """Input of every writing projection."""
         kept: dict = {}
         with hooked(*(before(module, partial(kept.__setitem__, key)) for key, module in self.projections.items())):
-            run(self.model, ids, batch, self.metric)
+            run(self.model, ids, batch, unmeasured)
         return kept
 
-    def values(self, batch: Batch, reference: Written) -> Float[Tensor, "circuit row"]:
+    def values(self, batch: Batch, reference: Written, metric) -> Float[Tensor, "circuit row *"]:
         """The metric of every circuit and row."""
         at_once = max(1, self.rows // len(batch.rows))
-        return torch.cat([self._run(batch, slice(i, min(i + at_once, self.n)), reference) for i in range(0, self.n, at_once)])
+        return torch.cat([self._run(batch, slice(i, min(i + at_once, self.n)), reference, metric) for i in range(0, self.n, at_once)])
 
-    def _run(self, batch: Batch, chosen: slice, reference: Written) -> Float[Tensor, "circuit row"]:
+    def _run(self, batch: Batch, chosen: slice, reference: Written, metric) -> Float[Tensor, "circuit row *"]:
         times = chosen.stop - chosen.start
         repeated = batch.repeat(times)
 
@@ -179,14 +200,14 @@ class UnitRuns:
             return torch.where(keep, x.unflatten(0, (times, -1)), reference[key].to(x.device, x.dtype)).flatten(0, 1)
 
         with hooked(*(before(module, partial(replace, key)) for key, module in self.projections.items())):
-            return run(self.model, repeated.clean, repeated, self.metric).unflatten(0, (times, -1))
+            return run(self.model, repeated.clean, repeated, metric).unflatten(0, (times, -1))
 
 
 class EdgeRuns:
     """Runs of circuits of edges: one forward pass per circuit, in which every reader reads a sum of its own."""
 
-    def __init__(self, model, metric, circuits: Sequence[Circuit], ablate: bool, rows: int):
-        self.model, self.metric, self.spec = model, metric, ModelSpec.from_model(model)
+    def __init__(self, model, circuits: Sequence[Circuit], ablate: bool, rows: int):
+        self.model, self.spec = model, ModelSpec.from_model(model)
         self.keep = [kept_edges(self.spec, circuit) ^ ablate for circuit in circuits]
 
     def written(self, ids: Int[Tensor, "row pos"], batch: Batch) -> Written:
@@ -194,13 +215,13 @@ class EdgeRuns:
         everything = torch.ones_like(Wiring(self.spec).edges())
         nothing = torch.zeros(1, 1, len(everything), self.spec.d_model, dtype=compute_dtype(self.model), device=ids.device)
         edge_pass = EdgePass(self.model, self.spec, everything, nothing.movedim(2, 0))
-        edge_pass.run(ids, batch, self.metric)
+        edge_pass.run(ids, batch, unmeasured)
         return {("source", 0): edge_pass.now.movedim(0, 2)}
 
-    def values(self, batch: Batch, reference: Written) -> Float[Tensor, "circuit row"]:
+    def values(self, batch: Batch, reference: Written, metric) -> Float[Tensor, "circuit row *"]:
         """The metric of every circuit and row."""
         sources = reference["source", 0].movedim(2, 0)
-        return torch.stack([EdgePass(self.model, self.spec, keep, sources).run(batch.clean, batch, self.metric) for keep in self.keep])
+        return torch.stack([EdgePass(self.model, self.spec, keep, sources).run(batch.clean, batch, metric) for keep in self.keep])
 
 
 class EdgePass:
@@ -355,10 +376,12 @@ def curves(model, pairs: PromptPairs, metric, circuits: Mapping[str, Sequence[Ci
     part = [i for i, fraction in enumerate(fractions) if fraction != 1]
     runs = evaluate(model, pairs, metric, [series[i] for series in circuits.values() for i in part], **how)
     found = {}
-    for name, values in zip(circuits, runs.circuits.unflatten(0, (len(circuits), len(part)))):
+    per_series = lambda x: x.unflatten(0, (len(circuits), len(part)))
+    for name, values, divergences in zip(circuits, per_series(runs.circuits), per_series(runs.kl_circuits)):
         every = runs.clean.repeat(len(fractions), 1)
-        every[part] = values
-        found[name] = Curve(tuple(fractions), Runs(runs.clean, runs.corrupted, every))
+        kl = torch.zeros_like(every)
+        every[part], kl[part] = values, divergences
+        found[name] = Curve(tuple(fractions), Runs(runs.clean, runs.corrupted, every, runs.kl_corrupted, kl))
     return found
 
 

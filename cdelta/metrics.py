@@ -138,6 +138,34 @@ def kl_divergence(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+@dataclass(frozen=True)
+class WithKL:
+    """A metric that also says how far the next token after the prompt is from what a reference run predicts: Float[row, 2], both in nats.
+
+    The second value is `kl_divergence` from `reference`, the logits of that run; rows given several times over (`Batch.repeat`) are held
+    against the same reference rows.
+    """
+
+    metric: Metric | SequenceMetric
+    reference: Float[Tensor, "row vocab"]
+
+    @property
+    def kept(self) -> int:
+        """How many last positions' logits are needed."""
+        return getattr(self.metric, "kept", 1)
+
+    def __call__(self, logits: Tensor, *ids: Tensor) -> Float[Tensor, "row 2"]:
+        """Takes what the metric takes."""
+        times = len(logits) // len(self.reference)
+        kl = kl_divergence(after_prompt(logits), self.reference.repeat(times, 1))
+        return torch.stack([self.metric(logits, *ids), kl], -1)
+
+
+def after_prompt(logits: Tensor) -> Float[Tensor, "row vocab"]:
+    """Logits at the last prompt token: the first of the kept positions (an answer follows), or the only one."""
+    return logits[:, 0] if logits.dim() == 3 else logits
+
+
 def check_token_sets(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> None:
     """Raise `CdeltaError` unless both sets have tokens and share none."""
     if not len(refuse_ids) or not len(comply_ids):

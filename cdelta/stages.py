@@ -175,7 +175,8 @@ def run_stage(stage: str, run_dir: Path, parameters: dict[str, Any]) -> None:
     write_json(working, load_notebook(stage))
     problem = ""
     try:
-        execute_notebook(working, working, parameters, kernel_name="python3", progress_bar=False, cwd=paths.NOTEBOOKS)
+        patience = {"start_timeout": 600, "iopub_timeout": 600}  # seconds: on a busy machine papermill's 60 and 4 end a healthy notebook
+        execute_notebook(working, working, parameters, kernel_name="python3", progress_bar=False, cwd=paths.NOTEBOOKS, **patience)
     except PapermillExecutionError as error:
         problem = f"failed in cell {error.exec_count}\n  {f'{error.ename}: {error.evalue}'.strip().splitlines()[0]}"
     except (RuntimeError, TimeoutError) as error:

@@ -157,7 +157,8 @@ def control_table(found: Mapping[str, Compared], size: float = 0.05) -> pd.DataF
     """The circuit's CPR minus every control's, with its 95 % paired bootstrap interval over held-out pairs (means over draws and seeds).
 
     ``worst seed``: the smallest difference of a single seed. ``beats``: the interval lies above zero. Two columns show why: the units that
-    control and circuit share (Jaccard) at the fraction next to `size`, and the fractions at which the control restores more.
+    control and circuit share (Jaccard) at the fraction next to `size`, and the fractions at which the control restores more. ``f KL`` of
+    both, at the same fraction: `Runs.faithfulness_kl`.
     """
     rows = []
     for category, compared in found.items():
@@ -165,6 +166,7 @@ def control_table(found: Mapping[str, Compared], size: float = 0.05) -> pd.DataF
         area = lambda kind, seed=None: compared.mean(kind, lambda curve: curve.pair_areas, seed)
         f = {kind: compared.mean(kind, lambda curve: curve.runs.faithfulness) for kind in compared.kinds}
         near = int(np.abs(np.array(fractions) - size).argmin())
+        f_kl = {kind: compared.mean(kind, lambda curve: curve.runs.faithfulness_kl)[near] for kind in compared.kinds}
         for kind in compared.kinds[1:]:
             difference = stats.bootstrap_ratio(area("circuit") - area(kind), effect)
             single = [(area("circuit", seed) - area(kind, seed)).sum() / effect.sum() for seed in sorted({seed for _, seed in compared.curves})]
@@ -173,7 +175,7 @@ def control_table(found: Mapping[str, Compared], size: float = 0.05) -> pd.DataF
             rows.append({"category": category, "control": kind, "draws": len(shared), "CPR circuit": area("circuit").sum() / effect.sum(),
                          "CPR control": area(kind).sum() / effect.sum(), "difference": difference.value, "low": difference.low, "high": difference.high,
                          "worst seed": min(single), "beats": difference.low > 0, f"shared at {fractions[near]:g}": np.mean(shared),
-                         "control better at": ", ".join(better) or "-"})  # fmt: skip
+                         "f KL circuit": f_kl["circuit"], "f KL control": f_kl[kind], "control better at": ", ".join(better) or "-"})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -205,8 +207,9 @@ def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
 def faithfulness_row(
     model, pairs: PromptPairs, metric, circuit: Circuit, curve: Curve, by_edge: Curve, few: int, left_out: int, rows: int = 64
 ) -> dict[str, float]:
-    """One circuit's numbers: CPR and CMD of its ranking, f of the circuit itself under every kind of ablation, completeness, minimality.
+    """One circuit's numbers: CPR and CMD of its ranking, f of the circuit itself under every kind of ablation, KL, completeness, minimality.
 
+    ``KL (nats)``: of the circuit's next-token distribution from the model's, and ``f KL`` on the scale of f (`Runs.faithfulness_kl`).
     ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units (at most `left_out`,
     evenly from all) whose removal from the circuit's own run does not lower the metric, on the first `few` pairs.
     """
@@ -219,7 +222,8 @@ def faithfulness_row(
     sign = np.sign(whole.effect.mean().item())
     idle = float(np.mean([sign * fall.mean().item() <= 0 for fall in falls.values()])) if falls else 0.0
     return {"CPR": curve.cpr, "CMD": curve.cmd, "CPR edges": by_edge.cpr, "CMD edges": by_edge.cmd, "f": interval.value, "low": interval.low, "high": interval.high,
-            "f zero": f["zero"], "f mean": f["mean"], "rest": rest, "idle units": idle}  # fmt: skip
+            "f zero": f["zero"], "f mean": f["mean"], "KL (nats)": whole.kl_circuits.mean().item(), "f KL": whole.faithfulness_kl.item(),
+            "rest": rest, "idle units": idle}  # fmt: skip
 
 
 # ---------------------------------------------------------------------- stability and overlap

@@ -128,16 +128,19 @@ run.figure("fig_faithfulness", plots.panel_lines(lines, "fraction", "f", "kind",
 # %%
 controls = study.control_table(compared)
 run.table("tab_controls", controls, "CPR of the circuit minus that of every control, paired over the held-out pairs (95 % bootstrap interval), "
-          "means over draws and seeds.")
+          "means over draws and seeds; f KL: of the whole next-token distribution, at the size that 'shared at' names.")
 run.figure("fig_controls", plots.forest(controls, "control", "difference", "CPR of the circuit minus CPR of the control"),
            "The circuit against its controls (tab_controls).")
 print(study.verdict(controls))
 
 # %% [markdown]
-# The numbers of the circuit that becomes the mask: `f` with its interval, under each kind of ablation; `rest`, what remains when the circuit is
-# ablated and all else runs (*completeness*: 0 would mean that nothing else can do its work); `idle units`, the share of single units whose
-# removal from the circuit's own run does not lower the metric (*minimality*: 0 would mean that no unit is dispensable). `edges`: the same curve
-# for circuits of edges, where every reader reads its own sum of clean and corrupted outputs; an edge is a far smaller piece than a head.
+# The numbers of the circuit that becomes the mask: `f` with its interval, under each kind of ablation; `f KL`, the same question asked of the
+# whole next-token distribution and not only of the metric's tokens: 1 − KL(model ‖ circuit) / KL(model ‖ corrupted run) is 1 where the circuit
+# predicts what the model does, 0 where it is as far from that as the corrupted run, below 0 where it is farther (`KL` itself in nats); `rest`,
+# what remains when the circuit is ablated and all else runs (*completeness*: 0 would mean that nothing else can do its work); `idle units`,
+# the share of single units whose removal from the circuit's own run does not lower the metric (*minimality*: 0 would mean that no unit is
+# dispensable). `edges`: the same curve for circuits of edges, where every reader reads its own sum of clean and corrupted outputs; an edge is
+# a far smaller piece than a head.
 
 # %%
 table = []

@@ -2,17 +2,20 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import toys
+import transformers as hf
 from transformers import AutoTokenizer
 
 from cdelta.attribution import METHODS, Scores, attribute
 from cdelta.engine import SourceDifferences, Wiring, make_batch
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.metrics import SequenceMetric
-from cdelta.models import ModelSpec, load_model
+from cdelta.models import FAMILIES, LLAMA, ModelSpec, UnsupportedArchitecture, load_model
 from cdelta.policy.pairs import PromptPairs
 from toys import save_toy, toy, toy_pairs
 
@@ -118,6 +121,18 @@ def test_follows_exact_patching_in_every_edge_class(family, record_property):
         pearson = torch.corrcoef(torch.stack([ig.edges[chosen], exact.edges[chosen]]))[0, 1]
         record_property(f"pearson into {letter}", round(pearson.item(), 4))
         assert pearson > 0.95, (letter, pearson.item())
+
+
+def test_a_new_family_is_one_entry(monkeypatch):
+    """StarCoder2: layer norms, biases everywhere, an ungated MLP."""
+    monkeypatch.setitem(toys.CONFIGS, "starcoder2", lambda: hf.Starcoder2Config(**toys.GQA, **toys.TOKENS))
+    model = toy("starcoder2", dtype=torch.float64)
+    pairs = close_pairs(model, distance=5e-4)
+    with pytest.raises(UnsupportedArchitecture, match="starcoder2"):
+        attribute(model, pairs, metric)
+    monkeypatch.setitem(FAMILIES, "starcoder2", replace(LLAMA, mlp_in=("mlp.c_fc",), down="mlp.c_proj"))
+    assert_same(attribute(model, pairs, metric), attribute(model, pairs, metric, method="exact"), tolerance=1e-2)
+    assert attribute(model, toy_pairs(n=2), metric, steps=64).completeness_error < 1e-3
 
 
 # ---------------------------------------------------------------------- identities

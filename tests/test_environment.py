@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from cdelta import paths
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+CORE = ("models", "metrics", "attribution", "circuit", "mask", "edit", "delta", "deploy")
 DIRECT = [Requirement(text) for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in group]
 
 
@@ -94,6 +95,28 @@ def imported():
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(node.module.split(".")[0])
     return found
+
+
+def test_the_core_and_the_gpu_script_load_only_what_a_bare_gpu_box_has():
+    """tqdm and huggingface_hub come with transformers; what is imported inside of functions is not loaded with the module."""
+    waiting = [paths.ROOT / "tests" / "benchmarks" / "gpu_attribution.py", *(paths.ROOT / "cdelta" / f"{name}.py" for name in CORE)]
+    seen, others = set(), set()
+    while waiting:
+        seen.add(path := waiting.pop())
+        for name in loaded_with(path):
+            own = [paths.ROOT.joinpath(*name.split(".")).with_suffix(".py"), paths.ROOT.joinpath(*name.split("."), "__init__.py")]
+            waiting += [file for file in own if file.exists() and file not in seen]
+            others |= {name.split(".")[0]} - {"cdelta"} - sys.stdlib_module_names
+    assert len(seen) > len(CORE) and {"torch", "transformers"} <= others <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub"}, others
+
+
+def loaded_with(path):
+    """Modules, and names that may be modules, that the file imports at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
 def test_ci_runs_the_tests_through_run_all():

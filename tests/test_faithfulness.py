@@ -49,8 +49,8 @@ def no_hooks(model) -> bool:
 # ---------------------------------------------------------------------- literal oracles
 
 
-def literal_units(model, pairs, circuit: Circuit) -> list[float]:
-    """One pair at a time, one hook per unit outside of the circuit."""
+def literal_units(model, pairs, circuit: Circuit, look=metric):
+    """One pair at a time, one hook per unit outside of the circuit; `look` at the logits of each."""
     spec = ModelSpec.from_model(model)
     outside = [parse_unit(node) for node in set(all_units(spec).nodes) - set(circuit.nodes)]
     values = []
@@ -58,13 +58,13 @@ def literal_units(model, pairs, circuit: Circuit) -> list[float]:
         batch, seen, hooks = make_batch(pairs, [i], torch.device("cpu")), {}, []
         modules = {(kind, layer): m for layer, b in enumerate(spec.blocks(model)) for kind, m in (("a", b.o), ("m", b.down))}
         with hooked(*(before(m, partial(seen.__setitem__, key)) for key, m in modules.items())):
-            run(model, batch.corrupted, batch, metric)
+            run(model, batch.corrupted, batch, look)
         for kind, layer, index in outside:
             size = spec.head_dim if kind == "a" else 1
             hooks.append(before(modules[kind, layer], partial(overwrite, slice(index * size, (index + 1) * size), seen[kind, layer])))
         with hooked(*hooks):
-            values.append(run(model, batch.clean, batch, metric).item())
-    return values
+            values.append(run(model, batch.clean, batch, look))
+    return torch.cat(values)
 
 
 def overwrite(columns: slice, value, x):
@@ -73,16 +73,16 @@ def overwrite(columns: slice, value, x):
     return x
 
 
-def outputs(model, spec, ids, batch, hooks):
-    """What every source writes in one run with `hooks`, and the metric."""
+def outputs(model, spec, ids, batch, hooks, look=metric):
+    """What every source writes in one run with `hooks`, and what `look` sees."""
     blocks, seen, found = spec.blocks(model), {}, []
     keep = lambda key, x: seen.__setitem__(key, x)
-    look = [before(blocks[0].module, partial(keep, "input"))]
+    watched = [before(blocks[0].module, partial(keep, "input"))]
     for layer, block in enumerate(blocks):
         attn, mlp = writers(spec, block)
-        look += [before(attn.projection, partial(keep, ("z", layer))), before(attn.out, partial(keep, ("post", layer))), after(mlp.out, partial(keep, ("mlp", layer)))]
-    with hooked(*look, *hooks):
-        value = run(model, ids, batch, metric)
+        watched += [before(attn.projection, partial(keep, ("z", layer))), before(attn.out, partial(keep, ("post", layer))), after(mlp.out, partial(keep, ("mlp", layer)))]
+    with hooked(*watched, *hooks):
+        value = run(model, ids, batch, look)
     found.append(seen["input"])
     for layer, block in enumerate(blocks):
         attn, z = writers(spec, block)[0], seen["z", layer]
@@ -92,7 +92,7 @@ def outputs(model, spec, ids, batch, hooks):
     return torch.stack(found), value
 
 
-def literal_edges(model, pairs, circuit: Circuit):
+def literal_edges(model, pairs, circuit: Circuit, look=metric):
     """Every reader apart reads the true stream plus Σ over edges outside of the circuit of (corrupted − now), again and again until `now` is settled."""
     spec = ModelSpec.from_model(model)
     (batch,) = batches(pairs, 99, torch.device("cpu"))
@@ -104,8 +104,17 @@ def literal_edges(model, pairs, circuit: Circuit):
         for upstream, column, shifted in readers(model, SourceDifferences(model, spec, batch, metric)):
             outside = ~keep[:upstream, column]
             hooks += shifted((corrupted - now)[:upstream][outside].sum(0))
-        now, value = outputs(model, spec, batch.clean, batch, hooks)
-    return torch.empty(len(pairs)).index_copy(0, torch.tensor(batch.rows), value)
+        now, value = outputs(model, spec, batch.clean, batch, hooks, look)
+    return torch.empty(len(pairs), *value.shape[1:]).index_copy(0, torch.tensor(batch.rows), value)
+
+
+def next_token(model, rows) -> torch.distributions.Categorical:
+    """The model's own prediction after each row of token ids, one row at a time."""
+    return torch.distributions.Categorical(logits=torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows]))
+
+
+def literal_kl(model, pairs, logits):
+    return torch.distributions.kl_divergence(next_token(model, pairs.clean), torch.distributions.Categorical(logits=logits))
 
 
 @torch.no_grad()
@@ -128,6 +137,25 @@ def test_edges_equal_the_literal_run(family):
     for i, circuit in enumerate(circuits):
         close(runs.circuits[i], literal_edges(model, pairs, circuit), 2e-4)
     assert no_hooks(model)
+
+
+@torch.no_grad()
+def test_kl_is_that_of_the_literal_runs_next_token_distributions(family):
+    """Neither the rows in a pass, nor padding, nor how many circuits run side by side changes it."""
+    model, pairs = toys.toy(family), toys.toy_pairs(n=3, uneven=True)
+    spec = ModelSpec.from_model(model)
+    units, edges = [some_units(spec, 0), some_units(spec, 1), all_units(spec), Circuit(())], [some_edges(spec, share=0.7), *edge_circuits(None, spec, (1,))]
+    corrupted = literal_kl(model, pairs, next_token(model, pairs.corrupted).logits)
+    everything = lambda logits: logits
+    some = [literal_kl(model, pairs, literal_units(model, pairs, circuit, everything)) for circuit in units[:2]]
+    expected = torch.stack([*some, torch.zeros(3), corrupted])
+    by_edge = [literal_kl(model, pairs, literal_edges(model, pairs, edges[0], everything)), torch.zeros(3)]
+    for rows in (1, 64):
+        runs = evaluate(model, pairs, metric, units, rows=rows)
+        close(runs.kl_circuits, expected, 1e-4), close(runs.kl_corrupted, corrupted, 1e-4)
+        close(runs.faithfulness_kl, 1 - expected.mean(-1) / corrupted.mean(), 1e-3)
+        close(evaluate(model, pairs, metric, edges, rows=rows).kl_circuits, torch.stack(by_edge), 1e-4)
+    assert (expected[:2] > 5e-3).all() and corrupted.min() > 5e-3
 
 
 def test_zero_ablation_of_units_is_that_of_their_weights(family):
@@ -218,16 +246,38 @@ def test_results_do_not_depend_on_the_rows_in_a_pass(llama):
     circuits = [some_units(spec, seed) for seed in range(4)]
     for kind in (circuits, [some_edges(spec)]):
         for outside in ("corrupted", "mean"):
-            close(evaluate(llama, pairs, metric, kind, outside, rows=2).circuits, evaluate(llama, pairs, metric, kind, outside).circuits, 1e-4)
+            few, many = (evaluate(llama, pairs, metric, kind, outside, rows=rows) for rows in (2, 64))
+            close(few.circuits, many.circuits, 1e-4), close(few.kl_circuits, many.kl_circuits, 1e-4)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [some_units, some_edges])
+def test_no_hooks_stay_after_errors_and_interrupts(llama, kind, error):
+    """The third call of the metric is in the circuit's own run."""
+    calls = []
+
+    def failing(logits):
+        calls.append(1)
+        if len(calls) == 3:
+            assert not no_hooks(llama)
+            raise error("stop")
+        return metric(logits)
+
+    with pytest.raises(error, match="stop"):
+        evaluate(llama, toys.toy_pairs(n=2), failing, [kind(ModelSpec.from_model(llama))])
+    assert no_hooks(llama)
 
 
 def test_sequence_metrics_count_both_answers_of_a_pair(llama):
     pairs, spec = toys.toy_pairs(n=3, uneven=True), ModelSpec.from_model(llama)
     answers = SequenceMetric((5, 6, 7), (8, 9, 7))
-    runs = evaluate(llama, pairs, answers, [all_units(spec), Circuit(()), some_units(spec)])
+    circuits = [all_units(spec), Circuit(()), some_units(spec)]
+    runs = evaluate(llama, pairs, answers, circuits)
     scores = attribute(llama, pairs, answers, steps=1)
     close([runs.clean.mean(), runs.corrupted.mean()], [scores.metric_clean, scores.metric_corrupted], 1e-4)
     close(runs.circuits[:2], torch.stack([runs.clean, runs.corrupted]), 1e-4)
+    plain = evaluate(llama, pairs, metric, circuits)  # the KL is the prompt's, whatever answer is appended to it
+    close(runs.kl_circuits, plain.kl_circuits), close(runs.kl_corrupted, plain.kl_corrupted)
 
 
 # ---------------------------------------------------------------------- curves
@@ -235,7 +285,7 @@ def test_sequence_metrics_count_both_answers_of_a_pair(llama):
 
 def test_areas_are_trapezoids_on_the_linear_axis():
     clean, corrupted = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 1.0])
-    runs = Runs(clean, corrupted, torch.tensor([[1.0, 1.0], [2.0, 4.0], [3.0, 9.0], [3.0, 5.0]]))  # f = 0, 2/3, 5/3, 1
+    runs = Runs(clean, corrupted, torch.tensor([[1.0, 1.0], [2.0, 4.0], [3.0, 9.0], [3.0, 5.0]]), corrupted, torch.zeros(4, 2))  # f = 0, 2/3, 5/3, 1
     curve = Curve((0.1, 0.2, 0.5, 1.0), runs)
     close(runs.faithfulness, [0, 2 / 3, 5 / 3, 1])
     assert curve.cpr == pytest.approx(0.1 * (0 + 2 / 3) / 2 + 0.3 * (2 / 3 + 5 / 3) / 2 + 0.5 * (5 / 3 + 1) / 2)
@@ -254,6 +304,8 @@ def test_curves_are_the_runs_of_growing_circuits(family):
     close(found["first"].runs.circuits, evaluate(model, pairs, metric, series).circuits)
     by_edge = curves(model, pairs, metric, {"edges": edge_circuits(scores, scores.spec, (0.2, 1.0))}, (0.2, 1.0))["edges"]
     close([curve.runs.faithfulness[-1] for curve in (*found.values(), by_edge)], [1, 1, 1], 1e-3)
+    close(found["first"].runs.kl_circuits, evaluate(model, pairs, metric, series).kl_circuits, 1e-4)
+    assert (by_edge.runs.kl_circuits[0] > 0).all() and (by_edge.runs.kl_circuits[-1] == 0).all()
 
 
 def test_bad_input_is_one_clear_error(llama):

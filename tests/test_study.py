@@ -14,7 +14,7 @@ from cdelta import study
 from cdelta.attribution import attribute
 from cdelta.circuit import Circuit
 from cdelta.errors import CdeltaError
-from cdelta.faithfulness import FRACTIONS, Curve, Runs
+from cdelta.faithfulness import FRACTIONS, Curve, Runs, evaluate
 from cdelta.models import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 from cdelta.presets import PRESETS
@@ -34,9 +34,13 @@ def organism():
 
 
 def compared(own: list[float], control: list[float], shared: float = 0.5) -> study.Compared:
-    """Two curves over sizes 0.5 and 1 whose only free point is f per pair at 0.5; every pair's effect is 1."""
+    """Two curves over sizes 0.5 and 1 whose only free point is f per pair at 0.5; every pair's effect is 1, and KL is 1 - f."""
     clean, corrupted = torch.ones(len(own)).double(), torch.zeros(len(own)).double()
-    curve = lambda values: Curve((0.5, 1.0), Runs(clean, corrupted, torch.stack([torch.tensor(values).double(), clean])))
+
+    def curve(values):
+        circuits = torch.stack([torch.tensor(values).double(), clean])
+        return Curve((0.5, 1.0), Runs(clean, corrupted, circuits, clean, 1 - circuits))
+
     return study.Compared({("circuit", 0): curve(own), ("random 0", 0): curve(control)}, {("circuit", 0): (1.0, 1.0), ("random 0", 0): (shared, 1.0)})
 
 
@@ -95,6 +99,7 @@ def test_the_verdict_says_which_control_is_not_beaten_and_why():
     clear, lost = compared([0.9, 0.8, 0.9, 0.7], [0.1, 0.2, 0.0, 0.1], 0.1), compared([0.5, 0.1, 0.6, 0.2], [0.4, 0.7, 0.4, 0.6], 0.6)
     table = study.control_table({"clear": clear, "lost": lost})
     assert table["beats"].tolist() == [True, False]
+    np.testing.assert_allclose(table[["f KL circuit", "f KL control"]], [[0.825, 0.1], [0.35, 0.525]])
     assert table["difference"][0] == pytest.approx((0.825 - 0.1) * 0.25) and table["low"][0] > 0
     words = study.verdict(table)
     assert words.startswith("1 of 2") and "NOT beaten: random in lost" in words and "by 0.60 (Jaccard" in words and "sizes 0.5" in words
@@ -103,11 +108,12 @@ def test_the_verdict_says_which_control_is_not_beaten_and_why():
 def test_a_circuits_numbers(organism):
     spec, pairs = organism.spec, organism.held_out["one"]
     circuit = study.selected(spec, study.mean_scores(organism.scores["one"]), 0.05)
-    whole = Curve((1.0,), Runs(torch.ones(1), torch.zeros(1), torch.ones(1, 1)))
+    whole = Curve((1.0,), Runs(torch.ones(1), torch.zeros(1), torch.ones(1, 1), torch.ones(1), torch.zeros(1, 1)))
     row = study.faithfulness_row(organism.model, pairs, METRIC, circuit, whole, whole, 2, 5)
+    assert row["KL (nats)"] > 0 and row["f KL"] == pytest.approx(evaluate(organism.model, pairs, METRIC, [circuit]).faithfulness_kl.item(), abs=1e-4)
     assert row["low"] <= row["f"] <= row["high"] and 0 <= row["idle units"] <= 1 and row["f zero"] != row["f mean"] != row["f"]
     nothing = study.faithfulness_row(organism.model, pairs, METRIC, Circuit(()), whole, whole, 2, 5)
-    assert nothing["f"] == pytest.approx(0, abs=1e-3) and nothing["rest"] == pytest.approx(1, abs=1e-3) and nothing["CPR edges"] == whole.cpr
+    assert [nothing["f"], nothing["f KL"], nothing["rest"]] == pytest.approx([0, 0, 1], abs=1e-3) and nothing["CPR edges"] == whole.cpr
 
 
 def test_stability_of_the_same_scores_is_complete(organism):
