@@ -239,7 +239,7 @@ def _converted(key: str, old: Any, new: Any) -> Any:
 
 TINY = Preset("tiny", "the embedded model, all five categories (default)", evaluation=Evaluation(
     test_limit=25, layers=(3,), strengths=(0.0, 3.0, 6.0), attacked=("cdelta",), attacks=("ablated_direction",), trained_categories=2,
-), deployment=Deployment(limit=8, quantised=1, subsets=(1,), joint=()), ablation=Ablation(updates=("retained by each side", "θ⁺ alone"), rankings=()))  # fmt: skip
+), deployment=Deployment(limit=8, quantised=1, subsets=(1,), joint=()), ablation=Ablation(updates=("θ⁺ alone",), rankings=()))  # fmt: skip
 
 _BRIEF = {
     "organism": {"steps": 30, "batch_size": 16},
