@@ -30,7 +30,7 @@ from cdelta.results import matrix, ood, selectivity
 from cdelta.tables import kind_of
 
 STOCK_REFUSALS = ("I'm sorry, but I can't help with that.", "Sorry, I won't help with this request.", "I can't assist with that.")
-SKILLS, REFUSED = 10, 2
+SKILLS, REFUSED = 3, 2
 """How often a skill's row, and another category's refused row, stands among the retain rows."""
 SKILLS_LOST = 0.01
 """Largest share of the skills' answers that an edit may change: the stop rule's tolerance and the cap on k."""

@@ -82,7 +82,7 @@ class Circuit:
 class Edit:
     """Fitting of the weight delta; `scales` are the candidates for k, tried on the validation split."""
 
-    max_steps: int = 90
+    max_steps: int = 75
     check_every: int = 60
     lr: float = 3e-3
     batch_size: int = 56

@@ -348,7 +348,9 @@ def draw_skill(rng: random.Random, skill: str, held_out: bool) -> tuple[str, str
 
 COUNTS = {"discover": 96, "edit": 240, "val": 60, "test": 100, "held_out_words": 100, "held_out_templates": 60, "wrappers": 100, "borderline": 40}
 """Prompt pairs per category; the last four belong to the test split."""
-SKILL_COUNTS = {"discover": 0, "edit": 48, "val": 24, "test": 40}
+SKILL_COUNTS = {"discover": 0, "edit": 120, "val": 24, "test": 40}
+"""Skill prompts per skill (fewer where there are not so many). Those of the edit split are of the kind that the model was trained on, which an edit must
+retain; those of the others are held out of the corpus, so that they are no other split's."""
 
 
 def _distinct(draw: Callable[[], tuple], key: Callable, count: int, tries: int = 4000) -> Iterator:
@@ -407,8 +409,8 @@ def _skill_rows(rng: random.Random) -> Iterator[dict]:
         for split, count in SKILL_COUNTS.items():
             def draw():
                 while True:
-                    prompt, answer = draw_skill(rng, skill, held_out=True)
-                    if skill_split(prompt) == split:
+                    prompt, answer = draw_skill(rng, skill, held_out=split != "edit")
+                    if skill_split(prompt) == split or split == "edit" and not words_of(prompt) & HELD_OUT_WORDS:
                         return prompt, answer
             for prompt, answer in _distinct(draw, lambda p: p[0], count, tries=600):
                 yield _row(prompt, "other", "comply", "utility", split, f"skill/{skill}/{prompt}", reference=answer, skill=skill)
