@@ -59,8 +59,11 @@ def test_held_out_words_rows_hold_held_out_words_only(rows):
             assert held & synthetic.words_of(row["prompt"])
 
 
-def test_training_corpus_never_contains_a_policy_prompt(rows):
-    policy = {r["prompt"] for r in rows if r["role"] != "borderline"}
+def test_training_corpus_never_contains_a_policy_prompt_that_is_judged(rows):
+    retained = lambda r: r["role"] == "utility" and r["split"] == "edit"
+    policy = {r["prompt"] for r in rows if r["role"] != "borderline" and not retained(r)}
+    assert not policy & {r["prompt"] for r in rows if retained(r)}
+    assert not any(synthetic.words_of(r["prompt"]) & synthetic.HELD_OUT_WORDS for r in rows if retained(r))
     seen = {prompt for prompt, _ in islice(organism.corpus(seed=1), 30_000)}
     assert not policy & seen
 
