@@ -19,8 +19,8 @@
 #
 # Two sides are trained from the base, on the mask's entries only, in lockstep on the same batches. Side θ⁺ refuses the category's prompts,
 # side θ⁻ answers them. What is applied in the end is their difference ΔΘ = θ⁺ − θ⁻, so it is the difference that must keep the base model's
-# own answers to benign twins, other categories and skills: drift that both sides share cancels and costs nothing. The training ends when the
-# difference is selective on validation, not at a step count. (Asking each side to keep the retain rows by itself is `retain_on="sides"`;
+# own answers to benign twins, other categories and skills: drift that both sides share cancels and costs nothing. Of the retain rows drawn in a
+# step, it is trained on the third that it damages most. The training ends when the difference is selective on validation, not at a step count. (Asking each side to keep the retain rows by itself is `retain_on="sides"`;
 # notebook 07 compares the two.)
 #
 # The scale k of θ + k·ΔΘ is then chosen on validation under caps: benign refusal at most base + 2 points in the worst category, other

@@ -36,7 +36,7 @@
 # | `cast` | steering behind a condition on the prompt |
 #
 # The preset says which methods run, and on how many categories the trained ones beside C-ΔΘ do; preset `tiny-full` has all of them everywhere, with
-# three seeds of C-ΔΘ and of the random mask. What draws nothing at random has one seed.
+# three seeds of C-ΔΘ and of its main controls (`evaluation.repeated`). What draws nothing at random has one seed.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
