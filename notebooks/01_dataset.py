@@ -49,7 +49,8 @@ print(f"{len(data.records)} prompts, frozen as sha256 {data.manifest['sha256'][:
 # ## What is there
 #
 # Roles: *target* (harmful, the edit must refuse it), *benign* (its counterpart), *other_harm* (already refused), *borderline* (category
-# words in a benign sense), *utility* (skills with a known answer).
+# words in a benign sense), *utility* (skills with a known answer; those of the edit split, which an edit must retain,
+# are like the training corpus, all others were held out of it).
 
 # %%
 counts = overview.counts_table(data.records).reset_index()
