@@ -168,7 +168,7 @@ def stacked_by_layer(table: pd.DataFrame, ylabel: str, x: str = "layer", part: s
     with style():
         fig, axes = plt.subplots(1, max(len(categories), 1), figsize=(PAGE, 1.9), squeeze=False, sharey=True)
         for ax, category in zip(axes[0], categories):
-            wide = table[table["category"] == category].pivot_table(index=x, columns=part, values="value", aggfunc="sum").reindex(columns=modules).fillna(0)
+            wide = table[table["category"] == category].pivot_table(index=x, columns=part, values="value", aggfunc="sum").reindex(columns=modules).astype(float).fillna(0)
             base = np.zeros(len(wide))
             for place, module in enumerate(modules):
                 ax.bar(range(len(wide)), wide[module], bottom=base, color=_PALETTE[place], width=0.8, lw=0, label=module)

@@ -203,3 +203,9 @@ def test_what_is_missing_is_said_in_place_of_empty_axes():
     assert words(plots.method_bars(RATES.iloc[:0], "set", "x")) == ["no such prompts here"]
     assert words(plots.judges(pd.DataFrame(columns=["judge", "data", "accuracy", "low", "high"]), pd.DataFrame(columns=["log_odds", "rate", "low", "high"]))) == [
         "no labelled answers here"] * 2
+
+
+def test_stacked_bars_survive_values_that_a_part_without_rows_made_objects():
+    none = pd.DataFrame([], columns=["category", "head", "key", "value"])
+    table = pd.concat([pd.DataFrame({"category": ["crime"], "head": ["a0.h0"], "key": ["first"], "value": [40.0]}), none]).astype({"value": object})
+    assert len(plots.stacked_by_layer(table, "attention (%)", "head", "key").axes[0].patches) == 1
