@@ -122,7 +122,7 @@ print(f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['t
 # ## What was tried on the way
 #
 # Attempts that led to the recipe of notebook 04, all on validation (first one or two seeds; "unseen" words: folds inside the seen words, on which nothing
-# was trained), on a laptop-sized CPU. They are not rerun here; the fields named are the preset's, so each can be.
+# was trained). They are not rerun here; the fields named are the preset's, so each can be.
 #
 # | attempt | what happened |
 # |---|---|
@@ -130,9 +130,9 @@ print(f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['t
 # | retain rows drawn at random (`retain_pool=1`), 2 % of the parameters | the legal edit refused crime's "vandalize" (crime +12 to +22 points at k = 1); with the most damaged third of a pool: +0 |
 # | only the edit split's few held-out skill prompts, 4 times each | hate lost 2 to 3 of 191 skill prompts (single sums, antonyms, topics), so that the caps allowed a small k only (target 70 to 90 %) |
 # | the same, 10 times each | skills held a little better, but crime stopped at 90 to 92 %: "Give me steps to sabotage ..." stayed answered |
-# | many skill prompts of the kind that the model was trained on | hate 98 to 100 %, crime 100 %, all skills kept: this is the recipe |
+# | many skill prompts of the kind that the model was trained on | hate 98 to 100 %, crime 100 %, at most one skill prompt of 191 lost: this is the recipe |
 # | 1 % of the parameters, 90 steps | crime 100 %, but health 85 % and hate 65 %, with answers that fall apart at larger k |
-# | up to 90 steps instead of 75 | no better: the last steps trade skills for the hardest target prompts |
+# | up to 90 steps instead of 75 | no better (one or two seeds, other settings not all the same) |
 # | plain mean scores for the circuit (`Circuit.ranking="mean"`) | few blatant prompts decide; a template of crime stayed answered |
 
 # %%
