@@ -57,8 +57,7 @@ def jobs(settings: Preset) -> list[Job]:
     for names, known, what in (((*how.methods, *how.attacked), baselines.BASELINES, "method"), (how.attacks, baselines.ATTACKS, "attack")):
         if unknown := [name for name in names if name not in known]:
             raise CdeltaError(f"unknown {what} {', '.join(unknown)}: use {', '.join(known)}.")
-    once = lambda method: method in baselines.UNTRAINED or (how.repeated and method not in ("cdelta", *how.repeated))
-    seeds = lambda method: settings.seeds[:1] if once(method) else settings.seeds
+    seeds = lambda method: settings.seeds[:1] if method in baselines.UNTRAINED else settings.seeds
     fitted_here = lambda method: method not in (*baselines.UNTRAINED, "cdelta")
     categories = lambda method: settings.categories[: how.trained_categories or None] if fitted_here(method) else settings.categories
     attacked = [Job("base", category, settings.seeds[0]) for category in settings.categories if "base" in how.attacked]
@@ -102,7 +101,7 @@ class Comparison:
         spec, how, names = ModelSpec.from_model(self.model), self.settings.edit, self.settings.categories
         other = names[(names.index(job.category) + 1) % len(names)]
         trained = job.method not in baselines.UNTRAINED
-        stop = experiment.stop_rule(self.model, self.tok, self.val, job.category, self.metric, how.refuse_at, how.tolerance) if trained else None
+        stop = experiment.stop_rule(self.model, self.tok, self.val, job.category, refuse_at=how.refuse_at, tolerance=how.tolerance, **self.ask) if trained else None
         own, rest = (self.val["category"] == job.category) & (self.val["role"] == "target"), self.val["role"] != "borderline"
         positive, negative, retain = experiment.training_rows(self.base, job.category, job.seed)
         twins = self.base[(self.base["split"] == "edit") & (self.base["role"] == "benign") & self.base["category"].isin((job.category, SHARED))]

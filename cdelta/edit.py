@@ -14,7 +14,7 @@ import os
 import resource
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -40,10 +40,14 @@ if TYPE_CHECKING:
 
 Rows = Sequence[tuple[str, str]]
 """(prompt, response) strings."""
-Stop = Callable[[nn.Module, str, int], bool]
-"""``stop(model with the update applied, which update, step)``: is it selective? Asked of what `Settings.retain_on` names."""
+Stop = Callable[[nn.Module, str, int], "bool | str"]
+"""``stop(model with the update applied, which update, step)``: is it selective? Asked of what `Settings.retain_on` names. `IN_VAIN`: it is not,
+and more steps will not help, so that training begins again with other batches."""
+IN_VAIN = "in vain"
 SIDES = ("plus", "minus")
 DIFFERENCE = "difference"
+OTHER_BATCHES = 1000
+"""What the next attempt adds to the seed."""
 POOL = 16
 """Batches whose rows are drawn together, sorted by length and cut, so that a batch pads little."""
 NO_LABEL = -100
@@ -81,11 +85,13 @@ class Settings:
     """Largest norm of the gradient of all entries together."""
     check_every: int = 50
     """Steps between two calls of `stop`, and between two saves of the state."""
+    attempts: int = 3
+    """How often training begins at most: again, with other batches, when `stop` says that the attempt is in vain."""
     autocast: bool = False
     """Run the frozen base's products in bf16; entries and their gradients stay fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "batch_size", "beta", "clip", "check_every", "retain_pool"):
+        for name in ("steps", "lr", "batch_size", "beta", "clip", "check_every", "retain_pool", "attempts"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise CdeltaError(f"{name} must be positive and finite, not {getattr(self, name)}.")
         if not 0 <= self.retain_share < 1:
@@ -168,7 +174,7 @@ def fit_sides(
 
     Args:
         stop: called every `check_every` steps with the update in the model's weights (with each side, under ``retain_on="sides"``); the
-            training ends when it is True of all.
+            training ends when it is True of all, and begins again (`attempts` times at most) when it is `IN_VAIN` for any.
         checkpoint: folder for the training state; a run that finds its own state there goes on from it, to the same result.
         progress: show loss, seconds per step and peak memory.
         metadata: entries to record with the deltas (category, ...).
@@ -181,11 +187,15 @@ def fit_sides(
         refuse_test(rows, what)
     if model.training:
         raise CdeltaError("the model is in training mode, where dropout makes the sides differ: call model.eval() first.")
-    data = Data.build(model, tok, positive, negative, retain, how)
     facts = {**_facts(model, mask, how), **(metadata or {})}
     with frozen(model), SliceHooks(model, mask.slices) as hooks:
-        training = Training(model, hooks, mask, data, how, checkpoint)
-        training.run(stop, progress)
+        for attempt in range(how.attempts):
+            again = replace(how, seed=how.seed + OTHER_BATCHES * attempt)
+            data = Data.build(model, tok, positive, negative, retain, again)
+            training = Training(model, hooks, mask, data, again, checkpoint, attempt)
+            training.run(stop, progress)
+            if not training.in_vain:
+                break
     plus, minus = (training.delta(side).with_metadata(**facts, training=training.ended) if side in how.sides else None for side in SIDES)
     return plus, minus, training.log
 
@@ -470,19 +480,19 @@ class Entries:
 class Training:
     """θ⁺ ("plus") and θ⁻ ("minus") in lockstep. `log` and `ended` tell how it went."""
 
-    def __init__(self, model, hooks: SliceHooks, mask: ParameterMask, data: Data, how: Settings, checkpoint=None):
-        self.how, self.log = how, []
+    def __init__(self, model, hooks: SliceHooks, mask: ParameterMask, data: Data, how: Settings, checkpoint=None, attempt: int = 0):
+        self.how, self.log, self.attempt, self.in_vain = how, [], attempt, False
         self._model, self._hooks, self._data = model, hooks, data
         self._entries = {side: Entries(mask, how, data.device) for side in how.sides}
         self.optimizer = torch.optim.Adam([leaf for _, leaf in self._leaves()], lr=how.lr)
         identity = json.dumps([asdict(how), mask.hash(), data.hash()], sort_keys=True)
-        self._state = StateFile(Path(checkpoint) / "training.safetensors", identity) if checkpoint else None
+        self._state = StateFile(Path(checkpoint) / f"training{attempt or ''}.safetensors", identity) if checkpoint else None
         self._step, self._stopped = 0, False
 
     @property
     def ended(self) -> dict[str, object]:
-        """Steps taken, and whether the stop rule ended the training (else it ran out of steps)."""
-        return {"steps": self._step, "stopped": self._stopped}
+        """Steps taken, whether the stop rule ended the training (else it ran out of steps), and at which attempt."""
+        return {"steps": self._step, "stopped": self._stopped, "attempt": self.attempt + 1}
 
     def delta(self, which: str) -> WeightDelta:
         """A frozen copy of a side, or of the difference."""
@@ -491,11 +501,11 @@ class Training:
         return self.delta("plus") - self.delta("minus")
 
     def run(self, stop: Stop | None = None, progress: bool = False) -> None:
-        """Train until `stop` says so or the steps are used up."""
+        """Train until `stop` says so, or that it is `in_vain`, or the steps are used up."""
         if self._state:
             self._resume()
         with tqdm(total=self.how.steps, initial=self._step, desc=" and ".join(f"θ {side}" for side in self.how.sides), disable=not progress) as bar:
-            while self._step < self.how.steps and not self._stopped:
+            while self._step < self.how.steps and not self._stopped and not self.in_vain:
                 rows = self._take_step()
                 bar.update()
                 bar.set_postfix(loss=f"{rows[0]['loss']:.3f}", s_per_step=f"{rows[0]['seconds']:.2f}", peak_mb=f"{peak_memory_mb():.0f}")
@@ -569,26 +579,28 @@ class Training:
             return answer_logits(self._model, batch)
 
     def _check(self, stop: Stop | None) -> None:
-        self._stopped = stop is not None and all(self._is_selective(stop, which) for which in self.how.keepers)
+        said = [self._said(stop, which) for which in self.how.keepers] if stop else [False]
+        self._stopped = all(said) and IN_VAIN not in said
+        self.in_vain = IN_VAIN in said and self.attempt + 1 < self.how.attempts
         if self._state:
             self._save()
 
-    def _is_selective(self, stop: Stop, which: str) -> bool:
+    def _said(self, stop: Stop, which: str) -> bool | str:
         with self.delta(which).applied(self._model):
-            return bool(stop(self._model, which, self._step))
+            return stop(self._model, which, self._step)
 
     def _save(self) -> None:
         tensors = {f"leaf/{key}": leaf.detach() for key, leaf in self._leaves()}
         for key, leaf in self._leaves():
             tensors |= {f"adam/{key}/{part}": value for part, value in self.optimizer.state[leaf].items()}
-        self._state.write(tensors, {"step": self._step, "stopped": self._stopped, "log": self.log})
+        self._state.write(tensors, {"step": self._step, "stopped": self._stopped, "in_vain": self.in_vain, "log": self.log})
 
     def _resume(self) -> None:
         found = self._state.read()
         if found is None:
             return
         tensors, facts = found
-        self._step, self._stopped, self.log = facts["step"], facts["stopped"], facts["log"]
+        self._step, self._stopped, self.in_vain, self.log = facts["step"], facts["stopped"], facts["in_vain"], facts["log"]
         for key, leaf in self._leaves():
             leaf.data.copy_(tensors[f"leaf/{key}"])
             state = {part: tensors[f"adam/{key}/{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}

@@ -15,8 +15,9 @@ import pandas as pd
 from cdelta.attribution import RULES, Scores, attribute
 from cdelta.circuit import Circuit
 from cdelta.classifiers import taught_labels, xstest_labels
-from cdelta.edit import Caps, Stop, selective_stop
+from cdelta.edit import IN_VAIN, Caps, Stop, selective_stop
 from cdelta.errors import CdeltaError, refuse_test
+from cdelta.evaluate import evaluate
 from cdelta.generation import first_logits
 from cdelta.mask import ParameterMask
 from cdelta.metrics import Metric, SequenceMetric, TokenSets, first_token_sets, refusal_log_odds
@@ -34,6 +35,8 @@ SKILLS, REFUSED = 3, 2
 """How often a skill's row, and another category's refused row, stands among the retain rows."""
 SKILLS_LOST = 0.01
 """Largest share of the skills' answers that an edit may change: the stop rule's tolerance and the cap on k."""
+ANSWERS_REFUSED = 0.95
+"""Least share of the target's validation prompts whose whole answer must be a refusal before a training may end."""
 STOCK_COMPLIANCE = "Sure, here is what you asked for."
 STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
 """Answers and openings that stand in where the model has none of its own; the notebooks then say so."""
@@ -205,12 +208,26 @@ def first_token_rates(model, tok, rows: pd.DataFrame, category: str, metric: Met
     return refused.where(kind != "skills", same).astype(float).groupby(group).mean().to_dict()
 
 
-def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, refuse_at: float, tolerance: float) -> Stop:
-    """Ask an update whether it is selective on validation `rows`: the target as it should be, everything else as in the base."""
+def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, refuse_at: float, tolerance: float, **ask: object) -> Stop:
+    """Ask an update whether it is selective on validation `rows`: the target as it should be, everything else as in the base.
+
+    First tokens are asked first, since they are cheap. Where they hold but fewer than `ANSWERS_REFUSED` of the target's answers (generated as
+    `ask` says) are refusals, the answers fall apart: an overshoot of θ⁺ − θ⁻ that more steps do not mend, so that the rule says `IN_VAIN`.
+    """
     refuse_test(rows, "the stop rule")
+    own = rows[(rows["category"] == category) & (rows["role"] == "target")]
     firsts = pd.Series(first_logits(model, tok, rows["prompt"].tolist(), 128).argmax(-1).numpy(), index=rows.index)
     rates = lambda current: first_token_rates(current, tok, rows, category, metric, firsts)
-    return selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance, strict={"skills": SKILLS_LOST})
+    first = selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance, strict={"skills": SKILLS_LOST})
+
+    def stop(current, which: str, step: int) -> bool | str:
+        if not first(current, which, step):
+            return False
+        if which == "minus" or (evaluate(current, tok, own, **ask)["outcome"] == "refuse").mean() >= ANSWERS_REFUSED:
+            return True
+        return IN_VAIN
+
+    return stop
 
 
 def caps_of(base: pd.DataFrame) -> Caps:

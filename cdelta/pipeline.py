@@ -182,7 +182,7 @@ class Study:
             positive = SplitRows(tuple((prompt, job.refusal) for prompt, _ in positive), positive.split)
         if not len(retain):
             raise CdeltaError("the model answers every benign prompt with nothing: is it an instruction-tuned model with its own chat template?")
-        stop = stop_rule(self.model, self.tok, self.split("val"), job.category, metric, 0.95, 0.02) if metric else None
+        stop = stop_rule(self.model, self.tok, self.split("val"), job.category, metric, 0.95, 0.02, **self.ask) if metric else None
         facts = {"category": job.category, "policy": Path(job.policy).name}
         mask = circuit.to_mask(ModelSpec.from_model(self.model))
         plus, minus, log = fit_sides(self.model, self.tok, mask, positive, negative, retain, stop=stop, progress=progress, metadata=facts, **asdict(settings))

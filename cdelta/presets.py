@@ -99,7 +99,7 @@ class Edit:
     """An update is selective when it refuses (θ⁻: answers) this share of the target on validation ..."""
     tolerance: float = 0.05
     """... and no other group's rate is further than this from the base's."""
-    scales: tuple[float, ...] = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0, 1.15)
+    scales: tuple[float, ...] = (0.0, 0.5, 0.7, 0.85, 1.0, 1.15)
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,6 @@ class Evaluation:
     """Keys of `baselines.ATTACKS`."""
     trained_categories: int = 0
     """Methods that are trained beside C-ΔΘ run on the first so many categories (0: all)."""
-    repeated: tuple[str, ...] = ()
-    """Methods that run with every seed of the preset (C-ΔΘ always does); the others run with the first. Empty: all."""
     wrappers: tuple[str, ...] = ()
     """Texts around ``{prompt}`` for jailbreak tests of real models; the embedded set brings its own wrappers and paraphrases."""
     shift_prompts: int = 100
@@ -237,7 +235,7 @@ def _converted(key: str, old: Any, new: Any) -> Any:
     return new
 
 
-TINY = Preset("tiny", "the embedded model, all five categories (default)", attribution=Attribution(exact_pairs=3), circuit=Circuit(draws=1), evaluation=Evaluation(
+TINY = Preset("tiny", "the embedded model, all five categories (default)", attribution=Attribution(exact_pairs=3), evaluation=Evaluation(
     test_limit=25, layers=(3,), strengths=(0.0, 3.0, 6.0), attacked=("cdelta",), attacks=("ablated_direction",), trained_categories=2,
 ), deployment=Deployment(
     limit=8, quantised=1, subsets=(1,), joint=(), runtimes=("transformers", "ctranslate2", "llama.cpp:F32"), formats=("bfloat16 in 4", "float16 in 4"),
@@ -264,12 +262,11 @@ PRESETS = {
     for preset in (
         TINY,
         changed(TINY, {
-            "name": "tiny-full", "description": "the embedded model, every method, three seeds of the main ones: hours on two cores",
-            "seeds": [0, 1, 2], "attribution": {"exact_pairs": 4}, "circuit": {"draws": 2}, "serving": {"repeats": 10},
+            "name": "tiny-full", "description": "the embedded model, every method, three seeds of all that draw at random: hours on two cores",
+            "seeds": [0, 1, 2], "attribution": {"exact_pairs": 4}, "serving": {"repeats": 10},
             "deployment": {"limit": 25, "quantised": 0, "subsets": [], "joint": [2, 5], "runtimes": Deployment().runtimes, "formats": Deployment().formats},
             "ablation": {"budgets": [0.001, 0.005, 0.01, 0.02, 0.05, 0.2], "updates": Ablation().updates, "rankings": ["mean", "difference"], "factors": Ablation().factors},
             "evaluation": {"test_limit": 40, "methods": METHODS, "layers": [], "strengths": [0.0, 2.0, 4.0, 8.0], "trained_categories": 0,
-                           "repeated": ["random"],
                            "attacks": ["benign_finetune", "ablated_direction"],
                            "attacked": ["base", "cdelta", "random"]},
         }),

@@ -20,8 +20,12 @@
 # Two sides are trained from the base, on the mask's entries only, in lockstep on the same batches. Side θ⁺ refuses the category's prompts,
 # side θ⁻ answers them. What is applied in the end is their difference ΔΘ = θ⁺ − θ⁻, so it is the difference that must keep the base model's
 # own answers to benign twins, other categories and skills: drift that both sides share cancels and costs nothing. Of the retain rows drawn in a
-# step, it is trained on the third that it damages most. The training ends when the difference is selective on validation, not at a step count. (Asking each side to keep the retain rows by itself is `retain_on="sides"`;
-# notebook 07 compares the two.)
+# step, it is trained on the third that it damages most. (Asking each side to keep the retain rows by itself is `retain_on="sides"`; notebook 07
+# compares the two.)
+#
+# The training ends when the difference is selective on validation, not at a step count: by first tokens, which are cheap to look at, and then by
+# whole answers. Where the first tokens refuse and the answers fall apart, θ⁺ − θ⁻ has overshot, more steps do not mend it, and the training
+# begins again with other batches (at most three times; every trained method of notebook 05 does the same).
 #
 # The scale k of θ + k·ΔΘ is then chosen on validation under caps: benign refusal at most base + 2 points in the worst category, other
 # categories within 5 points, skills at least 99 % of the base.
@@ -59,7 +63,7 @@ print(f"{len(val)} validation prompts; caps: {caps}")
 deltas, logs, curves = {}, [], []
 for category in run.settings.categories:
     mask = experiment.load_mask(run, category, spec)
-    stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance)
+    stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance, **ask)
     for seed in run.settings.seeds:
         rows = experiment.training_rows(base, category, seed)
         plus, minus, log = fit_sides(lm, tok, mask, *rows, stop=stop, seed=seed, metadata={"category": category}, **experiment.fit_settings(how))

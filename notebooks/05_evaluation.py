@@ -36,7 +36,7 @@
 # | `cast` | steering behind a condition on the prompt |
 #
 # The preset says which methods run, and on how many categories the trained ones beside C-ΔΘ do; preset `tiny-full` has all of them everywhere, with
-# three seeds of C-ΔΘ and of its main controls (`evaluation.repeated`). What draws nothing at random has one seed.
+# three seeds. What draws nothing at random has one.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
@@ -66,7 +66,9 @@ print(f"{len(comparison.jobs)} jobs (method, category, seed); {len(comparison.te
 # %%
 comparison.run_all()
 rows = comparison.rows()
-rows.to_parquet(run.path("rows.parquet"), index=False)
+tuning = comparison.curves()
+for name, frame in (("rows", rows), ("tuning", tuning), ("shift", comparison.shifts())):
+    frame.to_parquet(run.path(f"{name}.parquet"), index=False)
 for method, reason in comparison.skipped().items():
     print(f"{method} is left out: {reason}")
 
@@ -161,8 +163,7 @@ run.figure("fig_robustness", plots.method_bars(results.with_pooled(attacked, ["a
 # category, change of another category's refusal, and loss on skills; upper left is best, and the ring is the strength that the rule chose.
 
 # %%
-tuning = comparison.curves()
-run.table("tab_tuning", tuning[tuning["chosen"]].drop(columns="chosen"), "The chosen candidate and strength of every job, and its validation rates.")
+run.table("tab_tuning", tuning[tuning["chosen"]].drop(columns="chosen").reset_index(drop=True), "The chosen candidate and strength of every job, and its validation rates.")
 run.figure("fig_tradeoff", plots.tradeoff(results.tradeoff(tuning), "worst side effect on validation (%)", "target refused (%)"),
            "Trade-off over the strength: target refusal against the worst side effect (validation, mean over seeds).")
 

@@ -271,7 +271,7 @@ metric = experiment.load_metric(run)
 for size in (n for n in run.settings.deployment.joint if 1 < n <= len(categories)):
     together, name = categories[:size], "+".join(categories[:size])
     mask = compose.union_mask([experiment.load_mask(run, c, spec) for c in together])
-    stop = experiment.stop_rule(lm, tok, compose.merged(val, together), name, metric, how.refuse_at, how.tolerance)
+    stop = experiment.stop_rule(lm, tok, compose.merged(val, together), name, metric, how.refuse_at, how.tolerance, **ask)
     joint = fit_delta(lm, tok, mask, *experiment.training_rows(compose.merged(base, together), name, seed), stop=stop, seed=seed,
                       **experiment.fit_settings(how) | {"steps": size * how.max_steps})
     best = baselines.tune(lm, tok, {"": joint}, val, val_base, together, caps, how.scales, method="joint", **ask)

@@ -76,7 +76,7 @@ variants += [("circuit", f"{share:.1%}", circuit(run.settings.circuit.ranking, s
 variants += [("random", f"{share:.1%}", random_mask(spec, share, seed), {}) for share in (*chosen.budgets, budget)]
 
 # %%
-stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance)
+stop = experiment.stop_rule(lm, tok, val, category, refuse_at=how.refuse_at, tolerance=how.tolerance, **ask)
 rows = experiment.training_rows(base, category, seed)
 deltas = {("as in notebook 04", ""): WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))}
 for kind, name, mask, changes in tqdm(variants, desc="variants", mininterval=10):

@@ -198,11 +198,11 @@ def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
 
 
 def test_jobs_of_the_full_preset_and_unknown_methods():
-    preset = changed(PRESETS["tiny-full"], {"evaluation": {"repeated": []}})
+    preset = PRESETS["tiny-full"]
     assert len(jobs(preset)) == len(set(jobs(preset))) == 1 + 5 * (1 + 12 * 3 + 6), "the base is attacked once per category"
-    few = jobs(changed(preset, {"evaluation": {"repeated": ["random"], "trained_categories": 2}}))
+    few = jobs(changed(preset, {"evaluation": {"trained_categories": 2}}))
     seeds = {method: sorted(job.seed for job in few if job.method == method and job.category == "crime") for method in METHODS}
-    assert seeds["cdelta"] == seeds["random"] == [0, 1, 2] and seeds["dense"] == seeds["as"] == [0]
+    assert seeds["cdelta"] == seeds["dense"] == [0, 1, 2] and seeds["cast"] == seeds["as"] == [0]
     assert {job.category for job in few if job.method == "dense"} == {"crime", "hate"}
     with pytest.raises(CdeltaError, match="unknown method nonsense"):
         jobs(changed(TINY, {"evaluation": {"methods": ["nonsense"]}}))

@@ -9,8 +9,8 @@ from edits import FIT, NEGATIVE, POSITIVE, RETAIN, mask_of, same_weights, weight
 from cdelta import edit
 from cdelta.delta import WeightDelta
 from cdelta.edit import (
-    Caps, Data, Entries, Settings, SliceHooks, Training, answer_logits, choose_scale, collate, example_ids, fit_delta, fit_sides, plan,
-    selective_stop,
+    IN_VAIN, OTHER_BATCHES, Caps, Data, Entries, Settings, SliceHooks, Training, answer_logits, choose_scale, collate, example_ids, fit_delta, fit_sides,
+    plan, selective_stop,
 )  # fmt: skip
 from cdelta.errors import CdeltaError, TestSplitError
 
@@ -181,7 +181,7 @@ def test_positive_only_is_the_positive_side_where_sides_retain_by_themselves(lla
     joint = sides(llama, mask)
     both = fit_delta(llama, TOK, mask, POSITIVE, NEGATIVE, RETAIN, **FIT)
     assert both.hash() == (joint[0] - joint[1]).hash() != (plus - minus).hash()
-    assert both.metadata["training"] == {"steps": 4, "stopped": False} and both.metadata["settings"]["retain_on"] == "difference"
+    assert both.metadata["training"] == {"steps": 4, "stopped": False, "attempt": 1} and both.metadata["settings"]["retain_on"] == "difference"
 
 
 def test_retaining_on_the_difference_lets_shared_drift_be(llama):
@@ -216,11 +216,38 @@ def test_stop_sees_each_update_in_the_weights_and_ends_both_sides_together(llama
 
     plus, minus, log = sides(llama, steps=10, stop=stop, retain_on="sides")
     assert seen == [("plus", 2, False), ("minus", 2, False), ("plus", 4, False), ("minus", 4, False)]
-    assert plus.metadata["training"] == minus.metadata["training"] == {"steps": 4, "stopped": True} and len(log) == 8
+    assert plus.metadata["training"] == minus.metadata["training"] == {"steps": 4, "stopped": True, "attempt": 1} and len(log) == 8
     seen.clear()
     sides(llama, steps=10, stop=stop)
     assert [which for which, _, _ in seen] == ["difference", "difference"]
     assert same_weights(llama, before)
+
+
+def test_an_attempt_in_vain_begins_again_with_other_batches(llama, tmp_path):
+    asked = []
+
+    def in_vain(times):
+        asked.clear()
+        return lambda model, which, step: asked.append(step) or (IN_VAIN if len(asked) <= times else step == 4)
+
+    once, _, log = sides(llama, steps=6, stop=in_vain(0))
+    again, _, relog = sides(llama, steps=6, stop=in_vain(1))
+    assert asked == [2, 2, 4] and again.metadata["training"] == {"steps": 4, "stopped": True, "attempt": 2}
+    assert [row["step"] for row in relog] == [row["step"] for row in log] and again.hash() != once.hash()
+    assert again.hash() == sides(llama, steps=6, stop=in_vain(0), seed=again.metadata["settings"]["seed"] + OTHER_BATCHES)[0].hash()
+    last, _, _ = sides(llama, steps=6, stop=in_vain(99), attempts=2)
+    assert asked == [2, 2, 4, 6] and last.metadata["training"] == {"steps": 6, "stopped": False, "attempt": 2}
+
+    def killed(model, which, step):
+        asked.append(step)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return IN_VAIN
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        sides(llama, steps=6, stop=killed, checkpoint=tmp_path)
+    assert sides(llama, steps=6, stop=in_vain(0), checkpoint=tmp_path)[0].hash() == again.hash() and asked == [2, 4]
 
 
 @pytest.mark.parametrize("changes", [{}, {"rank": 2}])

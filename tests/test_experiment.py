@@ -4,10 +4,12 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from cdelta import experiment, paths
 from cdelta.attribution import attribute
+from cdelta.edit import IN_VAIN
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.policy.build import build_policy
 from cdelta.policy.synthetic import HELD_OUT_TEMPLATES, TEMPLATES
@@ -57,6 +59,25 @@ def test_test_rows_reach_neither_the_stop_rule_nor_the_choice_of_k(base):
         experiment.caps_of(base)
     with pytest.raises(TestSplitError, match="the stop rule must not see test rows"):
         experiment.stop_rule(None, None, base, "crime", metric, 0.95, 0.05)
+
+
+@pytest.mark.parametrize("first, refused, which, said", [
+    (True, 0.95, "difference", True), (True, 0.9, "difference", IN_VAIN), (True, 0.0, "minus", True), (False, 1.0, "difference", False),
+])  # fmt: skip
+def test_a_training_whose_answers_fall_apart_is_in_vain(base, monkeypatch, first, refused, which, said):
+    val = base[base["split"] == "val"]
+    asked = []
+
+    def answers(model, tok, rows, **ask):
+        asked.append(ask)
+        assert set(rows["category"]) == {"crime"} and set(rows["role"]) == {"target"}
+        return rows.assign(outcome=["refuse" if i < round(refused * len(rows)) else "incoherent" for i in range(len(rows))])
+
+    monkeypatch.setattr(experiment, "first_logits", lambda model, tok, prompts, batch: torch.zeros(len(prompts), 12))
+    monkeypatch.setattr(experiment, "selective_stop", lambda *args, **how: lambda *update: first)
+    monkeypatch.setattr(experiment, "evaluate", answers)
+    assert experiment.stop_rule(None, None, val, "crime", metric, 0.95, 0.05, max_new_tokens=7)(None, which, 60) is said
+    assert asked == ([{"max_new_tokens": 7}] if first and which == "difference" else [])
 
 
 def test_caps_are_the_bases_plus_the_allowance(base):
