@@ -86,7 +86,7 @@ class Settings:
     check_every: int = 50
     """Steps between two calls of `stop`, and between two saves of the state."""
     attempts: int = 3
-    """How often training begins at most: again, with other batches, when `stop` says that the attempt is in vain."""
+    """How often training begins at most: again, with other batches, when `stop` says that the first attempt is in vain, until one is selective."""
     autocast: bool = False
     """Run the frozen base's products in bf16; entries and their gradients stay fp32."""
 
@@ -174,7 +174,7 @@ def fit_sides(
 
     Args:
         stop: called every `check_every` steps with the update in the model's weights (with each side, under ``retain_on="sides"``); the
-            training ends when it is True of all, and begins again (`attempts` times at most) when it is `IN_VAIN` for any.
+            training ends when it is True of all, and begins again when it is `IN_VAIN` for any.
         checkpoint: folder for the training state; a run that finds its own state there goes on from it, to the same result.
         progress: show loss, seconds per step and peak memory.
         metadata: entries to record with the deltas (category, ...).
@@ -194,7 +194,7 @@ def fit_sides(
             data = Data.build(model, tok, positive, negative, retain, again)
             training = Training(model, hooks, mask, data, again, checkpoint, attempt)
             training.run(stop, progress)
-            if not training.in_vain:
+            if training.ended["stopped"] or not (training.in_vain or attempt):
                 break
     plus, minus = (training.delta(side).with_metadata(**facts, training=training.ended) if side in how.sides else None for side in SIDES)
     return plus, minus, training.log

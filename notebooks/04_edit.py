@@ -25,7 +25,7 @@
 #
 # The training ends when the difference is selective on validation, not at a step count: by first tokens, which are cheap to look at, and then by
 # whole answers. Where the first tokens refuse and the answers fall apart, θ⁺ − θ⁻ has overshot, more steps do not mend it, and the training
-# begins again with other batches (at most three times; every trained method of notebook 05 does the same).
+# begins again with other batches until it is selective (three times at most; every trained method of notebook 05 does the same).
 #
 # The scale k of θ + k·ΔΘ is then chosen on validation under caps: benign refusal at most base + 2 points in the worst category, other
 # categories within 5 points, skills at least 99 % of the base.

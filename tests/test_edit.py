@@ -238,6 +238,9 @@ def test_an_attempt_in_vain_begins_again_with_other_batches(llama, tmp_path):
     last, _, _ = sides(llama, steps=6, stop=in_vain(99), attempts=2)
     assert asked == [2, 2, 4, 6] and last.metadata["training"] == {"steps": 6, "stopped": False, "attempt": 2}
 
+    said = iter([IN_VAIN, False, False, False, True])
+    assert sides(llama, steps=6, stop=lambda *update: next(said))[0].metadata["training"] == {"steps": 2, "stopped": True, "attempt": 3}
+
     def killed(model, which, step):
         asked.append(step)
         if len(asked) == 2:
