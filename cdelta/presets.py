@@ -172,7 +172,9 @@ class Ablation:
     """Values that notebook 07 varies, one at a time."""
 
     budgets: tuple[float, ...] = (0.01,)
-    """Sizes of circuits and random masks beside the preset's own."""
+    """Sizes of circuits and random masks beside the preset's own, for the first category."""
+    smaller: tuple[float, ...] = ()
+    """Sizes of circuits for all other categories."""
     updates: tuple[str, ...] = ("retained by each side", "rows weighed alike", "retain rows at random", "θ⁺ alone", "KL")
     """Names of notebook 07's changes to the training."""
     rankings: tuple[str, ...] = ("mean",)
@@ -265,7 +267,7 @@ PRESETS = {
             "name": "tiny-full", "description": "the embedded model, every method, three seeds of all that draw at random: hours on two cores",
             "seeds": [0, 1, 2], "attribution": {"exact_pairs": 4}, "serving": {"repeats": 10},
             "deployment": {"limit": 25, "quantised": 0, "subsets": [], "joint": [2, 5], "runtimes": Deployment().runtimes, "formats": Deployment().formats},
-            "ablation": {"budgets": [0.001, 0.005, 0.01, 0.02, 0.05, 0.2], "updates": Ablation().updates, "rankings": ["mean", "difference"], "factors": Ablation().factors},
+            "ablation": {"budgets": [0.001, 0.005, 0.01, 0.02, 0.05, 0.2], "smaller": [0.01, 0.02], "updates": Ablation().updates, "rankings": ["mean", "difference"], "factors": Ablation().factors},
             "evaluation": {"test_limit": 40, "methods": METHODS, "layers": [], "strengths": [0.0, 2.0, 4.0, 8.0], "trained_categories": 0,
                            "attacks": ["benign_finetune", "ablated_direction"],
                            "attacked": ["base", "cdelta", "random"]},

@@ -17,8 +17,8 @@
 #
 # **Question:** how much of the model must be editable, and does it matter which part?
 #
-# One choice varies at a time; everything else is as in notebook 04 (first seed, first category; adapt the cells for others). All rates here are on the **validation** split,
-# so that nothing is tuned on test.
+# One choice varies at a time; everything else is as in notebook 04 (first seed, and but for the smaller circuits the first category; adapt the cells
+# for others). All rates here are on the **validation** split, so that nothing is tuned on test.
 
 # %% tags=["parameters"]
 preset = "tiny"  # name of the preset (cdelta/presets.py)
@@ -49,9 +49,8 @@ ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": r
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 val = experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
 val_base = evaluate.evaluate(lm, tok, val, **ask)
-caps, category = experiment.caps_of(val_base), run.settings.categories[0]
+caps, (category, *rest) = experiment.caps_of(val_base), run.settings.categories
 scores = {folder.name: Scores.load(folder) for folder in sorted(run.input("02_attribution", "scores").iterdir())}
-others = [s for name, s in scores.items() if name != category]
 
 # %% [markdown]
 # ## What varies
@@ -59,38 +58,42 @@ others = [s for name, s in scores.items() if name != category]
 # *Update*: the retain rows kept by each side by itself instead of by the difference; all target rows weighed alike instead of by their own loss;
 # retain rows drawn at random instead of those that the update damages most; θ⁺ alone without θ⁻; the base's distribution (KL) instead of its
 # answers. *Ranking*: other scores by which units are chosen. *Budget*: circuits
-# and random masks of other sizes. Each is trained as in notebook 04, with k chosen by the same rule under the same caps.
+# and random masks of other sizes, and for the other categories circuits of less than the preset's size. Each is trained as in notebook 04, with k
+# chosen by the same rule under the same caps.
 
 # %%
 budget, chosen = run.settings.circuit.param_budget, run.settings.ablation
-ranked = {ranking: unit_scores(scores[category], others, ranking) for ranking in (run.settings.circuit.ranking, *chosen.rankings)}
-circuit = lambda ranking, share: select(None, spec, param_budget=share, heads=ranked[ranking][0], neurons=ranked[ranking][1], fill=True).to_mask(spec)
-own = circuit(run.settings.circuit.ranking, budget)
+ranked = lambda c, ranking: unit_scores(scores[c], [s for name, s in scores.items() if name != c], ranking)
+filled = lambda heads, neurons, share: select(None, spec, param_budget=share, heads=heads, neurons=neurons, fill=True).to_mask(spec)
+circuit = lambda c, share, ranking=run.settings.circuit.ranking: filled(*ranked(c, ranking), share)
+own = circuit(category, budget)
 updates = {"retained by each side": {"retain_on": "sides"}, "rows weighed alike": {"focus": 0.0}, "retain rows at random": {"retain_pool": 1},
            "θ⁺ alone": {"objective": "positive"}, "KL": {"retain_loss": "kl"}}
 
 # %%
-variants = [("update", name, own, changes) for name, changes in updates.items() if name in chosen.updates]
-variants += [("ranking", ranking, circuit(ranking, budget), {}) for ranking in chosen.rankings]
-variants += [("circuit", f"{share:.1%}", circuit(run.settings.circuit.ranking, share), {}) for share in chosen.budgets]
-variants += [("random", f"{share:.1%}", random_mask(spec, share, seed), {}) for share in (*chosen.budgets, budget)]
+variants = [(category, "update", name, own, changes) for name, changes in updates.items() if name in chosen.updates]
+variants += [(category, "ranking", ranking, circuit(category, budget, ranking), {}) for ranking in chosen.rankings]
+variants += [(category, "circuit", f"{share:.1%}", circuit(category, share), {}) for share in chosen.budgets]
+variants += [(category, "random", f"{share:.1%}", random_mask(spec, share, seed), {}) for share in (*chosen.budgets, budget)]
+variants += [(c, "circuit", f"{share:.1%}", circuit(c, share), {}) for c in rest for share in chosen.smaller]
+edited = list(dict.fromkeys(c for c, *_ in variants))
 
 # %%
-stop = experiment.stop_rule(lm, tok, val, category, refuse_at=how.refuse_at, tolerance=how.tolerance, **ask)
-rows = experiment.training_rows(base, category, seed)
-deltas = {("as in notebook 04", ""): WeightDelta.load(run.input("04_edit", f"{category}-{seed}"))}
-for kind, name, mask, changes in tqdm(variants, desc="variants", mininterval=10):
-    deltas[kind, name] = fit_delta(lm, tok, mask, *rows, stop=stop, seed=seed, **experiment.fit_settings(how) | changes)
+stops = {c: experiment.stop_rule(lm, tok, val, c, refuse_at=how.refuse_at, tolerance=how.tolerance, **ask) for c in edited}
+rows = {c: experiment.training_rows(base, c, seed) for c in edited}
+deltas = {(c, "as in notebook 04", ""): WeightDelta.load(run.input("04_edit", f"{c}-{seed}")) for c in edited}
+for c, kind, name, mask, changes in tqdm(variants, desc="variants", mininterval=10):
+    deltas[c, kind, name] = fit_delta(lm, tok, mask, *rows[c], stop=stops[c], seed=seed, **experiment.fit_settings(how) | changes)
 
 # %%
 found = []
-for (kind, name), delta in deltas.items():
-    best = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, how.scales, method="cdelta", **ask)
+for (c, kind, name), delta in deltas.items():
+    best = baselines.tune(lm, tok, {"": delta}, val, val_base, c, caps, how.scales, method="cdelta", **ask)
     at_best = best.curve[best.curve["k"] == best.strength].iloc[0]
-    found.append({"varied": kind, "value": name, "fraction": delta.count() / spec.n_params, "k": best.strength, "within caps": best.within_caps,
+    found.append({"category": c, "varied": kind, "value": name, "fraction": delta.count() / spec.n_params, "k": best.strength, "within caps": best.within_caps,
                   **at_best[["target", "benign", "other", "utility"]], **delta.metadata["training"], "norm": delta.norm()})
 found = pd.DataFrame(found)
-run.table("tab_ablations", found, f"One choice varied at a time ({category}, validation, first seed): rates at the k that the caps allow.")
+run.table("tab_ablations", found, "One choice varied at a time (validation, first seed): rates at the k that the caps allow.")
 
 # %% [markdown]
 # ## Budget
@@ -98,7 +101,7 @@ run.table("tab_ablations", found, f"One choice varied at a time ({category}, val
 # A random mask also trains; the question is what it costs, and how far below the preset's budget each still works.
 
 # %%
-sizes = found[found["varied"].isin(("circuit", "random")) | (found["varied"] == "as in notebook 04")].replace({"varied": {"as in notebook 04": "circuit"}})
+sizes = found[(found["category"] == category) & found["varied"].isin(("circuit", "random", "as in notebook 04"))].replace({"varied": {"as in notebook 04": "circuit"}})
 lines = sizes.assign(percent=100 * sizes["fraction"], rate=100 * sizes["target"]).sort_values("percent")
 run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "parameters in the mask (%)", "target refused (%)", plots.METHOD_COLOURS, percent=True),
            f"Target refusal on validation against the mask's share of the parameters ({category}), k chosen under the caps.")
@@ -110,7 +113,7 @@ run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "
 # where the target is refused as often without it. First row: the edit of notebook 04 as it is.
 
 # %%
-delta = deltas["as in notebook 04", ""]
+delta = deltas[category, "as in notebook 04", ""]
 few = experiment.limited(val_base, run.settings.ablation.layer_limit)
 scaled, tried = baselines.tune_layers(lm, tok, delta, delta.metadata["k"], few, few, category, caps, run.settings.ablation.factors, **ask)
 run.table("tab_layer_scales", tried, f"Factors on k = {delta.metadata['k']:g} per group of layers ({category}, validation), and which were kept.")
@@ -133,6 +136,7 @@ print(f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['t
 # | many skill prompts of the kind that the model was trained on | hate 98 to 100 %, crime 100 %, at most one skill prompt of 191 lost: this is the recipe |
 # | 1 % of the parameters, 90 steps | crime 100 %, but health 85 % and hate 65 %, with answers that fall apart at larger k |
 # | up to 90 steps instead of 75 | no better (one or two seeds, other settings not all the same) |
+# | sexual's third seed: first tokens refuse, 5 of 40 answers fall apart; 15 steps more, or any k | no better; begun again with other batches it ran out of steps (92 %), and a third time it was selective (100 %): hence the attempts |
 # | plain mean scores for the circuit (`Circuit.ranking="mean"`) | few blatant prompts decide; a template of crime stayed answered |
 
 # %%
