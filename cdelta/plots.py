@@ -156,6 +156,8 @@ def small_lines(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylab
             if "low" in rows:
                 ax.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0)
         ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
+        if xscale == "log":
+            ax.xaxis.set_major_formatter("{x:g}")
         if percent:
             ax.set_ylim(-4, 104)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

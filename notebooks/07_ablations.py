@@ -103,7 +103,7 @@ run.table("tab_ablations", found, "One choice varied at a time (validation, firs
 # %%
 sizes = found[(found["category"] == category) & found["varied"].isin(("circuit", "random", "as in notebook 04"))].replace({"varied": {"as in notebook 04": "circuit"}})
 lines = sizes.assign(percent=100 * sizes["fraction"], rate=100 * sizes["target"]).sort_values("percent")
-run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "parameters in the mask (%)", "target refused (%)", plots.METHOD_COLOURS, percent=True),
+run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "parameters in the mask (%)", "target refused (%)", plots.METHOD_COLOURS, xscale="log", percent=True),
            f"Target refusal on validation against the mask's share of the parameters ({category}), k chosen under the caps.")
 
 # %% [markdown]
