@@ -221,6 +221,7 @@ def stop_rule(model, tok, rows: pd.DataFrame, category: str, metric: Metric, ref
     first = selective_stop(rates, rates(model), "target", refuse_at=refuse_at, comply_at=1 - refuse_at, tolerance=tolerance, strict={"skills": SKILLS_LOST})
 
     def stop(current, which: str, step: int) -> bool | str:
+        """First tokens, then whole answers (not of θ⁻, which answers)."""
         if not first(current, which, step):
             return False
         if which == "minus" or (evaluate(current, tok, own, **ask)["outcome"] == "refuse").mean() >= ANSWERS_REFUSED:

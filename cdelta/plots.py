@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths in inches of one and of two paper columns."""
@@ -158,6 +158,7 @@ def small_lines(table: pd.DataFrame, x: str, y: str, hue: str, xlabel: str, ylab
         ax.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale)
         if xscale == "log":
             ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(LogFormatter())
         if percent:
             ax.set_ylim(-4, 104)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

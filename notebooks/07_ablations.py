@@ -137,7 +137,7 @@ print(f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['t
 # | 1 % of the parameters, 90 steps | crime 100 %, but health 85 % and hate 65 %, with answers that fall apart at larger k |
 # | up to 90 steps instead of 75 | no better (one or two seeds, other settings not all the same) |
 # | sexual's third seed: first tokens refuse, 5 of 40 answers fall apart; 15 steps more, or any k | no better; begun again with other batches it ran out of steps (92 %), and a third time it was selective (100 %): hence the attempts |
-# | plain mean scores for the circuit (`Circuit.ranking="mean"`) | few blatant prompts decide; a template of crime stayed answered |
+# | plain mean scores for the circuit (`Circuit.ranking="mean"`) | few blatant prompts decide; under an earlier recipe a template of crime stayed answered, under the present one none does (`tab_ablations` of `tiny-full`) |
 
 # %%
 run.finish()

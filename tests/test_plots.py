@@ -36,6 +36,16 @@ def test_rates_places_groups_apart_and_keeps_their_order():
     assert (lines[0] < lines[1]).all()
 
 
+@pytest.mark.parametrize("shares, shown", [((0.1, 20), {"0.1", "1", "10"}), ((1, 3), {"1", "2", "3"})])
+def test_a_log_axis_of_percentages_is_labelled_in_plain_numbers(shares, shown):
+    table = pd.DataFrame({"share": shares, "rate": (20, 100), "mask": "circuit"})
+    fig = plots.small_lines(table, "share", "rate", "mask", "parameters (%)", "refused (%)", xscale="log", percent=True)
+    fig.canvas.draw()
+    low, high = fig.axes[0].get_xlim()
+    labels = [t for minor in (False, True) for t in fig.axes[0].get_xticklabels(minor=minor) if low <= t.get_position()[0] <= high and t.get_text()]
+    assert {t.get_text() for t in labels} == shown
+
+
 def test_heatmap_annotates_percentages():
     fig = plots.heatmap(pd.DataFrame([[0.5, 1.0]], index=["a"], columns=["x", "y"]), "refused (%)")
     assert [t.get_text() for t in fig.axes[0].texts] == ["50", "100"]
