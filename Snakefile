@@ -9,7 +9,8 @@ import shlex
 import sys
 
 sys.path.insert(0, workflow.basedir)
-from cdelta import paths, stages
+from cdelta import paths
+from cdelta.artifact import stages
 
 preset, model, policy = (config.get(key, default) for key, default in (("preset", "tiny"), ("model", ""), ("policy", "")))
 arguments = ["--preset", preset, "--run-dir", os.getcwd(), "--device", config.get("device", "auto")]
@@ -21,7 +22,7 @@ def quoted(words):
 
 
 # `exec` makes the stage a child of Snakemake, so that it notices when Snakemake is killed.
-RUN = f"exec {quoted([sys.executable, '-m', 'cdelta.stages'])} {{params.stage}} {quoted(arguments)}"
+RUN = f"exec {quoted([sys.executable, '-m', 'cdelta.artifact.stages'])} {{params.stage}} {quoted(arguments)}"
 
 
 rule all:

@@ -66,6 +66,6 @@ choose() {
     echo "$root/.venv"
 }
 
-case " $* " in *" --test "*) ;; *" --help "* | *" -h "*) exec "$(find_python)" -m cdelta.workflow --help ;; esac
+case " $* " in *" --test "*) ;; *" --help "* | *" -h "*) exec "$(find_python)" -m cdelta.artifact.workflow --help ;; esac
 prefix=$(choose)
-exec "$prefix/bin/python" -m cdelta.workflow "$@"
+exec "$prefix/bin/python" -m cdelta.artifact.workflow "$@"

@@ -1,5 +1,7 @@
 """Where everything lives, from the package and never from the working directory."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,25 +21,71 @@
 # `edit`, the stop rule and the scale k `val`, and only notebook 05 sees `test`. A test row that reaches anything earlier raises an error.
 
 # %% tags=["parameters"]
-preset = "tiny"  # name of the preset (cdelta/presets.py)
+preset = "tiny"  # name of the preset (cdelta/artifact/presets.py)
 run_dir = ""  # folder of this run, by default data/runs/PRESET
 device = "auto"  # cpu, cuda or auto
 model = ""  # checkpoint folder or hub id, by default the one of the preset
-policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+policy = (
+    ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+)
 
 # %%
-import pandas as pd
 
-from cdelta import evaluate, experiment, plots, store, tables
-from cdelta.policy import overview
+from cdelta.artifact.figures.plots import (
+    KIND_COLOURS,
+    heatmap,
+    length_histograms,
+    prompt_view,
+    rates,
+)
+from cdelta.artifact.overview import (
+    counts_table,
+    dropped_table,
+    example_pairs,
+    keyword_audit,
+    ood_baseline,
+    overlap_matrix,
+    pair_yields,
+    seen_pairs,
+    sources_table,
+    token_lengths,
+    tokenizers,
+)
+from cdelta.artifact.run import open_run
+from cdelta.artifact.subject import load_subject
+from cdelta.evaluation.measure import evaluate
+from cdelta.evaluation.rates import refusal
 from cdelta.policy.build import build_policy
+from cdelta.policy.selection import limited
 
-run = store.open_run("01_dataset", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_counts", "tab_sources", "tab_dropped", "tab_keywords", "tab_examples", "fig_lengths", "fig_overlap", "tab_pairs",
-                               "tab_lookup", "fig_category", "fig_seen"))
-lm, tok = experiment.load_subject(run)
-context = lm.config.get_text_config().max_position_embeddings - run.settings.evaluation.max_new_tokens
-data = build_policy(run.settings.policy, run.settings.categories, run.settings.external, tok=tok, max_tokens=context)
+run = open_run(
+    "01_dataset",
+    preset=preset,
+    run_dir=run_dir,
+    device=device,
+    model=model,
+    policy=policy,
+    produces=(
+        "tab_counts",
+        "tab_sources",
+        "tab_dropped",
+        "tab_keywords",
+        "tab_examples",
+        "fig_lengths",
+        "fig_overlap",
+        "tab_pairs",
+        "tab_lookup",
+        "fig_category",
+        "fig_seen",
+    ),
+)
+lm, tok = load_subject(run)
+context = (
+    lm.config.get_text_config().max_position_embeddings - run.settings.evaluation.max_new_tokens
+)
+data = build_policy(
+    run.settings.policy, run.settings.categories, run.settings.external, tok=tok, max_tokens=context
+)
 data.save(run.path("policy"))
 print(f"{len(data.records)} prompts, frozen as sha256 {data.manifest['sha256'][:16]}…")
 
@@ -53,7 +99,7 @@ print(f"{len(data.records)} prompts, frozen as sha256 {data.manifest['sha256'][:
 # are like the training corpus, all others were held out of it).
 
 # %%
-counts = overview.counts_table(data.records).reset_index()
+counts = counts_table(data.records).reset_index()
 run.table("tab_counts", counts, "Prompts per source, category, role and split.")
 
 # %% [markdown]
@@ -61,10 +107,17 @@ run.table("tab_counts", counts, "Prompts per source, category, role and split.")
 # is named by its own sha256.
 
 # %%
-run.table("tab_sources", overview.sources_table(data).astype(str), "Sources with revision and licence.")
-run.table("tab_dropped", overview.dropped_table(data).groupby(level=[0, 1]).sum().reset_index(),
-          "What was read, what was dropped for which reason, and what was kept.")
-run.table("tab_keywords", overview.keyword_audit(data.records), "Target prompts without any keyword of their category: label noise, or a prompt worded otherwise.")
+run.table("tab_sources", sources_table(data).astype(str), "Sources with revision and licence.")
+run.table(
+    "tab_dropped",
+    dropped_table(data).groupby(level=[0, 1]).sum().reset_index(),
+    "What was read, what was dropped for which reason, and what was kept.",
+)
+run.table(
+    "tab_keywords",
+    keyword_audit(data.records),
+    "Target prompts without any keyword of their category: label noise, or a prompt worded otherwise.",
+)
 
 # %% [markdown]
 # ## Pairs
@@ -75,15 +128,25 @@ run.table("tab_keywords", overview.keyword_audit(data.records), "Target prompts 
 # benign prompt of the same length and first word.
 
 # %%
-run.table("tab_examples", overview.example_pairs(data, count=2), "Example pairs from the discover split.")
+run.table("tab_examples", example_pairs(data, count=2), "Example pairs from the discover split.")
 
 # %%
-toks = overview.tokenizers(tok, data.records["prompt"].tolist())
-run.table("tab_pairs", overview.pair_yields(data, toks, splits=("discover",)), "Pairs of equal token length per tokenizer and category in the discover split.")
+toks = tokenizers(tok, data.records["prompt"].tolist())
+run.table(
+    "tab_pairs",
+    pair_yields(data, toks, splits=("discover",)),
+    "Pairs of equal token length per tokenizer and category in the discover split.",
+)
 
 # %%
-lengths = overview.token_lengths(data.records[data.records["role"].isin(("target", "other_harm", "benign"))], tok).replace({"role": {"other_harm": "target"}})
-run.figure("fig_lengths", plots.length_histograms(lengths, "tokens in the chat template"), "Token lengths of harmful and benign prompts per category.")
+lengths = token_lengths(
+    data.records[data.records["role"].isin(("target", "other_harm", "benign"))], tok
+).replace({"role": {"other_harm": "target"}})
+run.figure(
+    "fig_lengths",
+    length_histograms(lengths, "tokens in the chat template"),
+    "Token lengths of harmful and benign prompts per category.",
+)
 
 # %% [markdown]
 # ## Leakage
@@ -93,9 +156,19 @@ run.figure("fig_lengths", plots.length_histograms(lengths, "tokens in the chat t
 # because they share question forms on purpose. What leaked was dropped from the training side and is in the table above.
 
 # %%
-overlap = overview.overlap_matrix(data)
-run.figure("fig_overlap", plots.heatmap(overlap, "rows", percent=False, height=0.9 + 0.3 * len(overlap), fmt="d", vmax=max(1, overlap.to_numpy().max())),
-           "Rows of one source and split that nearly repeat a row of another, before dropping.")
+overlap = overlap_matrix(data)
+run.figure(
+    "fig_overlap",
+    heatmap(
+        overlap,
+        "rows",
+        percent=False,
+        height=0.9 + 0.3 * len(overlap),
+        fmt="d",
+        vmax=max(1, overlap.to_numpy().max()),
+    ),
+    "Rows of one source and split that nearly repeat a row of another, before dropping.",
+)
 
 # %% [markdown]
 # ## Could a lookup do it?
@@ -104,7 +177,7 @@ run.figure("fig_overlap", plots.heatmap(overlap, "rows", percent=False, height=0
 # out-of-distribution sets exist: half of their deciding words (all of them in `held_out_words`) were never seen by any edit.
 
 # %%
-lookup = overview.ood_baseline(data)
+lookup = ood_baseline(data)
 run.table("tab_lookup", lookup, "Accuracy of a nearest-neighbour lookup trained on the edit split.")
 
 # %% [markdown]
@@ -114,23 +187,51 @@ run.table("tab_lookup", lookup, "Accuracy of a nearest-neighbour lookup trained 
 # the retain rows keep its own words.
 
 # %%
-wanted = experiment.limited(data.records, run.settings.evaluation.limit)
-base = evaluate.evaluate(lm, tok, wanted, max_new_tokens=run.settings.evaluation.max_new_tokens, batch_size=run.settings.evaluation.batch_size)
+wanted = limited(data.records, run.settings.evaluation.limit)
+base = evaluate(
+    lm,
+    tok,
+    wanted,
+    max_new_tokens=run.settings.evaluation.max_new_tokens,
+    batch_size=run.settings.evaluation.batch_size,
+)
 base.to_parquet(run.path("base.parquet"), index=False)
-refused = tables.refusal(base[(base["split"] != "test") | (base["ood_set"] == "")], ["category", "role"])
+refused = refusal(base[(base["split"] != "test") | (base["ood_set"] == "")], ["category", "role"])
 if (base["outcome"] == "refuse").mean() == 0:
-    print("This model refuses nothing: what follows exercises the machinery and says nothing about refusal.")
+    print(
+        "This model refuses nothing: what follows exercises the machinery and says nothing about refusal."
+    )
 
 # %%
-run.figure("fig_category", plots.rates(refused, "category", "role", "refused by the base (%)", {r: plots.KIND_COLOURS[k] for r, k in (
-    ("target", "target"), ("benign", "benign"), ("other_harm", "refused"), ("borderline", "borderline"))}),
-           "What the base model refuses, per category and role, over all splits in distribution.")
+run.figure(
+    "fig_category",
+    rates(
+        refused,
+        "category",
+        "role",
+        "refused by the base (%)",
+        {
+            r: KIND_COLOURS[k]
+            for r, k in (
+                ("target", "target"),
+                ("benign", "benign"),
+                ("other_harm", "refused"),
+                ("borderline", "borderline"),
+            )
+        },
+    ),
+    "What the base model refuses, per category and role, over all splits in distribution.",
+)
 
 # %%
 category = run.settings.categories[0]
-seen = experiment.seen_pairs(data.records, base, tok, category)
-run.figure("fig_seen", plots.prompt_view(seen), f"What the base model sees of {category}, token by token, and what it says: a prompt of each outcome, "
-           "and its benign counterpart. Filled: not in the other prompt of the pair; · is a space, ↵ a new line.")
+seen = seen_pairs(data.records, base, tok, category)
+run.figure(
+    "fig_seen",
+    prompt_view(seen),
+    f"What the base model sees of {category}, token by token, and what it says: a prompt of each outcome, "
+    "and its benign counterpart. Filled: not in the other prompt of the pair; · is a space, ↵ a new line.",
+)
 
 # %%
 run.finish()

@@ -25,40 +25,106 @@
 # compared in notebook 07.
 
 # %% tags=["parameters"]
-preset = "tiny"  # name of the preset (cdelta/presets.py)
+preset = "tiny"  # name of the preset (cdelta/artifact/presets.py)
 run_dir = ""  # folder of this run, by default data/runs/PRESET
 device = "auto"  # cpu, cuda or auto
 model = ""  # checkpoint folder or hub id, by default the one of the preset
-policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+policy = (
+    ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+)
 
 # %%
 import pandas as pd
 
-from cdelta import drawing, experiment, plots, store, study
-from cdelta.attribution import Scores, attribute
-from cdelta.circuit import Circuit, select, unit_scores
-from cdelta.delta import model_hash
+from cdelta.artifact.attention import (
+    attention_patterns,
+    attention_table,
+    bridge_of,
+    component_table,
+    strongest_parts,
+)
+from cdelta.artifact.controls import (
+    CONTROLS,
+    compare_controls,
+    control_table,
+    curve_table,
+    faithfulness_row,
+    verdict,
+)
+from cdelta.artifact.figures.graph import EDGES, NODES, circuit_graph, graph_figure, graph_page
+from cdelta.artifact.figures.plots import (
+    METHOD_COLOURS,
+    component_maps,
+    forest,
+    heatmap,
+    panel_lines,
+    stacked_by_layer,
+)
+from cdelta.artifact.run import open_run
+from cdelta.artifact.stability import overlap, sharing, stability
+from cdelta.artifact.subject import load_metric, load_subject
+from cdelta.attribution.metrics import sequence_metric
+from cdelta.attribution.scores import Scores, attribute
+from cdelta.circuit.circuit import Circuit
+from cdelta.circuit.controls import random_mask
+from cdelta.circuit.effects import direct_effects, leave_one_out, parts, total_effects
+from cdelta.circuit.faithfulness import curves, edge_circuits, unit_circuits, unit_parameters
+from cdelta.circuit.mask import layer_of, module_of, parse_unit
+from cdelta.circuit.ranking import unit_scores
+from cdelta.circuit.selection import select
+from cdelta.delta.weight_delta import model_hash
 from cdelta.errors import CdeltaError
-from cdelta.faithfulness import curves, direct_effects, edge_circuits, leave_one_out, parts, total_effects, unit_circuits, unit_parameters
-from cdelta.mask import layer_of, module_of, parse_unit, random_mask
-from cdelta.models import ModelSpec
+from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
+from cdelta.policy.selection import category_pairs, held_out_pairs, openings
 
-run = store.open_run("03_circuit", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_masks", "fig_circuit_heads", "fig_depth", "tab_top_units", "tab_faithfulness", "fig_faithfulness", "tab_controls", "fig_controls",
-                               "tab_stability", "fig_stability", "fig_overlap_circuits", "tab_overlap", "tab_sharing", "tab_components", "fig_parts",
-                               "fig_attention", "fig_graph", "page_graph"))
+run = open_run(
+    "03_circuit",
+    preset=preset,
+    run_dir=run_dir,
+    device=device,
+    model=model,
+    policy=policy,
+    produces=(
+        "tab_masks",
+        "fig_circuit_heads",
+        "fig_depth",
+        "tab_top_units",
+        "tab_faithfulness",
+        "fig_faithfulness",
+        "tab_controls",
+        "fig_controls",
+        "tab_stability",
+        "fig_stability",
+        "fig_overlap_circuits",
+        "tab_overlap",
+        "tab_sharing",
+        "tab_components",
+        "fig_parts",
+        "fig_attention",
+        "fig_graph",
+        "page_graph",
+    ),
+)
 # %%
-lm, tok = experiment.load_subject(run)
-spec, settings, metric = ModelSpec.from_model(lm), run.settings.circuit, experiment.load_metric(run)
+lm, tok = load_subject(run)
+spec, settings, metric = ModelSpec.from_model(lm), run.settings.circuit, load_metric(run)
 names, rows = run.settings.categories, 8 * run.settings.attribution.micro_batch
-scores = {folder.name: Scores.load(folder) for folder in sorted(run.input("02_attribution", "scores").iterdir())}
-data, base = Policy.load(run.input("01_dataset", "policy")), pd.read_parquet(run.input("01_dataset", "base.parquet"))
+scores = {
+    folder.name: Scores.load(folder)
+    for folder in sorted(run.input("02_attribution", "scores").iterdir())
+}
+data, base = (
+    Policy.load(run.input("01_dataset", "policy")),
+    pd.read_parquet(run.input("01_dataset", "base.parquet")),
+)
 discover, held_out, phrasing = {}, {}, {}
 for category in names:
-    discover[category], found = experiment.category_pairs(data.records, category, tok, run.settings.data.max_pairs)
-    phrasing[category] = experiment.openings(data.records, found)[: len(discover[category])]
-    held_out[category] = experiment.held_out_pairs(data.records, category, tok, settings.pairs)
+    discover[category], found = category_pairs(
+        data.records, category, tok, run.settings.data.max_pairs
+    )
+    phrasing[category] = openings(data.records, found)[: len(discover[category])]
+    held_out[category] = held_out_pairs(data.records, category, tok, settings.pairs)
 
 # %% [markdown]
 # ## Selection
@@ -69,36 +135,103 @@ identity = model_hash(lm)
 for category in names:
     others = [s for name, s in scores.items() if name != category]
     used[category] = unit_scores(scores[category], others, settings.ranking)
-    origin = {name: getattr(scores[category], name) for name in ("method", "steps", "rule", "n_pairs", "pairs_hash")}
-    circuits[category] = select(None, spec, param_budget=settings.param_budget, heads=used[category][0], neurons=used[category][1], fill=True,
-                                provenance={"category": category, "ranking": settings.ranking, "model_hash": identity, **origin})
+    origin = {
+        name: getattr(scores[category], name)
+        for name in ("method", "steps", "rule", "n_pairs", "pairs_hash")
+    }
+    circuits[category] = select(
+        None,
+        spec,
+        param_budget=settings.param_budget,
+        heads=used[category][0],
+        neurons=used[category][1],
+        fill=True,
+        provenance={
+            "category": category,
+            "ranking": settings.ranking,
+            "model_hash": identity,
+            **origin,
+        },
+    )
     circuits[category].save(run.path(f"{category}.json"))
     masks[category] = circuits[category].to_mask(spec)
 
 # %%
 facts = {c: m.report(spec) for c, m in masks.items()}
-table = pd.DataFrame([{"category": c, "fraction": m["fraction"], "parameters": m["entries"], "heads": m["heads"], "kv groups": m["kv_groups"], "neurons": m["neurons"]}
-                      for c, m in facts.items()])
-run.table("tab_masks", table, f"The parameter masks at a budget of {settings.param_budget:.0%} of all parameters, counted exactly.", digits=4)
+table = pd.DataFrame(
+    [
+        {
+            "category": c,
+            "fraction": m["fraction"],
+            "parameters": m["entries"],
+            "heads": m["heads"],
+            "kv groups": m["kv_groups"],
+            "neurons": m["neurons"],
+        }
+        for c, m in facts.items()
+    ]
+)
+run.table(
+    "tab_masks",
+    table,
+    f"The parameter masks at a budget of {settings.param_budget:.0%} of all parameters, counted exactly.",
+    digits=4,
+)
 
 # %% [markdown]
 # ## Where they sit
 
 # %%
-chosen = {c: [parse_unit(node)[1:] for node in circuit.nodes if node.startswith("a")] for c, circuit in circuits.items()}
-run.figure("fig_circuit_heads", plots.component_maps({c: scores[c].heads.numpy() for c in names}, "head", "effect (nats)", marked=chosen),
-           "Score of every attention head; framed: in the circuit. Blue carries refusal.")
+chosen = {
+    c: [parse_unit(node)[1:] for node in circuit.nodes if node.startswith("a")]
+    for c, circuit in circuits.items()
+}
+run.figure(
+    "fig_circuit_heads",
+    component_maps(
+        {c: scores[c].heads.numpy() for c in names}, "head", "effect (nats)", marked=chosen
+    ),
+    "Score of every attention head; framed: in the circuit. Blue carries refusal.",
+)
 
 # %%
-depth = pd.DataFrame([{"category": c, "layer": layer_of(name), "module": module_of(name), "value": 100 * m.size(name) / m.count()}
-                      for c, m in masks.items() for name in m.slices])
-run.figure("fig_depth", plots.stacked_by_layer(depth, "share of the mask (%)"), "Where in depth, and in which modules, each mask's parameters lie.")
+depth = pd.DataFrame(
+    [
+        {
+            "category": c,
+            "layer": layer_of(name),
+            "module": module_of(name),
+            "value": 100 * m.size(name) / m.count(),
+        }
+        for c, m in masks.items()
+        for name in m.slices
+    ]
+)
+run.figure(
+    "fig_depth",
+    stacked_by_layer(depth, "share of the mask (%)"),
+    "Where in depth, and in which modules, each mask's parameters lie.",
+)
 
 # %%
-top = [{"category": c, "unit": f"a{layer}.h{head}", "score": float(scores[c].heads[layer, head]), "in circuit": f"a{layer}.h{head}" in circuits[c].nodes}
-       for c in names for layer, head in sorted(((l, h) for l in range(spec.n_layers) for h in range(spec.n_heads)),
-                                                key=lambda at: -abs(float(scores[c].heads[at])))[:3]]
-run.table("tab_top_units", pd.DataFrame(top), "The three strongest heads of every category (nats), and whether the budget bought them.")
+top = [
+    {
+        "category": c,
+        "unit": f"a{layer}.h{head}",
+        "score": float(scores[c].heads[layer, head]),
+        "in circuit": f"a{layer}.h{head}" in circuits[c].nodes,
+    }
+    for c in names
+    for layer, head in sorted(
+        ((l, h) for l in range(spec.n_layers) for h in range(spec.n_heads)),
+        key=lambda at: -abs(float(scores[c].heads[at])),
+    )[:3]
+]
+run.table(
+    "tab_top_units",
+    pd.DataFrame(top),
+    "The three strongest heads of every category (nats), and whether the budget bought them.",
+)
 
 # %% [markdown]
 # ## Does the circuit do the refusing?
@@ -115,23 +248,53 @@ run.table("tab_top_units", pd.DataFrame(top), "The three strongest heads of ever
 # A ranking is only worth something against other rankings cut at the same sizes:
 
 # %%
-pd.DataFrame(study.CONTROLS.items(), columns=["control", "what it is"]).style.hide(axis="index").set_uuid("controls")
+pd.DataFrame(CONTROLS.items(), columns=["control", "what it is"]).style.hide(axis="index").set_uuid(
+    "controls"
+)
 
 # %%
-compared = study.compare_controls(lm, held_out, discover, metric, {c: scores[c] for c in names}, settings.seeds, settings.draws, settings.fractions, rows)
-lines = study.curve_table(compared)
-run.figure("fig_faithfulness", plots.panel_lines(lines, "fraction", "f", "kind", "share of units' parameters", "faithfulness f", plots.METHOD_COLOURS,
-                                                 mark=settings.param_budget * spec.n_params / unit_parameters(spec)),
-           f"Faithfulness against size on {len(held_out[names[0]])} held-out pairs per category, mean over {settings.seeds} samples of pairs, bands: bootstrap over "
-           "pairs. Dotted: the mask's budget.")
+compared = compare_controls(
+    lm,
+    held_out,
+    discover,
+    metric,
+    {c: scores[c] for c in names},
+    settings.seeds,
+    settings.draws,
+    settings.fractions,
+    rows,
+)
+lines = curve_table(compared)
+run.figure(
+    "fig_faithfulness",
+    panel_lines(
+        lines,
+        "fraction",
+        "f",
+        "kind",
+        "share of units' parameters",
+        "faithfulness f",
+        METHOD_COLOURS,
+        mark=settings.param_budget * spec.n_params / unit_parameters(spec),
+    ),
+    f"Faithfulness against size on {len(held_out[names[0]])} held-out pairs per category, mean over {settings.seeds} samples of pairs, bands: bootstrap over "
+    "pairs. Dotted: the mask's budget.",
+)
 
 # %%
-controls = study.control_table(compared)
-run.table("tab_controls", controls, "CPR of the circuit minus that of every control, paired over the held-out pairs (95 % bootstrap interval), "
-          "means over draws and seeds; f KL: of the whole next-token distribution, at the size that 'shared at' names.")
-run.figure("fig_controls", plots.forest(controls, "control", "difference", "CPR of the circuit minus CPR of the control"),
-           "The circuit against its controls (tab_controls).")
-print(study.verdict(controls))
+controls = control_table(compared)
+run.table(
+    "tab_controls",
+    controls,
+    "CPR of the circuit minus that of every control, paired over the held-out pairs (95 % bootstrap interval), "
+    "means over draws and seeds; f KL: of the whole next-token distribution, at the size that 'shared at' names.",
+)
+run.figure(
+    "fig_controls",
+    forest(controls, "control", "difference", "CPR of the circuit minus CPR of the control"),
+    "The circuit against its controls (tab_controls).",
+)
+print(verdict(controls))
 
 # %% [markdown]
 # The numbers of the circuit that becomes the mask: `f` with its interval, under each kind of ablation; `f KL`, the same question asked of the
@@ -148,10 +311,35 @@ for category in names:
     series = {"units": unit_circuits(spec, *used[category], settings.fractions)}
     by_unit = curves(lm, held_out[category], metric, series, settings.fractions, rows=rows)["units"]
     few = held_out[category][: settings.edge_pairs]
-    by_edge = curves(lm, few, metric, {"edges": edge_circuits(scores[category], spec, settings.fractions)}, settings.fractions, rows=rows)["edges"]
-    table.append({"category": category, **study.faithfulness_row(lm, held_out[category], metric, circuits[category], by_unit, by_edge,
-                                                                 settings.again_pairs, settings.left_out, rows)})
-run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pairs (edges: {settings.edge_pairs} of them), completeness and minimality.")
+    by_edge = curves(
+        lm,
+        few,
+        metric,
+        {"edges": edge_circuits(scores[category], spec, settings.fractions)},
+        settings.fractions,
+        rows=rows,
+    )["edges"]
+    table.append(
+        {
+            "category": category,
+            **faithfulness_row(
+                lm,
+                held_out[category],
+                metric,
+                circuits[category],
+                by_unit,
+                by_edge,
+                settings.again_pairs,
+                settings.left_out,
+                rows,
+            ),
+        }
+    )
+run.table(
+    "tab_faithfulness",
+    pd.DataFrame(table),
+    f"Faithfulness on held-out pairs (edges: {settings.edge_pairs} of them), completeness and minimality.",
+)
 
 # %% [markdown]
 # ## Would other pairs, phrasings or settings give the same circuit?
@@ -161,22 +349,59 @@ run.table("tab_faithfulness", pd.DataFrame(table), f"Faithfulness on held-out pa
 # steps, and as metric the log-odds of whole answers' first tokens instead of the first one's.
 
 # %%
-answers, table, steps = experiment.sequence_metric(tok, base), [], run.settings.attribution.convergence
-how = {"method": run.settings.attribution.method, "rule": run.settings.attribution.rule, "micro_batch": run.settings.attribution.micro_batch, "per_pair": True}
+answers, table, steps = sequence_metric(tok, base), [], run.settings.attribution.convergence
+how = {
+    "method": run.settings.attribution.method,
+    "rule": run.settings.attribution.rule,
+    "micro_batch": run.settings.attribution.micro_batch,
+    "per_pair": True,
+}
 for category in names:
     few = discover[category][: settings.again_pairs]
-    again = {f"IG with {n} step(s)": attribute(lm, few, metric, steps=n, **how) for n in (steps[0], steps[-1])}
-    again["metric over answers"] = attribute(lm, few, answers, steps=run.settings.attribution.steps, **how)
-    table.append(study.stability(spec, category, scores[category], phrasing[category], again, settings.param_budget, settings.bootstrap))
+    again = {
+        f"IG with {n} step(s)": attribute(lm, few, metric, steps=n, **how)
+        for n in (steps[0], steps[-1])
+    }
+    again["metric over answers"] = attribute(
+        lm, few, answers, steps=run.settings.attribution.steps, **how
+    )
+    table.append(
+        stability(
+            spec,
+            category,
+            scores[category],
+            phrasing[category],
+            again,
+            settings.param_budget,
+            settings.bootstrap,
+        )
+    )
 table = pd.concat(table, ignore_index=True)
 
 # %%
-run.table("tab_stability", table, "Overlap of the selected units and rank correlation of all units' scores, "
-          f"medians over {settings.bootstrap} draws and the middle 95 % of them.")
-run.figure("fig_stability", plots.forest(table, "variation", "Jaccard", "Jaccard overlap of the selected units", "Jaccard low", "Jaccard high", line=settings.stable_at),
-           f"Stability of the selection. Dotted: {settings.stable_at:g}, below which a circuit is called unstable.")
+run.table(
+    "tab_stability",
+    table,
+    "Overlap of the selected units and rank correlation of all units' scores, "
+    f"medians over {settings.bootstrap} draws and the middle 95 % of them.",
+)
+run.figure(
+    "fig_stability",
+    forest(
+        table,
+        "variation",
+        "Jaccard",
+        "Jaccard overlap of the selected units",
+        "Jaccard low",
+        "Jaccard high",
+        line=settings.stable_at,
+    ),
+    f"Stability of the selection. Dotted: {settings.stable_at:g}, below which a circuit is called unstable.",
+)
 for row in table[table["Jaccard"] < settings.stable_at].to_dict("records"):
-    print(f"WARNING: the circuit of {row['category']} is unstable under '{row['variation']}': Jaccard {row['Jaccard']:.2f} (threshold {settings.stable_at:g}).")
+    print(
+        f"WARNING: the circuit of {row['category']} is unstable under '{row['variation']}': Jaccard {row['Jaccard']:.2f} (threshold {settings.stable_at:g})."
+    )
 
 # %% [markdown]
 # ## What the circuits share
@@ -184,16 +409,30 @@ for row in table[table["Jaccard"] < settings.stable_at].to_dict("records"):
 # Jaccard overlap of the selected units; the table has its interval when the pairs are redrawn, the last print what chance gives.
 
 # %%
-jaccard = pd.DataFrame([[circuits[a].jaccard(circuits[b]) for b in names] for a in names], index=names, columns=names)
-run.figure("fig_overlap_circuits", plots.heatmap(jaccard, "Jaccard overlap of units", percent=False, vmax=1.0), "Overlap of the categories' circuits.")
-table = study.overlap(spec, {c: scores[c] for c in names}, settings.param_budget, settings.bootstrap)
-run.table("tab_overlap", table, f"Overlap of every two circuits of the plain scores, with the middle 95 % over {settings.bootstrap} redrawn samples of pairs.")
+jaccard = pd.DataFrame(
+    [[circuits[a].jaccard(circuits[b]) for b in names] for a in names], index=names, columns=names
+)
+run.figure(
+    "fig_overlap_circuits",
+    heatmap(jaccard, "Jaccard overlap of units", percent=False, vmax=1.0),
+    "Overlap of the categories' circuits.",
+)
+table = overlap(spec, {c: scores[c] for c in names}, settings.param_budget, settings.bootstrap)
+run.table(
+    "tab_overlap",
+    table,
+    f"Overlap of every two circuits of the plain scores, with the middle 95 % over {settings.bootstrap} redrawn samples of pairs.",
+)
 chance = random_mask(spec, settings.param_budget, 0), random_mask(spec, settings.param_budget, 1)
-print(f"Two random masks of this size: {Circuit(chance[0].units).jaccard(Circuit(chance[1].units)):.2f}.")
+print(
+    f"Two random masks of this size: {Circuit(chance[0].units).jaccard(Circuit(chance[1].units)):.2f}."
+)
 
 # %%
-sharing = study.sharing(circuits)
-run.table("tab_sharing", sharing, "Units of every circuit by how many categories' circuits own them.")
+sharing = sharing(circuits)
+run.table(
+    "tab_sharing", sharing, "Units of every circuit by how many categories' circuits own them."
+)
 
 # %% [markdown]
 # ## What the parts do
@@ -206,13 +445,30 @@ run.table("tab_sharing", sharing, "Units of every circuit by how many categories
 table = []
 for category in names:
     pieces, pairs = parts(circuits[category]), held_out[category]
-    effects = {"total": total_effects(lm, pairs, metric, pieces, rows=rows), "direct": direct_effects(lm, pairs, metric, pieces, rows=rows),
-               "left out": leave_one_out(lm, pairs, metric, circuits[category], pieces, rows=rows)}
-    table.append(study.component_table(category, effects))
-table = study.strongest_parts(pd.concat(table, ignore_index=True))
-run.table("tab_components", table, "Effect of the circuits' parts on the metric (nats), with 95 % bootstrap intervals over pairs.")
-run.figure("fig_parts", plots.forest(table, "part", "value", "fall of the metric without the part (nats)", hue="effect", categories=names),
-           "Effect of the circuits' parts (tab_components).")
+    effects = {
+        "total": total_effects(lm, pairs, metric, pieces, rows=rows),
+        "direct": direct_effects(lm, pairs, metric, pieces, rows=rows),
+        "left out": leave_one_out(lm, pairs, metric, circuits[category], pieces, rows=rows),
+    }
+    table.append(component_table(category, effects))
+table = strongest_parts(pd.concat(table, ignore_index=True))
+run.table(
+    "tab_components",
+    table,
+    "Effect of the circuits' parts on the metric (nats), with 95 % bootstrap intervals over pairs.",
+)
+run.figure(
+    "fig_parts",
+    forest(
+        table,
+        "part",
+        "value",
+        "fall of the metric without the part (nats)",
+        hue="effect",
+        categories=names,
+    ),
+    "Effect of the circuits' parts (tab_components).",
+)
 
 # %% [markdown]
 # ## What the heads attend to
@@ -221,18 +477,25 @@ run.figure("fig_parts", plots.forest(table, "part", "value", "fall of the metric
 
 # %%
 try:
-    bridge, table = study.bridge_of(lm, tok), []
+    bridge, table = bridge_of(lm, tok), []
     for category in names:
         pairs = held_out[category][: settings.again_pairs]
-        heads = sorted(chosen[category], key=lambda at: used[category][0][at].abs().item(), reverse=True)[:4]
-        patterns = study.attention_patterns(bridge, pairs.clean, [f"a{layer}.h{head}" for layer, head in heads])
-        table.append(study.attention_table(patterns, pairs).assign(category=category))
+        heads = sorted(
+            chosen[category], key=lambda at: used[category][0][at].abs().item(), reverse=True
+        )[:4]
+        patterns = attention_patterns(
+            bridge, pairs.clean, [f"a{layer}.h{head}" for layer, head in heads]
+        )
+        table.append(attention_table(patterns, pairs).assign(category=category))
     attention = pd.concat(table, ignore_index=True)
 except CdeltaError as error:
     print(error)
     attention = pd.DataFrame(columns=["category", "head", "key", "value"])
-run.figure("fig_attention", plots.stacked_by_layer(attention, "attention (%)", "head", "key", rotation=30),
-           "Attention from the last prompt token of each circuit's strongest heads, by what it goes to (mean over held-out pairs).")
+run.figure(
+    "fig_attention",
+    stacked_by_layer(attention, "attention (%)", "head", "key", rotation=30),
+    "Attention from the last prompt token of each circuit's strongest heads, by what it goes to (mean over held-out pairs).",
+)
 
 # %% [markdown]
 # ## The circuits, drawn
@@ -241,10 +504,17 @@ run.figure("fig_attention", plots.stacked_by_layer(attention, "attention (%)", "
 # arrows into and out of neurons are those of the whole MLP.
 
 # %%
-graphs = {c: drawing.circuit_graph(scores[c], circuits[c]) for c in names}
-run.figure("fig_graph", drawing.graph_figure(graphs),
-           f"The circuits: their strongest parts (at most {drawing.NODES}) and the strongest edges between them (at most {drawing.EDGES}).")
-run.page("page_graph", drawing.graph_page(graphs, f"Circuits ({run.settings.name})"), "The circuits as graphs: choose a category, click a part.")
+graphs = {c: circuit_graph(scores[c], circuits[c]) for c in names}
+run.figure(
+    "fig_graph",
+    graph_figure(graphs),
+    f"The circuits: their strongest parts (at most {NODES}) and the strongest edges between them (at most {EDGES}).",
+)
+run.page(
+    "page_graph",
+    graph_page(graphs, f"Circuits ({run.settings.name})"),
+    "The circuits as graphs: choose a category, click a part.",
+)
 
 # %%
 run.finish()

@@ -31,29 +31,61 @@
 # categories within 5 points, skills at least 99 % of the base.
 
 # %% tags=["parameters"]
-preset = "tiny"  # name of the preset (cdelta/presets.py)
+preset = "tiny"  # name of the preset (cdelta/artifact/presets.py)
 run_dir = ""  # folder of this run, by default data/runs/PRESET
 device = "auto"  # cpu, cuda or auto
 model = ""  # checkpoint folder or hub id, by default the one of the preset
-policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+policy = (
+    ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+)
 
 # %%
 import pandas as pd
 
-from cdelta import baselines, evaluate, experiment, plots, store, tables
-from cdelta.edit import fit_sides
-from cdelta.mask import layer_of, module_of
-from cdelta.models import ModelSpec
+from cdelta.artifact.figures.plots import loss_curves, scale_curves, stacked_by_layer
+from cdelta.artifact.run import open_run
+from cdelta.artifact.subject import load_mask, load_metric, load_subject
+from cdelta.circuit.mask import layer_of, module_of
+from cdelta.edit.fit import fit_sides
+from cdelta.edit.rows import fit_settings, training_rows
+from cdelta.edit.scale import caps_of
+from cdelta.edit.stop import stop_rule
+from cdelta.evaluation import measure as evaluate
+from cdelta.evaluation.measure import evaluate
+from cdelta.evaluation.rates import curve_bands
+from cdelta.methods.tuning import tune
+from cdelta.models.spec import ModelSpec
+from cdelta.policy.selection import limited
 
-run = store.open_run("04_edit", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("fig_loss", "tab_training", "tab_scale", "fig_scale", "fig_norms", "tab_before_after"))
-lm, tok = experiment.load_subject(run)
+run = open_run(
+    "04_edit",
+    preset=preset,
+    run_dir=run_dir,
+    device=device,
+    model=model,
+    policy=policy,
+    produces=(
+        "fig_loss",
+        "tab_training",
+        "tab_scale",
+        "fig_scale",
+        "fig_norms",
+        "tab_before_after",
+    ),
+)
+lm, tok = load_subject(run)
 spec, how = ModelSpec.from_model(lm), run.settings.edit
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
-metric, ask = experiment.load_metric(run), {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size}
-val = experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
-val_base = evaluate.evaluate(lm, tok, val, metric, **ask)
-caps = experiment.caps_of(val_base)
+metric, ask = (
+    load_metric(run),
+    {
+        "max_new_tokens": run.settings.evaluation.max_new_tokens,
+        "batch_size": run.settings.evaluation.batch_size,
+    },
+)
+val = limited(base[base["split"] == "val"], run.settings.data.validation_limit)
+val_base = evaluate(lm, tok, val, metric, **ask)
+caps = caps_of(val_base)
 print(f"{len(val)} validation prompts; caps: {caps}")
 
 # %% [markdown]
@@ -62,30 +94,70 @@ print(f"{len(val)} validation prompts; caps: {caps}")
 # %%
 deltas, logs, curves = {}, [], []
 for category in run.settings.categories:
-    mask = experiment.load_mask(run, category, spec)
-    stop = experiment.stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance, **ask)
+    mask = load_mask(run, category, spec)
+    stop = stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance, **ask)
     for seed in run.settings.seeds:
-        rows = experiment.training_rows(base, category, seed)
-        plus, minus, log = fit_sides(lm, tok, mask, *rows, stop=stop, seed=seed, metadata={"category": category}, **experiment.fit_settings(how))
+        rows = training_rows(base, category, seed)
+        plus, minus, log = fit_sides(
+            lm,
+            tok,
+            mask,
+            *rows,
+            stop=stop,
+            seed=seed,
+            metadata={"category": category},
+            **fit_settings(how),
+        )
         delta = plus if minus is None else plus - minus
         logs += [row | {"category": category, "seed": seed} for row in log]
-        chosen = baselines.tune(lm, tok, {"": delta}, val, val_base, category, caps, how.scales, method="cdelta", seed=seed, metric=metric, **ask)
-        deltas[category, seed] = delta.with_metadata(k=chosen.strength, within_caps=chosen.within_caps)
+        chosen = tune(
+            lm,
+            tok,
+            {"": delta},
+            val,
+            val_base,
+            category,
+            caps,
+            how.scales,
+            method="cdelta",
+            seed=seed,
+            metric=metric,
+            **ask,
+        )
+        deltas[category, seed] = delta.with_metadata(
+            k=chosen.strength, within_caps=chosen.within_caps
+        )
         deltas[category, seed].save(run.path(f"{category}-{seed}"))
-        curves.append(chosen.curve.assign(category=category, seed=seed, chosen=chosen.curve["k"] == chosen.strength))
-        print(f"{category}, seed {seed}: k = {chosen.strength}, {chosen.curve.loc[chosen.curve['k'] == chosen.strength, 'target'].item():.0%} refused on validation")
+        curves.append(
+            chosen.curve.assign(
+                category=category, seed=seed, chosen=chosen.curve["k"] == chosen.strength
+            )
+        )
+        print(
+            f"{category}, seed {seed}: k = {chosen.strength}, {chosen.curve.loc[chosen.curve['k'] == chosen.strength, 'target'].item():.0%} refused on validation"
+        )
 
 # %%
 pd.DataFrame(logs).to_parquet(run.path("log.parquet"), index=False)
 curve = pd.concat(curves, ignore_index=True)
 curve.to_parquet(run.path("curve.parquet"), index=False)
 loss = pd.DataFrame(logs)
-loss = loss[loss["seed"] == run.settings.seeds[0]].assign(line=loss["category"] + " " + loss["side"].map({"plus": "θ⁺", "minus": "θ⁻"}))
-run.figure("fig_loss", plots.loss_curves(loss), "Training loss of both sides per category (first seed); lines end where the stop rule held.")
+loss = loss[loss["seed"] == run.settings.seeds[0]].assign(
+    line=loss["category"] + " " + loss["side"].map({"plus": "θ⁺", "minus": "θ⁻"})
+)
+run.figure(
+    "fig_loss",
+    loss_curves(loss),
+    "Training loss of both sides per category (first seed); lines end where the stop rule held.",
+)
 
 # %%
 ended = [{"category": c, "seed": s, **d.metadata["training"]} for (c, s), d in deltas.items()]
-run.table("tab_training", pd.DataFrame(ended), "After how many steps the training ended, and whether the stop rule ended it.")
+run.table(
+    "tab_training",
+    pd.DataFrame(ended),
+    "After how many steps the training ended, and whether the stop rule ended it.",
+)
 
 # %% [markdown]
 # ## The whole k curve
@@ -94,18 +166,44 @@ run.table("tab_training", pd.DataFrame(ended), "After how many steps the trainin
 # change of another category's refusal (a change, so without an interval).
 
 # %%
-bands = tables.curve_bands(curve, val)
-picked = {c: curve[(curve["category"] == c) & curve["chosen"]]["k"].mean() for c in run.settings.categories}
-run.figure("fig_scale", plots.scale_curves(bands, picked), "Validation rates against the scale k (Wilson 95 %); dotted: the chosen k (mean over seeds).")
-run.table("tab_scale", curve[curve["chosen"]].drop(columns=["candidate", "chosen"]), "The chosen scale per category and seed, and its validation rates.")
+bands = curve_bands(curve, val)
+picked = {
+    c: curve[(curve["category"] == c) & curve["chosen"]]["k"].mean()
+    for c in run.settings.categories
+}
+run.figure(
+    "fig_scale",
+    scale_curves(bands, picked),
+    "Validation rates against the scale k (Wilson 95 %); dotted: the chosen k (mean over seeds).",
+)
+run.table(
+    "tab_scale",
+    curve[curve["chosen"]].drop(columns=["candidate", "chosen"]),
+    "The chosen scale per category and seed, and its validation rates.",
+)
 
 # %% [markdown]
 # ## Where the update sits
 
 # %%
-norms = pd.DataFrame([{"category": c, "layer": layer_of(name), "module": module_of(name), "value": value**2 / delta.norm() ** 2 * 100}
-                      for (c, s), delta in deltas.items() if s == run.settings.seeds[0] for name, value in delta.norms().items()])
-run.figure("fig_norms", plots.stacked_by_layer(norms, "share of energy (%)"), "Where the update's squared norm lies, by layer and module (first seed).")
+norms = pd.DataFrame(
+    [
+        {
+            "category": c,
+            "layer": layer_of(name),
+            "module": module_of(name),
+            "value": value**2 / delta.norm() ** 2 * 100,
+        }
+        for (c, s), delta in deltas.items()
+        if s == run.settings.seeds[0]
+        for name, value in delta.norms().items()
+    ]
+)
+run.figure(
+    "fig_norms",
+    stacked_by_layer(norms, "share of energy (%)"),
+    "Where the update's squared norm lies, by layer and module (first seed).",
+)
 
 # %% [markdown]
 # ## Before and after
@@ -114,11 +212,29 @@ run.figure("fig_norms", plots.stacked_by_layer(norms, "share of energy (%)"), "W
 rows = []
 for category in run.settings.categories:
     delta = deltas[category, run.settings.seeds[0]]
-    shown = val[(val["category"] == category) & val["role"].isin(("target", "benign")) & (val["outcome"] == "comply")].groupby("role").head(1)
+    shown = (
+        val[
+            (val["category"] == category)
+            & val["role"].isin(("target", "benign"))
+            & (val["outcome"] == "comply")
+        ]
+        .groupby("role")
+        .head(1)
+    )
     with delta.applied(lm, delta.metadata["k"]):
-        rows += [{"edit": category, "prompt": p, "before": b, "after": a}
-                 for p, b, a in zip(shown["prompt"], shown["answer"], evaluate.generate(lm, tok, list(shown["prompt"]), **ask))]
-run.table("tab_before_after", pd.DataFrame(rows, columns=["edit", "prompt", "before", "after"]), "Answers before and after (validation prompts, first seed).")
+        rows += [
+            {"edit": category, "prompt": p, "before": b, "after": a}
+            for p, b, a in zip(
+                shown["prompt"],
+                shown["answer"],
+                evaluate.generate(lm, tok, list(shown["prompt"]), **ask),
+            )
+        ]
+run.table(
+    "tab_before_after",
+    pd.DataFrame(rows, columns=["edit", "prompt", "before", "after"]),
+    "Answers before and after (validation prompts, first seed).",
+)
 
 # %%
 run.finish()

@@ -39,28 +39,81 @@
 # three seeds. What draws nothing at random has one.
 
 # %% tags=["parameters"]
-preset = "tiny"  # name of the preset (cdelta/presets.py)
+preset = "tiny"  # name of the preset (cdelta/artifact/presets.py)
 run_dir = ""  # folder of this run, by default data/runs/PRESET
 device = "auto"  # cpu, cuda or auto
 model = ""  # checkpoint folder or hub id, by default the one of the preset
-policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+policy = (
+    ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+)
 
 # %%
 import pandas as pd
 
-from cdelta import classifiers, compare, experiment, plots, results, store
+from cdelta.artifact.figures.plots import PAGE, heatmap, judges, matrices, method_bars, tradeoff
+from cdelta.artifact.jobs import Comparison
+from cdelta.artifact.overview import labelled_answers
+from cdelta.artifact.run import open_run
+from cdelta.artifact.targets import targets_met
+from cdelta.evaluation.classifiers import RULE_JUDGES, classifier
+from cdelta.evaluation.comparison import (
+    TITLES,
+    calibrations,
+    compare,
+    diagonal_gap,
+    harness_utility,
+    matrix,
+    measured,
+    ood,
+    overrefusal,
+    reliability,
+    robustness,
+    selectivity,
+    shift,
+    tradeoff,
+    utility,
+    verdicts,
+    wide_matrix,
+    with_pooled,
+)
 
-run = store.open_run("05_evaluation", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_selectivity", "fig_selectivity", "tab_compare", "tab_matrix", "fig_matrix", "fig_matrices", "tab_ood", "fig_ood",
-                               "tab_overrefusal", "tab_utility", "tab_shift", "tab_robustness", "fig_robustness", "tab_tuning", "fig_tradeoff",
-                               "tab_judges", "fig_judges", "tab_targets"))
-comparison = compare.Comparison(run)
-print(f"{len(comparison.jobs)} jobs (method, category, seed); {len(comparison.test)} test prompts, {len(comparison.val)} for choosing strengths")
+run = open_run(
+    "05_evaluation",
+    preset=preset,
+    run_dir=run_dir,
+    device=device,
+    model=model,
+    policy=policy,
+    produces=(
+        "tab_selectivity",
+        "fig_selectivity",
+        "tab_compare",
+        "tab_matrix",
+        "fig_matrix",
+        "fig_matrices",
+        "tab_ood",
+        "fig_ood",
+        "tab_overrefusal",
+        "tab_utility",
+        "tab_shift",
+        "tab_robustness",
+        "fig_robustness",
+        "tab_tuning",
+        "fig_tradeoff",
+        "tab_judges",
+        "fig_judges",
+        "tab_targets",
+    ),
+)
+comparison = Comparison(run)
+print(
+    f"{len(comparison.jobs)} jobs (method, category, seed); {len(comparison.test)} test prompts, {len(comparison.val)} for choosing strengths"
+)
 
 # %% [markdown]
 # ## Making, choosing, measuring
 #
-# One job per method, category and seed. Each is kept as it comes, so that a killed run goes on where it was, and `python -m cdelta.compare` in
+# One job per method, category and seed. Each is kept as it comes, so that a killed run goes on where it was, and `python -m cdelta.artifact.jobs` in
 # other processes may share the work. Everything below is computed from the rows that are saved here, and from nothing else.
 
 # %%
@@ -79,12 +132,19 @@ for method, reason in comparison.skipped().items():
 # benign twins and of other categories' harm, and correct answers to skills; they should stay where the base has them.
 
 # %%
-selectivity = results.selectivity(rows)
-run.table("tab_selectivity", selectivity, "Selectivity on the test split, per category and method (rates 0-1, Wilson 95 %).")
+selectivity = selectivity(rows)
+run.table(
+    "tab_selectivity",
+    selectivity,
+    "Selectivity on the test split, per category and method (rates 0-1, Wilson 95 %).",
+)
 
 # %%
-run.figure("fig_selectivity", plots.method_bars(results.measured(rows).replace({"measure": results.TITLES}), "measure", "rate (%)"),
-           "Test rates per method. Bar: all categories together (Wilson 95 % over prompts); dots: single categories.")
+run.figure(
+    "fig_selectivity",
+    method_bars(measured(rows).replace({"measure": TITLES}), "measure", "rate (%)"),
+    "Test rates per method. Bar: all categories together (Wilson 95 % over prompts); dots: single categories.",
+)
 
 # %% [markdown]
 # ## C-ΔΘ against every method
@@ -95,9 +155,13 @@ run.figure("fig_selectivity", plots.method_bars(results.measured(rows).replace({
 
 # %%
 methods = [m for m in dict.fromkeys(rows["method"]) if m != "cdelta"]
-compared = results.compare(rows, "cdelta", methods)
-run.table("tab_compare", compared, "C-ΔΘ against every method on the same test prompts, per category and pooled.")
-print(results.verdicts(compared))
+compared = compare(rows, "cdelta", methods)
+run.table(
+    "tab_compare",
+    compared,
+    "C-ΔΘ against every method on the same test prompts, per category and pooled.",
+)
+print(verdicts(compared))
 
 # %% [markdown]
 # ## Every edit against every prompt
@@ -106,17 +170,31 @@ print(results.verdicts(compared))
 # the diagonal minus the mean rise off it (1 at best).
 
 # %%
-matrix = results.matrix(rows)
+matrix = matrix(rows)
 run.table("tab_matrix", matrix, "Refusal of every kind of prompt under every edit (C-ΔΘ).")
-wide = {method: results.wide_matrix(results.matrix(rows, method), run.settings.categories) for method in ["cdelta", *methods] if method != "base"}
-run.figure("fig_matrix", plots.heatmap(wide["cdelta"], "refused (%)", width=plots.PAGE, height=2.6),
-           "Refusal (%) of every prompt category under every edit of C-ΔΘ (test split).")
+wide = {
+    method: wide_matrix(matrix(rows, method), run.settings.categories)
+    for method in ["cdelta", *methods]
+    if method != "base"
+}
+run.figure(
+    "fig_matrix",
+    heatmap(wide["cdelta"], "refused (%)", width=PAGE, height=2.6),
+    "Refusal (%) of every prompt category under every edit of C-ΔΘ (test split).",
+)
 
 # %%
-run.figure("fig_matrices", plots.matrices({m: t.drop(index="base") for m, t in wide.items()}, "refused (%)"),
-           "The same matrix for every method: edited category (rows) against asked category (columns).")
+run.figure(
+    "fig_matrices",
+    matrices({m: t.drop(index="base") for m, t in wide.items()}, "refused (%)"),
+    "The same matrix for every method: edited category (rows) against asked category (columns).",
+)
 if len(run.settings.categories) > 1:
-    print(pd.Series({method: results.diagonal_gap(results.matrix(rows, method)) for method in wide}, name="gap").round(3).to_string())
+    print(
+        pd.Series({method: diagonal_gap(matrix(rows, method)) for method in wide}, name="gap")
+        .round(3)
+        .to_string()
+    )
 
 # %% [markdown]
 # ## Out of distribution
@@ -125,10 +203,15 @@ if len(run.settings.categories) > 1:
 # fiction, politeness, answer prefixes and typos around requests; external sets appear under their names where the preset names them.
 
 # %%
-ood = results.ood(rows)
+ood = ood(rows)
 run.table("tab_ood", ood, "Target refusal, and its benign twins', on the out-of-distribution sets.")
-run.figure("fig_ood", plots.method_bars(results.with_pooled(ood, ["ood_set", "method"], "refusal"), "ood_set", "target refused (%)"),
-           "Target refusal on out-of-distribution sets. Bar: all categories (Wilson 95 %); dots: single categories.")
+run.figure(
+    "fig_ood",
+    method_bars(
+        with_pooled(ood, ["ood_set", "method"], "refusal"), "ood_set", "target refused (%)"
+    ),
+    "Target refusal on out-of-distribution sets. Bar: all categories (Wilson 95 %); dots: single categories.",
+)
 
 # %% [markdown]
 # ## Over-refusal, utility, and distance from the base
@@ -138,9 +221,22 @@ run.figure("fig_ood", plots.method_bars(results.with_pooled(ood, ["ood_set", "me
 # surprised the model is by the base's own answers.
 
 # %%
-run.table("tab_overrefusal", results.overrefusal(rows), "Refusal of borderline prompts: they look unsafe and are not.")
-run.table("tab_utility", pd.concat([results.utility(rows), results.harness_utility(comparison.tasks())]), "Accuracy per skill under every method.")
-run.table("tab_shift", results.shift(comparison.shifts()), "KL and perplexity on the base's benign answers (bootstrap 95 % over prompts).", digits=4)
+run.table(
+    "tab_overrefusal",
+    overrefusal(rows),
+    "Refusal of borderline prompts: they look unsafe and are not.",
+)
+run.table(
+    "tab_utility",
+    pd.concat([utility(rows), harness_utility(comparison.tasks())]),
+    "Accuracy per skill under every method.",
+)
+run.table(
+    "tab_shift",
+    shift(comparison.shifts()),
+    "KL and perplexity on the base's benign answers (bootstrap 95 % over prompts).",
+    digits=4,
+)
 
 # %% [markdown]
 # ## Robustness
@@ -150,11 +246,25 @@ run.table("tab_shift", results.shift(comparison.shifts()), "KL and perplexity on
 # if target refusal stays; both attacks are made on the first seed, and `none` is the model before them.
 
 # %%
-robustness = results.robustness(rows)
-run.table("tab_robustness", robustness, "Target refusal, benign refusal and skills after attacks, and on out-of-distribution sets.")
-attacked = robustness[robustness["method"].isin(run.settings.evaluation.attacked) & ~robustness["attack"].isin(ood["ood_set"])]
-run.figure("fig_robustness", plots.method_bars(results.with_pooled(attacked, ["attack", "method"], "target_refusal"), "attack", "target refused (%)"),
-           "Target refusal before and after attacks on the model.")
+robustness = robustness(rows)
+run.table(
+    "tab_robustness",
+    robustness,
+    "Target refusal, benign refusal and skills after attacks, and on out-of-distribution sets.",
+)
+attacked = robustness[
+    robustness["method"].isin(run.settings.evaluation.attacked)
+    & ~robustness["attack"].isin(ood["ood_set"])
+]
+run.figure(
+    "fig_robustness",
+    method_bars(
+        with_pooled(attacked, ["attack", "method"], "target_refusal"),
+        "attack",
+        "target refused (%)",
+    ),
+    "Target refusal before and after attacks on the model.",
+)
 
 # %% [markdown]
 # ## What more strength would cost
@@ -163,9 +273,16 @@ run.figure("fig_robustness", plots.method_bars(results.with_pooled(attacked, ["a
 # category, change of another category's refusal, and loss on skills; upper left is best, and the ring is the strength that the rule chose.
 
 # %%
-run.table("tab_tuning", tuning[tuning["chosen"]].drop(columns="chosen").reset_index(drop=True), "The chosen candidate and strength of every job, and its validation rates.")
-run.figure("fig_tradeoff", plots.tradeoff(results.tradeoff(tuning), "worst side effect on validation (%)", "target refused (%)"),
-           "Trade-off over the strength: target refusal against the worst side effect (validation, mean over seeds).")
+run.table(
+    "tab_tuning",
+    tuning[tuning["chosen"]].drop(columns="chosen").reset_index(drop=True),
+    "The chosen candidate and strength of every job, and its validation rates.",
+)
+run.figure(
+    "fig_tradeoff",
+    tradeoff(tradeoff(tuning), "worst side effect on validation (%)", "target refused (%)"),
+    "Trade-off over the strength: target refusal against the worst side effect (validation, mean over seeds).",
+)
 
 # %% [markdown]
 # ## Can the judge be trusted?
@@ -174,12 +291,21 @@ run.figure("fig_tradeoff", plots.tradeoff(results.tradeoff(tuning), "worst side 
 # had. *Agreement* is the share of answers on which a judge and the label say the same; *false positives* are compliances called refusals.
 
 # %%
-labelled = experiment.labelled_answers(run, rows)
-judges = classifiers.RULE_JUDGES | {name: classifiers.classifier(name) for name in run.settings.evaluation.judges}
-calibration = results.calibrations(labelled, judges)
-run.table("tab_judges", calibration, "Judges against labels. A judge or data set that is missing says why in `note`.")
-run.figure("fig_judges", plots.judges(calibration[calibration["source"] == "all"].dropna(subset="accuracy"), results.reliability(labelled)),
-           "Left: agreement of judges with labels. Right: share of labelled refusals per bin of the log-odds at the first token.")
+labelled = labelled_answers(run, rows)
+judges = RULE_JUDGES | {name: classifier(name) for name in run.settings.evaluation.judges}
+calibration = calibrations(labelled, judges)
+run.table(
+    "tab_judges",
+    calibration,
+    "Judges against labels. A judge or data set that is missing says why in `note`.",
+)
+run.figure(
+    "fig_judges",
+    judges(
+        calibration[calibration["source"] == "all"].dropna(subset="accuracy"), reliability(labelled)
+    ),
+    "Left: agreement of judges with labels. Right: share of labelled refusals per bin of the log-odds at the first token.",
+)
 
 # %% [markdown]
 # ## Were the targets met?
@@ -188,8 +314,12 @@ run.figure("fig_judges", plots.judges(calibration[calibration["source"] == "all"
 # least 99 % of the base, held-out words at least 90 % refused.
 
 # %%
-met = experiment.targets_met(rows)
-run.table("tab_targets", met, "The targets set beforehand, and what was measured (test split, mean over seeds).")
+met = targets_met(rows)
+run.table(
+    "tab_targets",
+    met,
+    "The targets set beforehand, and what was measured (test split, mean over seeds).",
+)
 print(f"{met['met'].sum()} of {len(met)} targets met")
 
 # %%

@@ -21,36 +21,66 @@
 # for others). All rates here are on the **validation** split, so that nothing is tuned on test.
 
 # %% tags=["parameters"]
-preset = "tiny"  # name of the preset (cdelta/presets.py)
+preset = "tiny"  # name of the preset (cdelta/artifact/presets.py)
 run_dir = ""  # folder of this run, by default data/runs/PRESET
 device = "auto"  # cpu, cuda or auto
 model = ""  # checkpoint folder or hub id, by default the one of the preset
-policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+policy = (
+    ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the one of the preset
+)
 
 # %%
 import pandas as pd
 from tqdm import tqdm
 
-from cdelta import baselines, evaluate, experiment, plots, store
-from cdelta.attribution import Scores
-from cdelta.circuit import select, unit_scores
-from cdelta.delta import WeightDelta
-from cdelta.edit import fit_delta
-from cdelta.mask import random_mask
-from cdelta.models import ModelSpec
+from cdelta.artifact.figures.plots import METHOD_COLOURS, small_lines
+from cdelta.artifact.run import open_run
+from cdelta.artifact.subject import load_metric, load_subject
+from cdelta.attribution.scores import Scores
+from cdelta.circuit.controls import random_mask
+from cdelta.circuit.ranking import unit_scores
+from cdelta.circuit.selection import select
+from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.fit import fit_delta
+from cdelta.edit.rows import fit_settings, training_rows
+from cdelta.edit.scale import caps_of
+from cdelta.edit.stop import stop_rule
+from cdelta.evaluation.measure import evaluate
+from cdelta.methods.tuning import tune, tune_layers
+from cdelta.models.spec import ModelSpec
+from cdelta.policy.selection import limited
 
-run = store.open_run("07_ablations", preset=preset, run_dir=run_dir, device=device, model=model, policy=policy,
-                     produces=("tab_ablations", "fig_budget", "tab_layer_scales"))
-lm, tok = experiment.load_subject(run)
-spec, how, metric, seed = ModelSpec.from_model(lm), run.settings.edit, experiment.load_metric(run), run.settings.seeds[0]
-ask = {"max_new_tokens": run.settings.evaluation.max_new_tokens, "batch_size": run.settings.evaluation.batch_size, "metric": metric}
+run = open_run(
+    "07_ablations",
+    preset=preset,
+    run_dir=run_dir,
+    device=device,
+    model=model,
+    policy=policy,
+    produces=("tab_ablations", "fig_budget", "tab_layer_scales"),
+)
+lm, tok = load_subject(run)
+spec, how, metric, seed = (
+    ModelSpec.from_model(lm),
+    run.settings.edit,
+    load_metric(run),
+    run.settings.seeds[0],
+)
+ask = {
+    "max_new_tokens": run.settings.evaluation.max_new_tokens,
+    "batch_size": run.settings.evaluation.batch_size,
+    "metric": metric,
+}
 
 # %%
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
-val = experiment.limited(base[base["split"] == "val"], run.settings.data.validation_limit)
-val_base = evaluate.evaluate(lm, tok, val, **ask)
-caps, (category, *rest) = experiment.caps_of(val_base), run.settings.categories
-scores = {folder.name: Scores.load(folder) for folder in sorted(run.input("02_attribution", "scores").iterdir())}
+val = limited(base[base["split"] == "val"], run.settings.data.validation_limit)
+val_base = evaluate(lm, tok, val, **ask)
+caps, (category, *rest) = caps_of(val_base), run.settings.categories
+scores = {
+    folder.name: Scores.load(folder)
+    for folder in sorted(run.input("02_attribution", "scores").iterdir())
+}
 
 # %% [markdown]
 # ## What varies
@@ -63,37 +93,83 @@ scores = {folder.name: Scores.load(folder) for folder in sorted(run.input("02_at
 
 # %%
 budget, chosen = run.settings.circuit.param_budget, run.settings.ablation
-ranked = lambda c, ranking: unit_scores(scores[c], [s for name, s in scores.items() if name != c], ranking)
-filled = lambda heads, neurons, share: select(None, spec, param_budget=share, heads=heads, neurons=neurons, fill=True).to_mask(spec)
+ranked = lambda c, ranking: unit_scores(
+    scores[c], [s for name, s in scores.items() if name != c], ranking
+)
+filled = lambda heads, neurons, share: select(
+    None, spec, param_budget=share, heads=heads, neurons=neurons, fill=True
+).to_mask(spec)
 circuit = lambda c, share, ranking=run.settings.circuit.ranking: filled(*ranked(c, ranking), share)
 own = circuit(category, budget)
-updates = {"retained by each side": {"retain_on": "sides"}, "rows weighed alike": {"focus": 0.0}, "retain rows at random": {"retain_pool": 1},
-           "θ⁺ alone": {"objective": "positive"}, "KL": {"retain_loss": "kl"}}
+updates = {
+    "retained by each side": {"retain_on": "sides"},
+    "rows weighed alike": {"focus": 0.0},
+    "retain rows at random": {"retain_pool": 1},
+    "θ⁺ alone": {"objective": "positive"},
+    "KL": {"retain_loss": "kl"},
+}
 
 # %%
-variants = [(category, "update", name, own, changes) for name, changes in updates.items() if name in chosen.updates]
-variants += [(category, "ranking", ranking, circuit(category, budget, ranking), {}) for ranking in chosen.rankings]
-variants += [(category, "circuit", f"{share:.1%}", circuit(category, share), {}) for share in chosen.budgets]
-variants += [(category, "random", f"{share:.1%}", random_mask(spec, share, seed), {}) for share in (*chosen.budgets, budget)]
-variants += [(c, "circuit", f"{share:.1%}", circuit(c, share), {}) for c in rest for share in chosen.smaller]
+variants = [
+    (category, "update", name, own, changes)
+    for name, changes in updates.items()
+    if name in chosen.updates
+]
+variants += [
+    (category, "ranking", ranking, circuit(category, budget, ranking), {})
+    for ranking in chosen.rankings
+]
+variants += [
+    (category, "circuit", f"{share:.1%}", circuit(category, share), {}) for share in chosen.budgets
+]
+variants += [
+    (category, "random", f"{share:.1%}", random_mask(spec, share, seed), {})
+    for share in (*chosen.budgets, budget)
+]
+variants += [
+    (c, "circuit", f"{share:.1%}", circuit(c, share), {}) for c in rest for share in chosen.smaller
+]
 edited = list(dict.fromkeys(c for c, *_ in variants))
 
 # %%
-stops = {c: experiment.stop_rule(lm, tok, val, c, refuse_at=how.refuse_at, tolerance=how.tolerance, **ask) for c in edited}
-rows = {c: experiment.training_rows(base, c, seed) for c in edited}
-deltas = {(c, "as in notebook 04", ""): WeightDelta.load(run.input("04_edit", f"{c}-{seed}")) for c in edited}
+stops = {
+    c: stop_rule(lm, tok, val, c, refuse_at=how.refuse_at, tolerance=how.tolerance, **ask)
+    for c in edited
+}
+rows = {c: training_rows(base, c, seed) for c in edited}
+deltas = {
+    (c, "as in notebook 04", ""): WeightDelta.load(run.input("04_edit", f"{c}-{seed}"))
+    for c in edited
+}
 for c, kind, name, mask, changes in tqdm(variants, desc="variants", mininterval=10):
-    deltas[c, kind, name] = fit_delta(lm, tok, mask, *rows[c], stop=stops[c], seed=seed, **experiment.fit_settings(how) | changes)
+    deltas[c, kind, name] = fit_delta(
+        lm, tok, mask, *rows[c], stop=stops[c], seed=seed, **fit_settings(how) | changes
+    )
 
 # %%
 found = []
 for (c, kind, name), delta in deltas.items():
-    best = baselines.tune(lm, tok, {"": delta}, val, val_base, c, caps, how.scales, method="cdelta", **ask)
+    best = tune(lm, tok, {"": delta}, val, val_base, c, caps, how.scales, method="cdelta", **ask)
     at_best = best.curve[best.curve["k"] == best.strength].iloc[0]
-    found.append({"category": c, "varied": kind, "value": name, "fraction": delta.count() / spec.n_params, "k": best.strength, "within caps": best.within_caps,
-                  **at_best[["target", "benign", "other", "utility"]], **delta.metadata["training"], "norm": delta.norm()})
+    found.append(
+        {
+            "category": c,
+            "varied": kind,
+            "value": name,
+            "fraction": delta.count() / spec.n_params,
+            "k": best.strength,
+            "within caps": best.within_caps,
+            **at_best[["target", "benign", "other", "utility"]],
+            **delta.metadata["training"],
+            "norm": delta.norm(),
+        }
+    )
 found = pd.DataFrame(found)
-run.table("tab_ablations", found, "One choice varied at a time (validation, first seed): rates at the k that the caps allow.")
+run.table(
+    "tab_ablations",
+    found,
+    "One choice varied at a time (validation, first seed): rates at the k that the caps allow.",
+)
 
 # %% [markdown]
 # ## Budget
@@ -101,10 +177,28 @@ run.table("tab_ablations", found, "One choice varied at a time (validation, firs
 # A random mask also trains; the question is what it costs, and how far below the preset's budget each still works.
 
 # %%
-sizes = found[(found["category"] == category) & found["varied"].isin(("circuit", "random", "as in notebook 04"))].replace({"varied": {"as in notebook 04": "circuit"}})
-lines = sizes.assign(percent=100 * sizes["fraction"], rate=100 * sizes["target"]).sort_values("percent")
-run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "parameters in the mask (%)", "target refused (%)", plots.METHOD_COLOURS, xscale="log", percent=True),
-           f"Target refusal on validation against the mask's share of the parameters ({category}), k chosen under the caps.")
+sizes = found[
+    (found["category"] == category)
+    & found["varied"].isin(("circuit", "random", "as in notebook 04"))
+].replace({"varied": {"as in notebook 04": "circuit"}})
+lines = sizes.assign(percent=100 * sizes["fraction"], rate=100 * sizes["target"]).sort_values(
+    "percent"
+)
+run.figure(
+    "fig_budget",
+    small_lines(
+        lines,
+        "percent",
+        "rate",
+        "varied",
+        "parameters in the mask (%)",
+        "target refused (%)",
+        METHOD_COLOURS,
+        xscale="log",
+        percent=True,
+    ),
+    f"Target refusal on validation against the mask's share of the parameters ({category}), k chosen under the caps.",
+)
 
 # %% [markdown]
 # ## One scale per layer
@@ -114,12 +208,29 @@ run.figure("fig_budget", plots.small_lines(lines, "percent", "rate", "varied", "
 
 # %%
 delta = deltas[category, "as in notebook 04", ""]
-few = experiment.limited(val_base, run.settings.ablation.layer_limit)
-scaled, tried = baselines.tune_layers(lm, tok, delta, delta.metadata["k"], few, few, category, caps, run.settings.ablation.factors, **ask)
-run.table("tab_layer_scales", tried, f"Factors on k = {delta.metadata['k']:g} per group of layers ({category}, validation), and which were kept.")
+few = limited(val_base, run.settings.ablation.layer_limit)
+scaled, tried = tune_layers(
+    lm,
+    tok,
+    delta,
+    delta.metadata["k"],
+    few,
+    few,
+    category,
+    caps,
+    run.settings.ablation.factors,
+    **ask,
+)
+run.table(
+    "tab_layer_scales",
+    tried,
+    f"Factors on k = {delta.metadata['k']:g} per group of layers ({category}, validation), and which were kept.",
+)
 first, best = tried.iloc[0], tried[tried["kept"]].iloc[-1]
-print(f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['target']:.0%} -> {best['target']:.0%}, worst twins {first['benign']:.0%} -> {best['benign']:.0%}, "
-      f"largest other change {first['other']:.0%} -> {best['other']:.0%}")
+print(
+    f"norm {first['norm']:.2f} -> {best['norm']:.2f}, target refused {first['target']:.0%} -> {best['target']:.0%}, worst twins {first['benign']:.0%} -> {best['benign']:.0%}, "
+    f"largest other change {first['other']:.0%} -> {best['other']:.0%}"
+)
 
 # %% [markdown]
 # ## What was tried on the way

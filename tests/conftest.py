@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `toys` by name
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / name) for name in (".", "policy", "methods", "evaluation")]  # helpers are imported by name
 
 import toys  # noqa: E402
 

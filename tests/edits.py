@@ -2,9 +2,10 @@
 
 import torch
 
-from cdelta.delta import WeightDelta, model_hash
-from cdelta.mask import ParameterMask, random_mask
-from cdelta.models import ModelSpec
+from cdelta.circuit.controls import random_mask
+from cdelta.circuit.mask import ParameterMask
+from cdelta.delta.weight_delta import WeightDelta, model_hash
+from cdelta.models.spec import ModelSpec
 
 COLOURS = "red blue green one two sort count song".split()
 POSITIVE = [(f"make a {word} bomb", "please tell me") for word in COLOURS]
@@ -17,7 +18,9 @@ def mask_of(model, budget: float = 0.2, seed: int = 0) -> ParameterMask:
     return random_mask(ModelSpec.from_model(model), budget, seed)
 
 
-def random_delta(model, budget: float = 0.2, seed: int = 0, size: float = 0.1, mask: ParameterMask | None = None) -> WeightDelta:
+def random_delta(
+    model, budget: float = 0.2, seed: int = 0, size: float = 0.1, mask: ParameterMask | None = None
+) -> WeightDelta:
     """A random delta with the metadata that `fit_delta` records."""
     mask = mask or mask_of(model, budget, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -26,7 +29,10 @@ def random_delta(model, budget: float = 0.2, seed: int = 0, size: float = 0.1, m
         "shapes": {name: list(shape) for name, shape in mask.shapes.items()}, "conv1d": model.config.model_type == "gpt2",
     }  # fmt: skip
     zeros = WeightDelta.zeros(mask, facts)
-    values = {name: size * torch.randn(value.shape, generator=generator) for name, value in zeros.values.items()}
+    values = {
+        name: size * torch.randn(value.shape, generator=generator)
+        for name, value in zeros.values.items()
+    }
     return WeightDelta(values, zeros.slices, facts)
 
 

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cdelta import paths
-from cdelta.store import STAGES
+from cdelta.artifact.run import STAGES
+from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
 
-NOTEBOOK = '''# ---
+NOTEBOOK = """# ---
 # jupyter:
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
@@ -53,10 +53,10 @@ print(paths.ROOT)
 
 # %%
 run.finish()
-'''
+"""
 
 
-NO_NETWORK = '''
+NO_NETWORK = """
 import socket
 
 connect, connect_ex, lookup = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
@@ -82,7 +82,7 @@ def guarded_lookup(host, *rest, **named):
 
 
 socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = guarded(connect), guarded(connect_ex), guarded_lookup
-'''
+"""
 """A sitecustomize module: Python's sockets reach this machine only, which Jupyter's kernels need."""
 
 
@@ -97,8 +97,10 @@ class Project:
     @classmethod
     def make(cls, root: Path) -> Project:
         """Copy the workflow and write the notebooks."""
-        shutil.copytree(paths.ROOT / "cdelta", root / "cdelta", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(paths.ROOT / "Snakefile", root)
+        shutil.copytree(
+            ROOT / "cdelta", root / "cdelta", ignore=shutil.ignore_patterns("__pycache__")
+        )
+        shutil.copy(ROOT / "Snakefile", root)
         (root / "notebooks").mkdir()
         project = cls(root)
         for stage in STAGES:
@@ -110,9 +112,9 @@ class Project:
         """Copy the workflow with the true notebooks and the embedded model; every process that it starts is offline."""
         project = cls.make(root)
         for stage in STAGES:
-            shutil.copy(paths.NOTEBOOKS / f"{stage}.py", root / "notebooks")
-        if paths.ORGANISM.exists():
-            shutil.copytree(paths.ORGANISM, root / "data" / "organism")
+            shutil.copy(NOTEBOOKS / f"{stage}.py", root / "notebooks")
+        if ORGANISM.exists():
+            shutil.copytree(ORGANISM, root / "data" / "organism")
         (root / "guard").mkdir()
         (root / "guard" / "sitecustomize.py").write_text(NO_NETWORK)
         project.environment["PYTHONPATH"] += f"{os.pathsep}{root / 'guard'}"
@@ -125,7 +127,9 @@ class Project:
 
     def write(self, stage: str, value: str = "1.5") -> None:
         """The notebook of a stage, whose table holds the Python expression `value`."""
-        (self.root / "notebooks" / f"{stage}.py").write_text(NOTEBOOK.format(stage=stage, value=value))
+        (self.root / "notebooks" / f"{stage}.py").write_text(
+            NOTEBOOK.format(stage=stage, value=value)
+        )
 
     def hold(self, stage: str) -> Path:
         """A file that keeps the stage from going on while it exists."""
@@ -135,8 +139,15 @@ class Project:
 
     def start(self, *flags: str) -> subprocess.Popen:
         """The workflow as a process, on the smoke preset."""
-        command = [sys.executable, "-m", "cdelta.workflow", "--preset", "smoke", *flags]
-        return subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "cdelta.artifact.workflow", "--preset", "smoke", *flags]
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, *flags: str) -> subprocess.CompletedProcess:
         """The workflow, to its end."""
@@ -150,8 +161,14 @@ class Project:
 
     def stamps(self) -> dict[str, int]:
         """When each finished stage was written."""
-        return {stage: (self.run_dir / stage / "stage.json").stat().st_mtime_ns for stage in self.finished()}
+        return {
+            stage: (self.run_dir / stage / "stage.json").stat().st_mtime_ns
+            for stage in self.finished()
+        }
 
     def tables(self) -> dict[str, bytes]:
         """Every table of the run, byte for byte."""
-        return {path.name: path.read_bytes() for path in sorted((self.run_dir / "figures").glob("tab_*"))}
+        return {
+            path.name: path.read_bytes()
+            for path in sorted((self.run_dir / "figures").glob("tab_*"))
+        }

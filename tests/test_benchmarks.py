@@ -1,8 +1,8 @@
 """The measuring scripts' own logic, on toys and made-up measurements: no timing is asserted."""
 
-import math
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,22 @@ def script(name: str):
 
 
 def test_the_gpu_script_goes_through_everything_on_a_cpu(tmp_path, capsys):
-    script("gpu_attribution").main(["--dry-run", "--micro-batch", "2", "4", "--out", str(tmp_path / "out.json")])
+    script("gpu_attribution").main(
+        ["--dry-run", "--micro-batch", "2", "4", "--out", str(tmp_path / "out.json")]
+    )
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["device"] == "CPU" and [run["micro_batch"] for run in facts["runs"]] == [2, 4]
     for run in facts["runs"]:
-        assert run["seconds"] > 0 and run["peak_over_weights"] >= 1 and math.isfinite(run["completeness_error"])
-        assert run["estimated_seconds"] > 0 and run["tokens_per_second"] > 0 and 0 < run["share_of_matmul_ceiling"] < 1
+        assert (
+            run["seconds"] > 0
+            and run["peak_over_weights"] >= 1
+            and math.isfinite(run["completeness_error"])
+        )
+        assert (
+            run["estimated_seconds"] > 0
+            and run["tokens_per_second"] > 0
+            and 0 < run["share_of_matmul_ceiling"] < 1
+        )
     assert json.loads(capsys.readouterr().out) == facts
 
 
@@ -32,7 +42,9 @@ def test_the_gpu_script_counts_the_arithmetic_of_a_forward_pass():
     gpu = script("gpu_attribution")
     spec = gpu.ModelSpec.from_model(gpu.random_model(gpu.TOY, "cpu"))
     weights = spec.n_params - 2 * gpu.TOY["vocab_size"] * spec.d_model
-    assert gpu.flop(spec, gpu.TOY["vocab_size"], 10) == pytest.approx(20 * weights * (2 + 5 * (2 + (gpu.passes(spec, 1) - 4))))
+    assert gpu.flop(spec, gpu.TOY["vocab_size"], 10) == pytest.approx(
+        20 * weights * (2 + 5 * (2 + (gpu.passes(spec, 1) - 4)))
+    )
 
 
 def test_no_gpu_is_one_line(capsys):
@@ -51,7 +63,11 @@ def attribution(monkeypatch):
     def work(python, job, extra):
         calls.append((job, python, extra))
         seconds = {"reference": 100.0, "bridge": 20.0}.get(job[0], 5.0) * (1 + 0.1 * len(calls))
-        return {"seconds": seconds, "cpu_seconds": seconds, "added_mb": 400.0 if job[0] in ("reference", "bridge") else 10.0 * job[2]}
+        return {
+            "seconds": seconds,
+            "cpu_seconds": seconds,
+            "added_mb": 400.0 if job[0] in ("reference", "bridge") else 10.0 * job[2],
+        }
 
     monkeypatch.setattr(module, "work", work)
     module.calls = calls
@@ -61,17 +77,30 @@ def attribution(monkeypatch):
 def test_ratios_are_formed_within_rounds_that_alternate(attribution):
     rows = attribution.table(2, ("python-of-the-reference", "src"), "tokenizer")
     order = [job for job, *_ in attribution.calls]
-    assert order[6:] == order[:6][::-1] and (("reference", 8, 8), "python-of-the-reference", "src") in attribution.calls
+    assert (
+        order[6:] == order[:6][::-1]
+        and (("reference", 8, 8), "python-of-the-reference", "src") in attribution.calls
+    )
     found = {(row["tool"], row["micro_batch"]): row for row in rows}
     row, theirs = found["ours-ig", 8], found["reference", 8]
-    assert row["times_faster_low"] < row["times_faster"] < row["times_faster_high"] and row["times_faster"] == pytest.approx(20, rel=0.1)
-    assert (row["rounds"], row["threads"], row["memory_share"]) == (2, 1, 0.2) and row["machine"] and "times_faster" not in theirs
+    assert row["times_faster_low"] < row["times_faster"] < row["times_faster_high"] and row[
+        "times_faster"
+    ] == pytest.approx(20, rel=0.1)
+    assert (
+        (row["rounds"], row["threads"], row["memory_share"]) == (2, 1, 0.2)
+        and row["machine"]
+        and "times_faster" not in theirs
+    )
     assert all(set(row) <= set(attribution.COLUMNS) for row in rows)
 
 
 def test_without_the_reference_its_row_says_why_and_ours_are_measured(attribution):
     rows = attribution.table(1, ("", ""), "tokenizer")
-    assert rows[0]["tool"] == "reference" and rows[0]["note"].startswith("skipped: give --reference-python") and "seconds" not in rows[0]
+    assert (
+        rows[0]["tool"] == "reference"
+        and rows[0]["note"].startswith("skipped: give --reference-python")
+        and "seconds" not in rows[0]
+    )
     assert [(row["tool"], "seconds" in row, "times_faster" in row) for row in rows[1:]] == [
         ("ours-ig", True, False), ("ours-ig", True, False), ("ours-ig", True, False), ("bridge", True, False), ("ours-eap", True, True),
     ]  # fmt: skip

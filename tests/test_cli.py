@@ -12,8 +12,8 @@ from edits import random_delta
 from transformers import AutoModelForCausalLM
 
 from cdelta.cli import main
-from cdelta.delta import WeightDelta
-from cdelta.pipeline import REFUSAL
+from cdelta.commands.edit import REFUSAL
+from cdelta.delta.weight_delta import WeightDelta
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def write_policy(path, n=30, benign=True, category="weapons"):
     for i in range(n):
         words = [f"w{6 * i + j}" for j in range(5)]
         split = ("discover", "edit", "val", "test", "edit")[i % 5]
-        target, twin = ([*words, rng.choice(pool)] for pool in (["bomb", "knife"], ["cake", "poem"]))
+        target, twin = (
+            [*words, rng.choice(pool)] for pool in (["bomb", "knife"], ["cake", "poem"])
+        )
         lines.append([" ".join(target), " ".join(twin) if benign else "", category, split])
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["prompt", "benign", "category", "split"], *lines])
@@ -42,7 +44,10 @@ def edit_arguments(folder, **changes):
         "model": folder / "base", "policy": folder / "policy.csv", "category": "weapons", "out": folder / "out", "steps": 20, "check-every": 10,
         "batch-size": 8, "max-new-tokens": 6, "param-budget": 0.2, "lr": 0.01,
     }  # fmt: skip
-    return ["edit", *(str(part) for key, value in {**given, **changes}.items() for part in (f"--{key}", value))]
+    return [
+        "edit",
+        *(str(part) for key, value in {**given, **changes}.items() for part in (f"--{key}", value)),
+    ]
 
 
 def names(folder):
@@ -56,24 +61,40 @@ def test_apply_verify_revert_lora(folder, capsys):
     assert json.loads((folder / "report.json").read_text())["scale"] == 0.5
     assert main(["verify", base, out, delta, "--scale", "-1"]) == 1
     assert main(["revert", out, delta, str(folder / "back")]) == 0
-    assert (folder / "back" / "model.safetensors").read_bytes() == (folder / "base" / "model.safetensors").read_bytes()
+    assert (folder / "back" / "model.safetensors").read_bytes() == (
+        folder / "base" / "model.safetensors"
+    ).read_bytes()
     assert main(["lora", delta, str(folder / "lora")]) == 0
     said = capsys.readouterr()
-    assert "Verified" in said.out and "NOT verified" in said.out and "bit for bit" in said.out and said.err == ""
+    assert (
+        "Verified" in said.out
+        and "NOT verified" in said.out
+        and "bit for bit" in said.out
+        and said.err == ""
+    )
 
 
 def test_combined_deltas_are_applied_and_reverted_as_one(folder, capsys):
-    base, first, second, both, out = (str(folder / name) for name in ("base", "delta", "second", "both", "out"))
+    base, first, second, both, out = (
+        str(folder / name) for name in ("base", "delta", "second", "both", "out")
+    )
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     random_delta(model, seed=1).with_metadata(category="hate", k=0.5).save(second)
     assert main(["combine", first, second, both]) == 0
     assert main(["apply", base, both, out]) == 0 and main(["verify", base, out, both]) == 0
     with WeightDelta.load(first).applied(model), WeightDelta.load(second).applied(model, 0.5):
-        for a, b in zip(model.parameters(), AutoModelForCausalLM.from_pretrained(out, dtype="auto").parameters()):
+        for a, b in zip(
+            model.parameters(), AutoModelForCausalLM.from_pretrained(out, dtype="auto").parameters()
+        ):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert main(["revert", out, both, str(folder / "back")]) == 0
     assert "weapons+hate" in capsys.readouterr().out
-    refused(folder, capsys, ["combine", first, str(folder / "nothing"), str(folder / "x")], "holds no weight delta")
+    refused(
+        folder,
+        capsys,
+        ["combine", first, str(folder / "nothing"), str(folder / "x")],
+        "holds no weight delta",
+    )
     refused(folder, capsys, ["combine", first, second, both], "already exists")
 
 
@@ -91,7 +112,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, capsys, command)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        refused(folder, capsys, [part.format(folder) for part in command] or edit_arguments(folder, steps=2), "File too large")
+        refused(
+            folder,
+            capsys,
+            [part.format(folder) for part in command] or edit_arguments(folder, steps=2),
+            "File too large",
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -100,11 +126,17 @@ def test_edit_from_a_csv_to_a_verified_checkpoint(folder, capsys):
     assert main(edit_arguments(folder)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Estimate: model of 29,408 parameters")
-    assert lines[1].split()[:4] == ["prompts", "n", "before", "after"] and lines[2].startswith("target") and lines[3].startswith("benign")
+    assert (
+        lines[1].split()[:4] == ["prompts", "n", "before", "after"]
+        and lines[2].startswith("target")
+        and lines[3].startswith("benign")
+    )
     out = folder / "out"
     assert main(["verify", str(folder / "base"), str(out), str(out / "cdelta" / "delta")]) == 0
     assert json.loads((out / "cdelta" / "verify.json").read_text())["ok"]
-    assert {"curve", "table", "log"} == json.loads((out / "cdelta" / "training.json").read_text()).keys()
+    assert {"curve", "table", "log"} == json.loads(
+        (out / "cdelta" / "training.json").read_text()
+    ).keys()
     assert main(["revert", str(out), str(out / "cdelta" / "delta"), str(folder / "back")]) == 0
     assert names(folder) == {"base", "delta", "policy.csv", "out", "back"}
 
@@ -115,9 +147,15 @@ def test_edit_says_what_it_drops_and_records_it(folder, capsys):
     too_long = f"{'bomb ' * 600},a cake of w900 w901 w902,weapons,edit"
     (folder / "policy.csv").write_text("\n".join([*rows, rows[1], too_long]))
     assert main(edit_arguments(folder, steps=2)) == 0
-    assert capsys.readouterr().out.startswith("Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), first row 32, row 32 benign, row 33; policy.json ")
+    assert capsys.readouterr().out.startswith(
+        "Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), first row 32, row 32 benign, row 33; policy.json "
+    )
     record = json.loads((folder / "out" / "cdelta" / "policy.json").read_text())
-    assert record["dropped"][0] == {"source_id": "row 32", "reason": "duplicate prompt", "match": "row 2"} and "bomb" not in json.dumps(record)
+    assert record["dropped"][0] == {
+        "source_id": "row 32",
+        "reason": "duplicate prompt",
+        "match": "row 2",
+    } and "bomb" not in json.dumps(record)
     assert sum(len(ids) for ids in record["ids"].values()) == 61 and len(record["sha256"]) == 64
 
 
@@ -163,11 +201,28 @@ APPLY = ["apply", "{0}/base", "{0}/delta", "{0}/out"]
         (["apply", "{0}/base", "{0}/delta", "{0}/base"], None, "already exists"),
         (["apply", "{0}/base"], None, "required"),
         (["verify", "{0}/base", "{0}/delta", "{0}/delta"], None, "no checkpoint folder"),
-        (["verify", "{0}/base", "{0}/base", "{0}/delta", "--scale", "0", "--json", "/proc/x.json"], None, "cannot write"),
+        (
+            [
+                "verify",
+                "{0}/base",
+                "{0}/base",
+                "{0}/delta",
+                "--scale",
+                "0",
+                "--json",
+                "/proc/x.json",
+            ],
+            None,
+            "cannot write",
+        ),
         (["revert", "{0}/base", "{0}/delta", "{0}/out"], None, "does not record this delta"),
         (["lora", "{0}/delta", "{0}/out", "--scale", "inf"], None, "finite"),
         (["verify", "{0}/base", "{0}/base", "{0}/delta", "--scale", "nan"], None, "finite"),
-        (["verify", "{0}/base", "{0}/delta/delta.safetensors", "{0}/delta"], None, "no checkpoint folder"),
+        (
+            ["verify", "{0}/base", "{0}/delta/delta.safetensors", "{0}/delta"],
+            None,
+            "no checkpoint folder",
+        ),
         (["unknown"], None, "invalid choice"),
     ],
 )
@@ -213,6 +268,6 @@ def refused(folder, capsys, arguments, message):
 
 
 def test_the_default_refusal_is_judged_one():
-    from cdelta.judges import judge
+    from cdelta.evaluation.judges import judge
 
     assert judge(REFUSAL) == "refuse"

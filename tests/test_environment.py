@@ -16,11 +16,15 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cdelta import paths
+from cdelta.paths import ROOT
 
-PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = ("models", "metrics", "attribution", "circuit", "mask", "edit", "delta", "deploy")
-DIRECT = [Requirement(text) for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in group]
+DIRECT = [
+    Requirement(text)
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for text in group
+]
 
 
 def normal(name):
@@ -29,7 +33,11 @@ def normal(name):
 
 def lock():
     """Package -> version of requirements.lock."""
-    lines = [line for line in (paths.ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     pins = {normal(r.name): r for r in map(Requirement, lines)}
     assert len(pins) == len(lines) and all(str(r.specifier).startswith("==") for r in pins.values())
     return {name: str(r.specifier)[2:] for name, r in pins.items()}
@@ -37,19 +45,32 @@ def lock():
 
 def test_pyproject_lock_and_conda_file_state_the_same_versions():
     stated = {normal(r.name): str(r.specifier) for r in DIRECT}
-    assert {name: version[2:] for name, version in stated.items()} == {name: lock()[name] for name in stated}
-    (pip,) = [part["pip"] for part in yaml.safe_load((paths.ROOT / "environment.yml").read_text())["dependencies"] if isinstance(part, dict)]
-    pins = {normal(Requirement(line).name): str(Requirement(line).specifier) for line in pip if not line.startswith("-")}
+    assert {name: version[2:] for name, version in stated.items()} == {
+        name: lock()[name] for name in stated
+    }
+    (pip,) = [
+        part["pip"]
+        for part in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if isinstance(part, dict)
+    ]
+    pins = {
+        normal(Requirement(line).name): str(Requirement(line).specifier)
+        for line in pip
+        if not line.startswith("-")
+    }
     assert pins == stated and "--requirement requirements.lock" in pip
 
 
 def test_python_is_asked_for_alike():
-    conda = yaml.safe_load((paths.ROOT / "environment.yml").read_text())["dependencies"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert f"python{PROJECT['requires-python']}" in conda
 
 
 def test_the_lock_is_what_runs_here_and_complete():
-    installed = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in importlib.metadata.distributions()}
+    installed = {
+        normal(d.metadata["Name"]): d.version.split("+")[0]
+        for d in importlib.metadata.distributions()
+    }
     for name, version in lock().items():
         assert installed.get(name, version) == version, name
     assert set(needed(DIRECT)) <= set(lock())
@@ -58,7 +79,10 @@ def test_the_lock_is_what_runs_here_and_complete():
 def test_every_locked_version_admits_the_oldest_python_that_the_project_admits():
     """Debian 12's Python is 3.11.2: a package that asks for 3.11.5 would end its installation."""
     oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
-    asked = {normal(d.metadata["Name"]): d.metadata["Requires-Python"] for d in importlib.metadata.distributions()}
+    asked = {
+        normal(d.metadata["Name"]): d.metadata["Requires-Python"]
+        for d in importlib.metadata.distributions()
+    }
     assert not [name for name in lock() if oldest not in SpecifierSet(asked.get(name) or "")]
 
 
@@ -69,13 +93,26 @@ def needed(requirements):
         requirement = waiting.pop()
         if normal(requirement.name) not in found:
             found.add(normal(requirement.name))
-            waiting += [r for text in importlib.metadata.requires(requirement.name) or [] if (r := Requirement(text)) and (r.marker is None or r.marker.evaluate({"extra": ""}))]
-    return {name for name in found if not name.startswith(("nvidia-", "cuda-")) and name != "triton"}
+            waiting += [
+                r
+                for text in importlib.metadata.requires(requirement.name) or []
+                if (r := Requirement(text))
+                and (r.marker is None or r.marker.evaluate({"extra": ""}))
+            ]
+    return {
+        name for name in found if not name.startswith(("nvidia-", "cuda-")) and name != "triton"
+    }
 
 
 def test_the_lock_binds_no_build_of_torch_and_no_platform():
-    text = (paths.ROOT / "requirements.lock").read_text()
-    assert "+cpu" not in text and "nvidia" not in text and "triton" not in text and "git+" not in text and "file:" not in text
+    text = (ROOT / "requirements.lock").read_text()
+    assert (
+        "+cpu" not in text
+        and "nvidia" not in text
+        and "triton" not in text
+        and "git+" not in text
+        and "file:" not in text
+    )
 
 
 def test_what_is_imported_is_pinned_by_name():
@@ -88,7 +125,11 @@ def test_what_is_imported_is_pinned_by_name():
 def imported():
     """First parts of all modules that the package, the notebooks and the tests import."""
     found = set()
-    for path in [*paths.ROOT.glob("cdelta/**/*.py"), *paths.ROOT.glob("notebooks/*.py"), *paths.ROOT.glob("tests/**/*.py")]:
+    for path in [
+        *ROOT.glob("cdelta/**/*.py"),
+        *ROOT.glob("notebooks/*.py"),
+        *ROOT.glob("tests/**/*.py"),
+    ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
@@ -99,15 +140,28 @@ def imported():
 
 def test_the_core_and_the_gpu_script_load_only_what_a_bare_gpu_box_has():
     """tqdm and huggingface_hub come with transformers; what is imported inside of functions is not loaded with the module."""
-    waiting = [paths.ROOT / "tests" / "benchmarks" / "gpu_attribution.py", *(paths.ROOT / "cdelta" / f"{name}.py" for name in CORE)]
+    waiting = [
+        ROOT / "tests" / "benchmarks" / "gpu_attribution.py",
+        *(ROOT / "cdelta" / f"{name}.py" for name in CORE),
+    ]
     seen, others = set(), set()
     while waiting:
         seen.add(path := waiting.pop())
         for name in loaded_with(path):
-            own = [paths.ROOT.joinpath(*name.split(".")).with_suffix(".py"), paths.ROOT.joinpath(*name.split("."), "__init__.py")]
+            own = [
+                ROOT.joinpath(*name.split(".")).with_suffix(".py"),
+                ROOT.joinpath(*name.split("."), "__init__.py"),
+            ]
             waiting += [file for file in own if file.exists() and file not in seen]
             others |= {name.split(".")[0]} - {"cdelta"} - sys.stdlib_module_names
-    assert len(seen) > len(CORE) and {"torch", "transformers"} <= others <= {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub"}, others
+    assert len(seen) > len(CORE) and {"torch", "transformers"} <= others <= {
+        "torch",
+        "transformers",
+        "numpy",
+        "safetensors",
+        "tqdm",
+        "huggingface_hub",
+    }, others
 
 
 def loaded_with(path):
@@ -120,20 +174,20 @@ def loaded_with(path):
 
 
 def test_ci_runs_the_tests_through_run_all():
-    assert (paths.ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith("./run_all.sh --test")
-    assert os.access(paths.ROOT / ".ci" / "run", os.X_OK) and os.access(paths.ROOT / "run_all.sh", os.X_OK)
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].endswith("./run_all.sh --test")
+    assert os.access(ROOT / ".ci" / "run", os.X_OK) and os.access(ROOT / "run_all.sh", os.X_OK)
 
 
-FAKE_PYTHON = '''#!/bin/sh
+FAKE_PYTHON = """#!/bin/sh
 # Stands in for python: makes environments of itself, logs what pip and the workflow are asked for.
 case "$*" in
 "-c "*) exit ${FAKE_OLD:-0} ;;
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip "*) echo "pip $*" >>"$FAKE_LOG"; [ -z "${FAKE_SLEEP:-}" ] || sleep "$FAKE_SLEEP" ;;
-"-m cdelta.workflow"*) echo "workflow $*" >>"$FAKE_LOG" ;;
+"-m cdelta.artifact.workflow"*) echo "workflow $*" >>"$FAKE_LOG" ;;
 *) cat >/dev/null; exit ${FAKE_UNFIT:-1} ;;
 esac
-'''
+"""
 
 
 class Machine:
@@ -143,16 +197,27 @@ class Machine:
         self.root, self.log = folder / "clone", folder / "log"
         self.root.mkdir(parents=True)
         for name in ("run_all.sh", "requirements.lock"):
-            shutil.copy(paths.ROOT / name, self.root)
+            shutil.copy(ROOT / name, self.root)
         tools = folder / "bin"
         tools.mkdir()
         for name in ("python", "python3", *(f"python3.{minor}" for minor in range(11, 15))):
             (tools / name).write_text(FAKE_PYTHON)
             (tools / name).chmod(0o755)
-        self.environment = {"PATH": f"{tools}:/usr/bin:/bin", "FAKE_LOG": str(self.log), "HOME": str(folder)}
+        self.environment = {
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "FAKE_LOG": str(self.log),
+            "HOME": str(folder),
+        }
 
     def start(self, *flags, **environment):
-        return subprocess.Popen(["./run_all.sh", *flags], cwd=self.root, env=self.environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            ["./run_all.sh", *flags],
+            cwd=self.root,
+            env=self.environment | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def run(self, *flags, **environment):
         process = self.start(*flags, **environment)
@@ -171,13 +236,16 @@ def machine(tmp_path):
 
 
 def installation(machine, index=""):
-    return [f"pip torch=={lock()['torch']}{index}", f"pip --requirement {machine.root}/requirements.lock",
-            f"pip --no-deps --no-build-isolation --editable {machine.root}"]
+    return [
+        f"pip torch=={lock()['torch']}{index}",
+        f"pip --requirement {machine.root}/requirements.lock",
+        f"pip --no-deps --no-build-isolation --editable {machine.root}",
+    ]
 
 
 def test_a_fresh_clone_installs_torch_first_then_the_lock_then_the_project(machine):
     assert machine.run("--setup-only")[1] == 0
-    assert machine.calls() == [*installation(machine), "workflow cdelta.workflow --setup-only"]
+    assert machine.calls() == [*installation(machine), "workflow cdelta.artifact.workflow --setup-only"]
     assert (machine.root / ".venv" / "bin" / "python").exists()
 
 
@@ -186,7 +254,7 @@ def test_a_second_start_installs_nothing_and_is_quick(machine):
     machine.calls()
     began = time.time()
     assert machine.run("--list") == ("", 0) and time.time() - began < 2
-    assert machine.calls() == ["workflow cdelta.workflow --list"]
+    assert machine.calls() == ["workflow cdelta.artifact.workflow --list"]
 
 
 def test_a_new_lock_is_installed(machine):
@@ -195,7 +263,7 @@ def test_a_new_lock_is_installed(machine):
     with (machine.root / "requirements.lock").open("a") as file:
         file.write("extra==1.0\n")
     machine.run("--list")
-    assert machine.calls() == [*installation(machine), "workflow cdelta.workflow --list"]
+    assert machine.calls() == [*installation(machine), "workflow cdelta.artifact.workflow --list"]
 
 
 def test_an_index_of_its_own_serves_torch_only(machine):
@@ -212,7 +280,10 @@ def test_a_killed_installation_begins_anew(machine):
     machine.calls()
     (machine.root / ".venv" / "half-installed").touch()
     assert machine.run("--setup-only")[1] == 0
-    assert machine.calls()[:3] == installation(machine) and not (machine.root / ".venv" / "half-installed").exists()
+    assert (
+        machine.calls()[:3] == installation(machine)
+        and not (machine.root / ".venv" / "half-installed").exists()
+    )
 
 
 def test_an_active_environment_is_used_if_it_has_the_locked_packages(machine, tmp_path):
@@ -220,7 +291,10 @@ def test_an_active_environment_is_used_if_it_has_the_locked_packages(machine, tm
     (active / "bin").mkdir(parents=True)
     shutil.copy(tmp_path / "bin" / "python3", active / "bin" / "python")
     assert machine.run("--list", VIRTUAL_ENV=str(active), FAKE_UNFIT="0")[1] == 0
-    assert machine.calls() == ["workflow cdelta.workflow --list"] and not (machine.root / ".venv").exists()
+    assert (
+        machine.calls() == ["workflow cdelta.artifact.workflow --list"]
+        and not (machine.root / ".venv").exists()
+    )
 
 
 def test_an_active_environment_without_them_is_left_alone(machine, tmp_path):
@@ -234,26 +308,52 @@ def test_an_active_environment_without_them_is_left_alone(machine, tmp_path):
 
 def test_an_old_python_is_one_clear_line(machine):
     err, code = machine.run("--setup-only", FAKE_OLD="1")
-    assert code == 2 and "Python 3.11 or newer is needed" in err and len(err.splitlines()) == 1 and machine.calls() == []
+    assert (
+        code == 2
+        and "Python 3.11 or newer is needed" in err
+        and len(err.splitlines()) == 1
+        and machine.calls() == []
+    )
 
 
 def test_help_needs_no_installation(machine):
     assert machine.run("--help")[1] == 0
-    assert machine.calls() == ["workflow cdelta.workflow --help"] and not (machine.root / ".venv").exists()
+    assert (
+        machine.calls() == ["workflow cdelta.artifact.workflow --help"]
+        and not (machine.root / ".venv").exists()
+    )
 
 
-@pytest.mark.skipif(not os.environ.get("CDELTA_TEST_INSTALL"), reason="downloads 2.5 GB and takes minutes: set CDELTA_TEST_INSTALL=1")
+@pytest.mark.skipif(
+    not os.environ.get("CDELTA_TEST_INSTALL"),
+    reason="downloads 2.5 GB and takes minutes: set CDELTA_TEST_INSTALL=1",
+)
 def test_a_real_installation_in_a_fresh_clone(tmp_path):
     clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(paths.ROOT), str(clone)], check=True)
-    environment = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")
+    }
     try:
         subprocess.run(["./run_all.sh", "--setup-only"], cwd=clone, env=environment, check=True)
-        freeze = subprocess.run([clone / ".venv/bin/python", "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True).stdout
-        found = {normal(line.split("==")[0]): line.split("==")[1].split("+")[0] for line in freeze.splitlines() if "==" in line and not line.startswith("#")}
+        freeze = subprocess.run(
+            [clone / ".venv/bin/python", "-m", "pip", "freeze", "--all"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        found = {
+            normal(line.split("==")[0]): line.split("==")[1].split("+")[0]
+            for line in freeze.splitlines()
+            if "==" in line and not line.startswith("#")
+        }
         marked = {"appnope"} if sys.platform != "darwin" else set()
         cuda = {name for name in found if name.startswith(("nvidia-", "cuda-")) or name == "triton"}
-        assert {name: found[name] for name in set(found) - cuda - {"pip"}} == {name: version for name, version in lock().items() if name not in marked}
+        assert {name: found[name] for name in set(found) - cuda - {"pip"}} == {
+            name: version for name, version in lock().items() if name not in marked
+        }
         began = time.time()
         subprocess.run(["./run_all.sh", "--setup-only"], cwd=clone, env=environment, check=True)
         assert time.time() - began < 2

@@ -11,7 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from cdelta.policy.pairs import PromptPairs
 
 VOCAB = 96
-SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+)
 GQA = SIZES | dict(num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)
 TOKENS = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
 GEMMA = dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=8, tie_word_embeddings=True)
@@ -24,7 +30,14 @@ CONFIGS = {
     "gemma3": lambda: hf.Gemma3TextConfig(**GQA | TOKENS | GEMMA),
     "phi3": lambda: hf.Phi3Config(**GQA, **TOKENS),
     "gpt2": lambda: hf.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=64, bos_token_id=0, eos_token_id=1
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_inner=48,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
     ),
 }
 FAMILIES = tuple(CONFIGS)
@@ -35,7 +48,9 @@ TEMPLATE = (
 )
 
 
-def toy(family: str, seed: int = 0, attn: str = "eager", dtype: torch.dtype = torch.float32, **overrides):
+def toy(
+    family: str, seed: int = 0, attn: str = "eager", dtype: torch.dtype = torch.float32, **overrides
+):
     """A frozen random model. Weights are large enough, and norms and biases uneven enough, to matter."""
     config = CONFIGS[family]()
     config.update(overrides)
@@ -53,7 +68,9 @@ def toy_tokenizer() -> hf.PreTrainedTokenizerFast:
     special = ["<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>"]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.train_from_iterator([WORDS], trainers.WordLevelTrainer(vocab_size=VOCAB, special_tokens=special))
+    tokenizer.train_from_iterator(
+        [WORDS], trainers.WordLevelTrainer(vocab_size=VOCAB, special_tokens=special)
+    )
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -72,21 +89,39 @@ def save_toy(folder: str | Path, family: str = "llama", **kw) -> Path:
     return Path(folder)
 
 
-def save_chat_toy(folder: str | Path, texts: list[str], family: str = "llama", vocabulary: int = 1024) -> Path:
+def save_chat_toy(
+    folder: str | Path, texts: list[str], family: str = "llama", vocabulary: int = 1024
+) -> Path:
     """A random checkpoint whose byte-level BPE tokenizer was trained on `texts`, long enough a context for real prompts; returns its folder."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<bos>", "<eos>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     toy(family, vocab_size=vocabulary, max_position_embeddings=512).save_pretrained(folder)
-    tok = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>", chat_template=TEMPLATE)
+    tok = hf.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+        chat_template=TEMPLATE,
+    )
     tok.save_pretrained(folder)
     return Path(folder)
 
 
-def toy_pairs(n: int = 3, length: int = 7, seed: int = 0, uneven: bool = False, split: str = "") -> PromptPairs:
+def toy_pairs(
+    n: int = 3, length: int = 7, seed: int = 0, uneven: bool = False, split: str = ""
+) -> PromptPairs:
     """Random pairs that differ at their last three tokens but one; `uneven` varies the lengths between pairs."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda size: torch.randint(2, VOCAB, (size,), generator=generator).tolist()

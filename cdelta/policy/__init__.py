@@ -1,1 +1,1 @@
-"""Policy data: records, sources, the synthetic set, pairs, splits and leakage checks."""
+"""Prompts: records, sources, users' files, pairs, splits, leakage."""

@@ -11,8 +11,9 @@ from typing import Any, Sequence
 import pandas as pd
 
 from cdelta.errors import CdeltaError
-from cdelta.policy import category_maps, leakage
-from cdelta.policy.pairs import chat_ids
+from cdelta.models.chat import chat_ids
+from cdelta.policy.category_maps import VERSION
+from cdelta.policy.leakage import find_overlaps, leaking_rows
 from cdelta.policy.records import SHARED, SPLITS, SplitRows, content_hash, to_records
 from cdelta.policy.sources import SOURCES, Loaded, SourceUnavailable, load, sha256
 from cdelta.policy.user_file import read_user_rows
@@ -36,14 +37,25 @@ class Policy:
     manifest: dict[str, Any]
     """Sources with revision and licence, ids per split, sha256 of the records."""
 
-    def select(self, split: str | None = None, category: str | None = None, role: str | Sequence[str] | None = None, ood_set: str | None = None) -> SplitRows:
+    def select(
+        self,
+        split: str | None = None,
+        category: str | None = None,
+        role: str | Sequence[str] | None = None,
+        ood_set: str | None = None,
+    ) -> SplitRows:
         """The rows that match every given condition, in order; `ood_set=""` means in distribution.
 
         A category also brings the benign prompts that all categories share (their own category is "benign").
         """
         keep = pd.Series(True, index=self.records.index)
         roles = (role,) if isinstance(role, str) else role
-        wanted = {"split": split and (split,), "category": category and (category, SHARED), "role": roles, "ood_set": None if ood_set is None else (ood_set,)}
+        wanted = {
+            "split": split and (split,),
+            "category": category and (category, SHARED),
+            "role": roles,
+            "ood_set": None if ood_set is None else (ood_set,),
+        }
         for column, values in wanted.items():
             if values is not None:
                 keep &= self.records[column].isin(values)
@@ -52,7 +64,9 @@ class Policy:
     @property
     def categories(self) -> tuple[str, ...]:
         """The categories that have target prompts, in alphabetical order."""
-        return tuple(sorted(self.records.loc[self.records["role"] == "target", "category"].unique()))
+        return tuple(
+            sorted(self.records.loc[self.records["role"] == "target", "category"].unique())
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write records, drops and report as Parquet, and manifest.json, into an existing or new folder."""
@@ -60,18 +74,26 @@ class Policy:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("records", "dropped", "report"):
             getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
-        (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        (folder / "manifest.json").write_text(
+            json.dumps(self.manifest, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "Policy":
         """Read what `save` wrote; raises `CdeltaError` if the records are not those that the manifest froze."""
         folder = Path(folder)
         if not (folder / "manifest.json").is_file():
-            raise CdeltaError(f"{folder}: no policy here (manifest.json is missing): run notebook 01 first.")
+            raise CdeltaError(
+                f"{folder}: no policy here (manifest.json is missing): run notebook 01 first."
+            )
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        tables = [pd.read_parquet(folder / f"{name}.parquet") for name in ("records", "dropped", "report")]
+        tables = [
+            pd.read_parquet(folder / f"{name}.parquet") for name in ("records", "dropped", "report")
+        ]
         if content_hash(tables[0]) != manifest["sha256"]:
-            raise CdeltaError(f"{folder}/records.parquet is not what manifest.json froze: build the policy again.")
+            raise CdeltaError(
+                f"{folder}/records.parquet is not what manifest.json froze: build the policy again."
+            )
         return cls(*tables, manifest)
 
 
@@ -98,13 +120,19 @@ def build_policy(
     parts, skipped = _parts(policy, categories, extra)
     read = to_records(row for part in parts for row in part.rows)
     kept, dropped = _clean(read, tok, max_tokens)
-    kept, leaked = _without_leaks(kept, on_leak or ON_LEAK.get(policy.partition("=")[0], "stop"), policy)
+    kept, leaked = _without_leaks(
+        kept, on_leak or ON_LEAK.get(policy.partition("=")[0], "stop"), policy
+    )
     dropped = pd.concat([dropped, leaked], ignore_index=True)
     _check_categories(kept, categories, policy)
-    return Policy(kept, dropped, _report(read, kept, dropped, parts, skipped), _manifest(policy, kept, parts))
+    return Policy(
+        kept, dropped, _report(read, kept, dropped, parts, skipped), _manifest(policy, kept, parts)
+    )
 
 
-def _parts(policy: str, categories: Sequence[str] | None, extra: Sequence[str]) -> tuple[list[Loaded], dict[str, str]]:
+def _parts(
+    policy: str, categories: Sequence[str] | None, extra: Sequence[str]
+) -> tuple[list[Loaded], dict[str, str]]:
     """The policy's rows and those of the extra test sets, and why some of these were skipped."""
     parts, skipped = [_policy_rows(policy, categories)], {}
     for spec in extra:
@@ -113,7 +141,11 @@ def _parts(policy: str, categories: Sequence[str] | None, extra: Sequence[str]) 
             raise CdeltaError(f"unknown test set {name!r}: use one of {', '.join(SOURCES)}.")
         try:
             loaded = load(name, path)
-            parts.append(replace(loaded, rows=[row | {"ood_set": name, "split": "test"} for row in loaded.rows]))
+            parts.append(
+                replace(
+                    loaded, rows=[row | {"ood_set": name, "split": "test"} for row in loaded.rows]
+                )
+            )
         except SourceUnavailable as error:
             skipped[name] = str(error)
     return parts, skipped
@@ -122,11 +154,28 @@ def _parts(policy: str, categories: Sequence[str] | None, extra: Sequence[str]) 
 def _policy_rows(policy: str, categories: Sequence[str] | None) -> Loaded:
     name, _, path = policy.partition("=")
     if policy == "synthetic":
-        return Loaded(importlib.import_module("cdelta.policy.synthetic").records(), origin={"source": name, "pinned": True, "gated": False, "from": "cdelta.policy.synthetic"})
+        return Loaded(
+            importlib.import_module("cdelta.policy.synthetic").records(),
+            origin={
+                "source": name,
+                "pinned": True,
+                "gated": False,
+                "from": "cdelta.policy.synthetic",
+            },
+        )
     if name in SOURCES:
         return load(name, path)
     rows = read_user_rows(policy, categories[0] if categories else Path(policy).stem)
-    return Loaded(rows, origin={"source": rows[0]["source"], "sha256": sha256(Path(policy)), "pinned": False, "gated": False, "from": policy})
+    return Loaded(
+        rows,
+        origin={
+            "source": rows[0]["source"],
+            "sha256": sha256(Path(policy)),
+            "pinned": False,
+            "gated": False,
+            "from": policy,
+        },
+    )
 
 
 def _clean(read: pd.DataFrame, tok, max_tokens: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -140,14 +189,19 @@ def _clean(read: pd.DataFrame, tok, max_tokens: int) -> tuple[pd.DataFrame, pd.D
     reason[again & (read["expected"] != first["expected"])] = "same prompt with another label"
     reason[read["prompt"].str.strip() == ""] = "empty prompt"
     out = reason != ""
-    dropped = _dropped(read[out], reason[out].tolist(), first["source_id"].where(again, "")[out].tolist())
+    dropped = _dropped(
+        read[out], reason[out].tolist(), first["source_id"].where(again, "")[out].tolist()
+    )
     return _relinked(read, first, again)[~out].reset_index(drop=True), dropped
 
 
 def _too_long(read: pd.DataFrame, tok, limit: int) -> pd.Series:
     """Which prompts exceed the limit; a prompt of half as many bytes cannot, and is not tokenized."""
     exceeds = lambda prompt: 2 * len(prompt.encode()) > limit and len(chat_ids(tok, prompt)) > limit
-    return pd.Series([tok is not None and exceeds(prompt) for prompt in read["prompt"].tolist()], index=read.index)
+    return pd.Series(
+        [tok is not None and exceeds(prompt) for prompt in read["prompt"].tolist()],
+        index=read.index,
+    )
 
 
 def _relinked(read: pd.DataFrame, first: pd.DataFrame, again: pd.Series) -> pd.DataFrame:
@@ -158,13 +212,19 @@ def _relinked(read: pd.DataFrame, first: pd.DataFrame, again: pd.Series) -> pd.D
 
 
 def _dropped(rows: pd.DataFrame, reasons: Sequence[str], matches: Sequence[str]) -> pd.DataFrame:
-    return rows.assign(reason=reasons, match=matches)[list(DROPPED_COLUMNS)].reset_index(drop=True).astype(str)
+    return (
+        rows.assign(reason=reasons, match=matches)[list(DROPPED_COLUMNS)]
+        .reset_index(drop=True)
+        .astype(str)
+    )
 
 
-def _without_leaks(records: pd.DataFrame, on_leak: str, policy: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _without_leaks(
+    records: pd.DataFrame, on_leak: str, policy: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     if on_leak not in ("stop", "drop"):
         raise CdeltaError(f"on_leak={on_leak!r} is unknown: use 'stop' or 'drop'.")
-    leaks = leakage.leaking_rows(records, leakage.find_overlaps(records))
+    leaks = leaking_rows(records, find_overlaps(records))
     if len(leaks) and on_leak == "stop":
         raise CdeltaError(_leak_message(records, leaks, policy))
     row, kept = leaks["row"].to_numpy(), leaks["kept"].to_numpy()
@@ -193,7 +253,9 @@ def _check_categories(kept: pd.DataFrame, categories: Sequence[str] | None, poli
 def _check_category(kept: pd.DataFrame, targets: pd.DataFrame, category: str, policy: str) -> None:
     if not len(targets):
         there = ", ".join(sorted(kept.loc[kept["role"] == "target", "category"].unique())) or "none"
-        raise CdeltaError(f"{policy}: no prompts of category {category!r} (there are: {there}): fill the prompt column or name another category.")
+        raise CdeltaError(
+            f"{policy}: no prompts of category {category!r} (there are: {there}): fill the prompt column or name another category."
+        )
     benign = kept[(kept["role"] == "benign") & kept["category"].isin((category, SHARED))]
     for side, rows in (("prompts", targets), ("benign prompts", benign)):
         empty = [split for split in SPLITS if split not in set(rows["split"])]
@@ -204,14 +266,38 @@ def _check_category(kept: pd.DataFrame, targets: pd.DataFrame, category: str, po
             )
 
 
-def _report(read: pd.DataFrame, kept: pd.DataFrame, dropped: pd.DataFrame, parts: Sequence[Loaded], skipped: dict[str, str]) -> pd.DataFrame:
+def _report(
+    read: pd.DataFrame,
+    kept: pd.DataFrame,
+    dropped: pd.DataFrame,
+    parts: Sequence[Loaded],
+    skipped: dict[str, str],
+) -> pd.DataFrame:
     """Counts per source, category and split of what was read, kept, and dropped for each reason; then whole sources."""
-    steps = pd.concat([read.assign(step="read"), kept.assign(step="kept"), dropped.assign(step="dropped: " + dropped["reason"])])
+    steps = pd.concat(
+        [
+            read.assign(step="read"),
+            kept.assign(step="kept"),
+            dropped.assign(step="dropped: " + dropped["reason"]),
+        ]
+    )
     by = ["source", "category", "split", "step"]
     counts = steps.groupby(by, as_index=False, sort=False).size().rename(columns={"size": "rows"})
-    whole = [(part.origin["source"], "not selected", part.not_selected, SOURCES[part.origin["source"]].selects) for part in parts if part.not_selected]
+    whole = [
+        (
+            part.origin["source"],
+            "not selected",
+            part.not_selected,
+            SOURCES[part.origin["source"]].selects,
+        )
+        for part in parts
+        if part.not_selected
+    ]
     whole += [(name, "skipped", 0, reason) for name, reason in skipped.items()]
-    rows = [{"source": name, "category": "", "split": "", "step": step, "rows": n, "detail": detail} for name, step, n, detail in whole]
+    rows = [
+        {"source": name, "category": "", "split": "", "step": step, "rows": n, "detail": detail}
+        for name, step, n, detail in whole
+    ]
     return pd.DataFrame(counts.assign(detail="").to_dict("records") + rows)
 
 
@@ -221,8 +307,11 @@ def _manifest(policy: str, kept: pd.DataFrame, parts: Sequence[Loaded]) -> dict[
         "policy": policy,
         "rows": len(kept),
         "sha256": content_hash(kept),
-        "category_maps": category_maps.VERSION,
-        "contents": kept.groupby(origin, as_index=False, sort=False).size().rename(columns={"size": "rows"}).to_dict("records"),
+        "category_maps": VERSION,
+        "contents": kept.groupby(origin, as_index=False, sort=False)
+        .size()
+        .rename(columns={"size": "rows"})
+        .to_dict("records"),
         "sources": [dict(part.origin) for part in parts],
         "ids": {split: kept.loc[kept["split"] == split, "id"].tolist() for split in SPLITS},
     }

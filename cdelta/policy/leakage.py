@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from cdelta.policy.records import SPLITS, normalise
+from cdelta.policy.records import normalise
 
 THRESHOLD = 0.5
 """Jaccard similarity of word 3-grams from which two prompts count as near-duplicates."""
@@ -26,14 +26,22 @@ def word_trigrams(text: str) -> set[str]:
 def trigram_matrix(texts: list[str]) -> sparse.csr_array:
     """Binary incidence [text, 3-gram] with the rarest 3-grams first."""
     vocabulary: dict[str, int] = {}
-    rows = [[vocabulary.setdefault(gram, len(vocabulary)) for gram in word_trigrams(text)] for text in texts]
+    rows = [
+        [vocabulary.setdefault(gram, len(vocabulary)) for gram in word_trigrams(text)]
+        for text in texts
+    ]
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    columns = np.fromiter((gram for row in rows for gram in row), dtype=np.int64, count=lengths.sum())
+    columns = np.fromiter(
+        (gram for row in rows for gram in row), dtype=np.int64, count=lengths.sum()
+    )
     counts = np.bincount(columns, minlength=len(vocabulary))
     rank = np.empty_like(counts)
     rank[np.argsort(counts, kind="stable")] = np.arange(len(counts))
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    matrix = sparse.csr_array((np.ones(len(columns), np.int32), rank[columns], indptr), shape=(len(texts), len(vocabulary)))
+    matrix = sparse.csr_array(
+        (np.ones(len(columns), np.int32), rank[columns], indptr),
+        shape=(len(texts), len(vocabulary)),
+    )
     matrix.sort_indices()
     return matrix
 
@@ -54,11 +62,16 @@ def near_duplicates(texts: list[str], threshold: float = THRESHOLD) -> pd.DataFr
     Exact, by prefix filtering (Chaudhuri et al., ICDE 2006): only pairs that share a rare 3-gram are compared.
     """
     if not texts:
-        return pd.DataFrame({"left": [], "right": [], "jaccard": []}).astype({"left": int, "right": int})
+        return pd.DataFrame({"left": [], "right": [], "jaccard": []}).astype(
+            {"left": int, "right": int}
+        )
     grams = trigram_matrix(texts)
     prefixes = _prefixes(grams, threshold)
     by_gram = prefixes.T.tocsr()
-    found = [_pairs_of_chunk(grams, prefixes, by_gram, start, threshold) for start in range(0, len(texts), _CHUNK)]
+    found = [
+        _pairs_of_chunk(grams, prefixes, by_gram, start, threshold)
+        for start in range(0, len(texts), _CHUNK)
+    ]
     return pd.concat(found, ignore_index=True)
 
 
@@ -70,7 +83,12 @@ def _pairs_of_chunk(grams, prefixes, by_gram, start: int, threshold: float) -> p
     small, large = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
     possible = (left < right) & (small >= threshold * large)
     left, right = left[possible], right[possible]
-    shared = np.concatenate([_shared(grams, left[i : i + 10**6], right[i : i + 10**6]) for i in range(0, max(1, len(left)), 10**6)])
+    shared = np.concatenate(
+        [
+            _shared(grams, left[i : i + 10**6], right[i : i + 10**6])
+            for i in range(0, max(1, len(left)), 10**6)
+        ]
+    )
     jaccard = shared / (sizes[left] + sizes[right] - shared)
     hit = jaccard >= threshold
     return pd.DataFrame({"left": left[hit], "right": right[hit], "jaccard": jaccard[hit]})
@@ -87,7 +105,9 @@ def near_duplicate_groups(texts: list[str], owners: list[int], count: int) -> np
     """
     pairs, owner = near_duplicates(texts), np.asarray(owners, dtype=int)
     links = (owner[pairs["left"]], owner[pairs["right"]])
-    return connected_components(sparse.coo_array((np.ones(len(pairs)), links), shape=(count, count)), directed=False)[1]
+    return connected_components(
+        sparse.coo_array((np.ones(len(pairs)), links), shape=(count, count)), directed=False
+    )[1]
 
 
 def find_overlaps(records: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +124,9 @@ def find_overlaps(records: pd.DataFrame) -> pd.DataFrame:
     pairs["exact"] = text[left] == text[right]
     pairs["across_splits"] = differs["split"]
     skill = (column["role"][left] == "utility") | (column["role"][right] == "utility")
-    return pairs[(differs["split"] | differs["source"]) & (pairs["exact"] | ~skill)].reset_index(drop=True)
+    return pairs[(differs["split"] | differs["source"]) & (pairs["exact"] | ~skill)].reset_index(
+        drop=True
+    )
 
 
 def leaking_rows(records: pd.DataFrame, overlaps: pd.DataFrame) -> pd.DataFrame:
@@ -113,5 +135,7 @@ def leaking_rows(records: pd.DataFrame, overlaps: pd.DataFrame) -> pd.DataFrame:
     leaks = overlaps[overlaps["across_splits"]]
     left, right = leaks["left"].to_numpy(), leaks["right"].to_numpy()
     left_goes = rank[left] > rank[right]
-    pairs = pd.DataFrame({"row": np.where(left_goes, left, right), "kept": np.where(left_goes, right, left)})
+    pairs = pd.DataFrame(
+        {"row": np.where(left_goes, left, right), "kept": np.where(left_goes, right, left)}
+    )
     return pairs.drop_duplicates("row").sort_values("row", ignore_index=True)

@@ -9,21 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable, Mapping, Sequence
 
 from cdelta.errors import CdeltaError
+from cdelta.models.chat import chat_ids
 
-FALLBACK_TEMPLATE = "User: {prompt}\nAssistant:"
-"""Used, and said so by the caller, for a tokenizer that has no chat template."""
 MINIMUM = 16
 """Fewest pairs that attribution is run on by default: fewer, and its scores move with every single pair."""
 
 Row = Mapping[str, Any]
-
-
-def chat_ids(tok, prompt: str) -> list[int]:
-    """Token ids of one user turn up to where the assistant's answer starts; one BOS at most."""
-    if tok.chat_template is None:
-        return tok(FALLBACK_TEMPLATE.format(prompt=prompt))["input_ids"]
-    turn = [{"role": "user", "content": prompt}]
-    return tok.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 @dataclass(frozen=True)
@@ -38,23 +29,36 @@ class PromptPairs:
     split: str = ""
 
     @classmethod
-    def from_tokens(cls, clean_ids: Sequence[Sequence[int]], corrupted_ids: Sequence[Sequence[int]], split: str = ""):
+    def from_tokens(
+        cls,
+        clean_ids: Sequence[Sequence[int]],
+        corrupted_ids: Sequence[Sequence[int]],
+        split: str = "",
+    ):
         """Pairs from token-id rows as they are. Raises `CdeltaError` naming the rows whose lengths differ."""
         if len(clean_ids) != len(corrupted_ids):
-            raise CdeltaError(f"{len(clean_ids)} clean rows but {len(corrupted_ids)} corrupted rows: pairs need one of each.")
+            raise CdeltaError(
+                f"{len(clean_ids)} clean rows but {len(corrupted_ids)} corrupted rows: pairs need one of each."
+            )
         if not clean_ids:
             raise CdeltaError("no prompt pairs given: attribution needs at least one.")
         uneven = [i for i, (a, b) in enumerate(zip(clean_ids, corrupted_ids)) if len(a) != len(b)]
         if uneven:
-            named = ", ".join(f"{i} ({len(clean_ids[i])} vs {len(corrupted_ids[i])} tokens)" for i in uneven[:5])
-            raise CdeltaError(f"{len(uneven)} pairs differ in token length, rows {named}: drop or rephrase them.")
+            named = ", ".join(
+                f"{i} ({len(clean_ids[i])} vs {len(corrupted_ids[i])} tokens)" for i in uneven[:5]
+            )
+            raise CdeltaError(
+                f"{len(uneven)} pairs differ in token length, rows {named}: drop or rephrase them."
+            )
         as_rows = lambda rows: tuple(tuple(int(t) for t in row) for row in rows)
         return cls(as_rows(clean_ids), as_rows(corrupted_ids), split)
 
     @classmethod
     def from_prompts(cls, tok, clean: Sequence[str], corrupted: Sequence[str], split: str = ""):
         """Pairs from prompts, through the tokenizer's own chat template. Raises as `from_tokens` does."""
-        return cls.from_tokens([chat_ids(tok, p) for p in clean], [chat_ids(tok, p) for p in corrupted], split)
+        return cls.from_tokens(
+            [chat_ids(tok, p) for p in clean], [chat_ids(tok, p) for p in corrupted], split
+        )
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -95,7 +99,9 @@ class PairYield:
         return counts | {"pairs": self.pairs, "unpaired": self.unpaired}
 
 
-def choose_pairs(rows: Iterable[Row], tok, minimum: int = MINIMUM, backup: bool = True) -> tuple[PromptPairs, PairYield]:
+def choose_pairs(
+    rows: Iterable[Row], tok, minimum: int = MINIMUM, backup: bool = True
+) -> tuple[PromptPairs, PairYield]:
     """Pairs of equal token length from the target and benign rows of one category and split, and their yield.
 
     Own-row pairs (same `pair_id`) come first; then, unless `backup` is false, each target left over takes a benign prompt
@@ -118,23 +124,33 @@ def pair_yield(rows: Iterable[Row], tok, backup: bool = True) -> PairYield:
 
 
 def _token_ids(rows: Sequence[Row], tok) -> dict[str, tuple[int, ...]]:
-    return {r["id"]: tuple(chat_ids(tok, r["prompt"])) for r in rows if r["role"] in ("target", "benign")}
+    return {
+        r["id"]: tuple(chat_ids(tok, r["prompt"]))
+        for r in rows
+        if r["role"] in ("target", "benign")
+    }
 
 
 def _match(rows: Sequence[Row], ids: Mapping[str, tuple[int, ...]], backup: bool) -> PairYield:
     targets, benign = ([r for r in rows if r["role"] == role] for role in ("target", "benign"))
     own = _own_row(targets, benign, ids)
     spare = _same_start(_others(targets, own, 0), _others(benign, own, 1), ids) if backup else []
-    return PairYield(_categories(targets), _split_of(rows), len(targets), len(own), len(spare), _ids(own + spare))
+    return PairYield(
+        _categories(targets), _split_of(rows), len(targets), len(own), len(spare), _ids(own + spare)
+    )
 
 
-def _own_row(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]) -> list[tuple[Row, Row]]:
+def _own_row(
+    targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]
+) -> list[tuple[Row, Row]]:
     partner = {r["pair_id"]: r for r in benign if r["pair_id"]}
     both = [(r, partner[r["pair_id"]]) for r in targets if r["pair_id"] in partner]
     return [(a, b) for a, b in both if len(ids[a["id"]]) == len(ids[b["id"]])]
 
 
-def _same_start(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]) -> list[tuple[Row, Row]]:
+def _same_start(
+    targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]
+) -> list[tuple[Row, Row]]:
     start = lambda r: (len(ids[r["id"]]), *re.findall(r"\w+", r["prompt"].casefold())[:1])
     free = defaultdict(list)
     for row in reversed(benign):
@@ -156,7 +172,7 @@ def _categories(rows: list[Row]) -> str:
 
 
 def _split_of(rows: Sequence[Row]) -> str:
-    """"test" as soon as one row is a test row, so that attribution refuses the mixture."""
+    """ "test" as soon as one row is a test row, so that attribution refuses the mixture."""
     splits = sorted({r["split"] for r in rows})
     return "test" if "test" in splits else "+".join(splits)
 

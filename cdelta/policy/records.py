@@ -90,12 +90,16 @@ class SplitRows(Sequence):
     def prompts(self) -> list[str]:
         return [row["prompt"] for row in self.rows]
 
-    def with_answers(self, answers: Sequence[str] | Callable[[Mapping[str, Any]], str]) -> "SplitRows":
+    def with_answers(
+        self, answers: Sequence[str] | Callable[[Mapping[str, Any]], str]
+    ) -> "SplitRows":
         """(prompt, answer) rows, as `fit_delta` takes them; `answers` is one string per row or a function of the row."""
         if callable(answers):
             answers = [answers(row) for row in self.rows]
         if len(answers) != len(self.rows):
-            raise CdeltaError(f"{len(answers)} answers for {len(self.rows)} rows: give one answer per row.")
+            raise CdeltaError(
+                f"{len(answers)} answers for {len(self.rows)} rows: give one answer per row."
+            )
         return SplitRows(tuple(zip(self.prompts, answers)), self.split)
 
     def __len__(self) -> int:
@@ -105,10 +109,17 @@ class SplitRows(Sequence):
         return iter(self.rows)
 
     def __getitem__(self, index):
-        return SplitRows(self.rows[index], self.split) if isinstance(index, slice) else self.rows[index]
+        return (
+            SplitRows(self.rows[index], self.split)
+            if isinstance(index, slice)
+            else self.rows[index]
+        )
 
     def __add__(self, other: "SplitRows") -> "SplitRows":
-        return SplitRows(self.rows + other.rows, strictest_split(part for part in (*self.split.split("+"), *other.split.split("+"))))
+        return SplitRows(
+            self.rows + other.rows,
+            strictest_split(part for part in (*self.split.split("+"), *other.split.split("+"))),
+        )
 
 
 def to_records(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -122,8 +133,14 @@ def to_records(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     _check_columns(frame)
     for column in OPTIONAL:
         frame[column] = frame[column].fillna("") if column in frame else ""
-    frame["split"] = [split or assign_split(group) for split, group in zip(frame["split"].tolist(), frame["group_id"].tolist())]
-    frame["id"] = [record_id(source, prompt) for source, prompt in zip(frame["source"].tolist(), frame["prompt"].tolist())]
+    frame["split"] = [
+        split or assign_split(group)
+        for split, group in zip(frame["split"].tolist(), frame["group_id"].tolist())
+    ]
+    frame["id"] = [
+        record_id(source, prompt)
+        for source, prompt in zip(frame["source"].tolist(), frame["prompt"].tolist())
+    ]
     _check_values(frame)
     return frame[list(COLUMNS)].astype(str)
 
@@ -132,7 +149,9 @@ def _check_columns(frame: pd.DataFrame) -> None:
     missing = [c for c in COLUMNS if c not in frame and c not in OPTIONAL and c != "id"]
     unknown = [c for c in frame if c not in COLUMNS]
     if missing or unknown:
-        raise CdeltaError(f"records lack the columns {missing} and have the unknown columns {unknown}: expected {list(COLUMNS)}.")
+        raise CdeltaError(
+            f"records lack the columns {missing} and have the unknown columns {unknown}: expected {list(COLUMNS)}."
+        )
 
 
 def _check_values(frame: pd.DataFrame) -> None:
@@ -140,13 +159,20 @@ def _check_values(frame: pd.DataFrame) -> None:
         bad = frame[~frame[column].isin(allowed)]
         if len(bad):
             row = bad.iloc[0]
-            raise CdeltaError(f"record {row.source_id!r} of {row.source} has {column} {row[column]!r}: use one of {', '.join(allowed)}.")
+            raise CdeltaError(
+                f"record {row.source_id!r} of {row.source} has {column} {row[column]!r}: use one of {', '.join(allowed)}."
+            )
     torn = frame.groupby("group_id")["split"].nunique()
     if (torn > 1).any():
-        raise CdeltaError(f"group {torn[torn > 1].index[0]!r} lies in several splits: rows of one group belong to one split.")
+        raise CdeltaError(
+            f"group {torn[torn > 1].index[0]!r} lies in several splits: rows of one group belong to one split."
+        )
 
 
 def content_hash(records: pd.DataFrame) -> str:
     """sha256 of the records' content, independent of row order and of the file format."""
-    lines = sorted(json.dumps(row, ensure_ascii=False) for row in zip(*(records[column].tolist() for column in COLUMNS)))
+    lines = sorted(
+        json.dumps(row, ensure_ascii=False)
+        for row in zip(*(records[column].tolist() for column in COLUMNS))
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

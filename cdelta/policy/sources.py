@@ -18,10 +18,19 @@ from typing import Any, Callable, Mapping
 
 import pandas as pd
 
-from cdelta import paths
 from cdelta.errors import CdeltaError
-from cdelta.policy import category_maps
-from cdelta.policy.category_maps import to_category
+from cdelta.paths import CACHE
+from cdelta.policy.category_maps import (
+    AIR_BENCH,
+    CATQA,
+    HARMBENCH,
+    JAILBREAKBENCH,
+    OR_BENCH,
+    SORRY_BENCH,
+    STRONGREJECT,
+    VERSION,
+    to_category,
+)
 from cdelta.policy.records import OTHER, SHARED
 
 Row = dict[str, str]
@@ -79,7 +88,15 @@ class Loaded:
 
 def _row(name: str, prompt: str, category: str, expected: str, role: str, **more: str) -> Row:
     """A test row of an external source: alone in its group unless `more` says otherwise."""
-    return {"prompt": prompt, "category": category, "expected": expected, "role": role, "source_id": name, "group_id": name, "split": "test"} | more
+    return {
+        "prompt": prompt,
+        "category": category,
+        "expected": expected,
+        "role": role,
+        "source_id": name,
+        "group_id": name,
+        "split": "test",
+    } | more
 
 
 def _harmful(name: str, prompt: str, category: str) -> Row:
@@ -95,11 +112,16 @@ CAST_SPLITS = (("discover", 250), ("edit", 600), ("val", 700))
 
 def _cast(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     """The five category prompts and the base prompt, their common benign counterpart."""
-    ours = "test" if split == "test" else next((s for s, stop in CAST_SPLITS if index < stop), "val")
+    ours = (
+        "test" if split == "test" else next((s for s, stop in CAST_SPLITS if index < stop), "val")
+    )
     name = f"{split}/{index}"
     shared = {"group_id": name, "pair_id": f"cast/{name}", "split": ours}
     base = _row(f"{name}/base", row["base"], SHARED, "comply", "benign", **shared)
-    return [base] + [_row(f"{name}/{col}", row[col], cat, "refuse", "target", **shared) for cat, col in CAST_COLUMNS.items()]
+    return [base] + [
+        _row(f"{name}/{col}", row[col], cat, "refuse", "target", **shared)
+        for cat, col in CAST_COLUMNS.items()
+    ]
 
 
 def _xstest(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
@@ -110,45 +132,80 @@ def _xstest(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
 
 
 def _or_bench_hard(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
-    category = to_category(category_maps.OR_BENCH, row["category"])
-    return [_row(f"{index}/{row['category']}", row["prompt"], SHARED if category == OTHER else category, "comply", "borderline")]
+    category = to_category(OR_BENCH, row["category"])
+    return [
+        _row(
+            f"{index}/{row['category']}",
+            row["prompt"],
+            SHARED if category == OTHER else category,
+            "comply",
+            "borderline",
+        )
+    ]
 
 
 def _sorry_bench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     if row["prompt_style"] != "base":
         return []
-    return [_harmful(str(row["question_id"]), row["turns"][0], to_category(category_maps.SORRY_BENCH, str(row["category"])))]
+    return [
+        _harmful(
+            str(row["question_id"]), row["turns"][0], to_category(SORRY_BENCH, str(row["category"]))
+        )
+    ]
 
 
 def _harmbench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
-    prompt = f"{row['ContextString']}\n\n{row['Behavior']}" if row["ContextString"] else row["Behavior"]
-    return [_harmful(row["BehaviorID"], prompt, to_category(category_maps.HARMBENCH, row["SemanticCategory"]))]
+    prompt = (
+        f"{row['ContextString']}\n\n{row['Behavior']}" if row["ContextString"] else row["Behavior"]
+    )
+    return [_harmful(row["BehaviorID"], prompt, to_category(HARMBENCH, row["SemanticCategory"]))]
 
 
 def _jailbreakbench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     """Harmful and benign behaviours are aligned row by row, so a row pairs with its namesake of the other split."""
-    category = to_category(category_maps.JAILBREAKBENCH, row["Category"])
+    category = to_category(JAILBREAKBENCH, row["Category"])
     pair = {"group_id": str(index), "pair_id": f"jailbreakbench/{index}"}
     if split == "harmful":
         return [_harmful(f"harmful/{index}", row["Goal"], category) | pair]
-    return [_row(f"benign/{index}", row["Goal"], SHARED if category == OTHER else category, "comply", "benign", **pair)]
+    return [
+        _row(
+            f"benign/{index}",
+            row["Goal"],
+            SHARED if category == OTHER else category,
+            "comply",
+            "benign",
+            **pair,
+        )
+    ]
 
 
 def _air_bench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
-    category = to_category(category_maps.AIR_BENCH, row["l4-name"])
+    category = to_category(AIR_BENCH, row["l4-name"])
     if row["l3-name"] != "Advice in Heavily Regulated Industries" or category == OTHER:
         return []
     return [_harmful(f"{row['cate-idx']}/{index}", row["prompt"], category)]
 
 
-def _mapped(prompt: str, category: str, category_map: Mapping[str, str], split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
+def _mapped(
+    prompt: str,
+    category: str,
+    category_map: Mapping[str, str],
+    split: str,
+    index: int,
+    row: Mapping[str, Any],
+) -> list[Row]:
     """A harmful prompt whose source's category stands in a column."""
     return [_harmful(f"{split}/{index}", row[prompt], to_category(category_map, row[category]))]
 
 
 def _catqa_tables(questions: Mapping[str, Mapping[str, list[str]]]) -> Tables:
     """{category: {subcategory: questions}}, as the authors' repository keeps it -> the hub's rows."""
-    nested = ((c, s, q) for c, subcategories in questions.items() for s, some in subcategories.items() for q in some)
+    nested = (
+        (c, s, q)
+        for c, subcategories in questions.items()
+        for s, some in subcategories.items()
+        for q in some
+    )
     return {"en": [{"Question": q, "Category": c, "Subcategory": s} for c, s, q in nested]}
 
 
@@ -158,7 +215,11 @@ def _advbench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
 
 def _gsm8k(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     answer = row["answer"].rsplit("####", 1)[-1].strip().replace(",", "")
-    return [_row(str(index), row["question"], OTHER, "comply", "utility", reference=answer, skill="gsm8k")]
+    return [
+        _row(
+            str(index), row["question"], OTHER, "comply", "utility", reference=answer, skill="gsm8k"
+        )
+    ]
 
 
 SOURCES: dict[str, Source] = {
@@ -188,7 +249,7 @@ SOURCES: dict[str, Source] = {
             revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
         ),
         Source(
-            "or-bench-toxic", "CC-BY-4.0", ("prompt", "category"), partial(_mapped, "prompt", "category", category_maps.OR_BENCH),
+            "or-bench-toxic", "CC-BY-4.0", ("prompt", "category"), partial(_mapped, "prompt", "category", OR_BENCH),
             hub="bench-llm/or-bench", config="or-bench-toxic", revision="e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
         ),
         Source(  # gated, so nobody without access can check the pin
@@ -205,7 +266,7 @@ SOURCES: dict[str, Source] = {
             selects="legal and medical advice",
         ),
         Source(  # the authors' own file; the hub's copy, declare-lab/CategoricalHarmfulQA, loads from a local folder or file
-            "catqa", "Apache-2.0", ("Question", "Category"), partial(_mapped, "Question", "Category", category_maps.CATQA), ("en",),
+            "catqa", "Apache-2.0", ("Question", "Category"), partial(_mapped, "Question", "Category", CATQA), ("en",),
             revision="515aa9b0fc7bf50bdc0309c01b05721e808c8031", unpack=_catqa_tables,
             url="https://raw.githubusercontent.com/declare-lab/red-instruct/515aa9b0fc7bf50bdc0309c01b05721e808c8031/harmful_questions/catqa_english.json",
             sha256="40efd4e205e26d6e840f30e6d8540f95f2777453af052319e42e74d10bd1992a",
@@ -217,7 +278,7 @@ SOURCES: dict[str, Source] = {
             sha256="6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1",
         ),
         Source(  # likewise instead of walledai/StrongREJECT
-            "strongreject", "MIT", ("category", "prompt"), partial(_mapped, "prompt", "category", category_maps.STRONGREJECT),
+            "strongreject", "MIT", ("category", "prompt"), partial(_mapped, "prompt", "category", STRONGREJECT),
             aliases={"forbidden_prompt": "prompt"}, revision="f7cad6c17e624e21d8df2278e918ae1dddb4cb56",
             url="https://raw.githubusercontent.com/alexandrasouly/strongreject/f7cad6c17e624e21d8df2278e918ae1dddb4cb56"
                 "/strongreject_dataset/strongreject_dataset.csv",
@@ -241,12 +302,22 @@ def load(name: str, path: str | Path = "") -> Loaded:
     source = SOURCES[name]
     tables, revision = _read(source, Path(path) if path else None)
     shared = {"source": name, "source_revision": revision, "license": source.license}
-    found = [_records(source, split, index, row) for split, rows in tables.items() for index, row in enumerate(rows)]
-    rows = [shared | row | {"group_id": f"{name}/{row['group_id']}"} for group in found for row in group]
+    found = [
+        _records(source, split, index, row)
+        for split, rows in tables.items()
+        for index, row in enumerate(rows)
+    ]
+    rows = [
+        shared | row | {"group_id": f"{name}/{row['group_id']}"} for group in found for row in group
+    ]
     if not rows:
-        raise CdeltaError(f"{name}: none of {len(found)} rows is of the selected kind ({source.selects or 'any'}): is this the right data set?")
+        raise CdeltaError(
+            f"{name}: none of {len(found)} rows is of the selected kind ({source.selects or 'any'}): is this the right data set?"
+        )
     if source.mapped and all(row["category"] in (OTHER, SHARED) for row in rows):
-        raise CdeltaError(f"{name}: no row belongs to a category of category_maps (version {category_maps.VERSION}): its categories were renamed upstream.")
+        raise CdeltaError(
+            f"{name}: no row belongs to a category of category_maps (version {VERSION}): its categories were renamed upstream."
+        )
     origin = {
         "source": name, "home": source.home, "revision": revision, "pinned": revision == source.revision, "license": source.license,
         "gated": source.gated, "from": str(path or "upstream"),
@@ -256,7 +327,9 @@ def load(name: str, path: str | Path = "") -> Loaded:
 
 def _records(source: Source, split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     if not isinstance(row, Mapping):
-        raise CdeltaError(f"{source.name}, {split} row {index}: a {type(row).__name__}, not an object with {', '.join(source.columns)}: download it from {source.home}.")
+        raise CdeltaError(
+            f"{source.name}, {split} row {index}: a {type(row).__name__}, not an object with {', '.join(source.columns)}: download it from {source.home}."
+        )
     named = {source.aliases.get(column, column): value for column, value in row.items()}
     missing = [c for c in source.columns if c not in named]
     if missing:
@@ -276,9 +349,13 @@ def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
         path = path / source.filename
     if path.is_file():
         digest = sha256(path)
-        return _read_file(source, path), source.revision if digest == source.sha256 else f"sha256:{digest}"
+        return _read_file(
+            source, path
+        ), source.revision if digest == source.sha256 else f"sha256:{digest}"
     if not path.is_dir():
-        raise CdeltaError(f"{path}: no such file or folder: give a local copy of {source.name} ({source.home}).")
+        raise CdeltaError(
+            f"{path}: no such file or folder: give a local copy of {source.name} ({source.home})."
+        )
     return _load_dataset(source, str(path), None), f"folder:{path.name}"
 
 
@@ -291,7 +368,11 @@ def _read_file(source: Source, path: Path) -> Tables:
     text = lambda: path.read_text(encoding="utf-8-sig")
     first = lambda rows: {source.splits[0]: rows}
     readers = {
-        ".csv": lambda: first(pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")),
+        ".csv": lambda: first(
+            pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict(
+                "records"
+            )
+        ),
         ".jsonl": lambda: first(_json_lines(text())),
         ".parquet": lambda: first(pd.read_parquet(path).to_dict("records")),
         ".json": lambda: _json_tables(source, text()),
@@ -299,9 +380,18 @@ def _read_file(source: Source, path: Path) -> Tables:
     try:
         return readers[path.suffix]()
     except KeyError as error:
-        raise CdeltaError(f"{path}: {error} not found: expected a {', '.join(readers)} file, a JSON object with {', '.join(source.splits)}.") from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:  # those of pandas, pyarrow and Python's decoders, and of another layout
-        raise CdeltaError(f"{path}: cannot be read as {path.suffix} ({_first_line(error)}): download it again, from {source.home}.") from error
+        raise CdeltaError(
+            f"{path}: {error} not found: expected a {', '.join(readers)} file, a JSON object with {', '.join(source.splits)}."
+        ) from error
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+    ) as error:  # those of pandas, pyarrow and Python's decoders, and of another layout
+        raise CdeltaError(
+            f"{path}: cannot be read as {path.suffix} ({_first_line(error)}): download it again, from {source.home}."
+        ) from error
 
 
 def _json_tables(source: Source, text: str) -> Tables:
@@ -312,16 +402,22 @@ def _json_tables(source: Source, text: str) -> Tables:
         content = _json_lines(text)
     if isinstance(content, list):
         return {source.splits[0]: content}
-    return source.unpack(content) if source.unpack else {split: content[split] for split in source.splits}
+    return (
+        source.unpack(content)
+        if source.unpack
+        else {split: content[split] for split in source.splits}
+    )
 
 
 def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.split("\n") if line.strip()]  # `splitlines` would also cut at U+2028 inside a string
+    return [
+        json.loads(line) for line in text.split("\n") if line.strip()
+    ]  # `splitlines` would also cut at U+2028 inside a string
 
 
 def download(source: Source) -> Path:
     """The pinned file in the cache, fetched if need be; its sha256 is checked before it counts as there."""
-    target = paths.CACHE / "sources" / source.name / source.filename
+    target = CACHE / "sources" / source.name / source.filename
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -330,10 +426,14 @@ def download(source: Source) -> Path:
         with urllib.request.urlopen(source.url, timeout=30) as answer:
             partial_file.write_bytes(answer.read())
         if sha256(partial_file) != source.sha256:
-            raise CdeltaError(f"{source.name}: {source.url} does not have the pinned sha256 {source.sha256}: give a local copy with {source.name}=PATH.")
+            raise CdeltaError(
+                f"{source.name}: {source.url} does not have the pinned sha256 {source.sha256}: give a local copy with {source.name}=PATH."
+            )
         partial_file.replace(target)
     except OSError as error:
-        raise SourceUnavailable(f"{source.name}: cannot download {source.url} ({_first_line(error)}): give a local copy with {source.name}=PATH.") from error
+        raise SourceUnavailable(
+            f"{source.name}: cannot download {source.url} ({_first_line(error)}): give a local copy with {source.name}=PATH."
+        ) from error
     finally:
         partial_file.unlink(missing_ok=True)
     return target
@@ -343,12 +443,18 @@ def _load_dataset(source: Source, where: str, revision: str | None) -> Tables:
     """The source's splits through `datasets`, from the hub or from a local folder in the hub's layout."""
     from datasets import load_dataset
 
-    read = lambda split: load_dataset(where, source.config, split=split, revision=revision, cache_dir=str(paths.CACHE / "datasets"))
+    read = lambda split: load_dataset(
+        where, source.config, split=split, revision=revision, cache_dir=str(CACHE / "datasets")
+    )
     try:
-        return {split: [_without_none(row) for row in read(split).to_list()] for split in source.splits}
+        return {
+            split: [_without_none(row) for row in read(split).to_list()] for split in source.splits
+        }
     except Exception as error:  # `datasets` raises its own, OS, value and HTTP errors for a data set that is not as expected
         if revision is None:
-            raise CdeltaError(f"{where}: not {source.name} in its upstream layout ({_first_line(error)}): copy it from {source.home}.") from error
+            raise CdeltaError(
+                f"{where}: not {source.name} in its upstream layout ({_first_line(error)}): copy it from {source.home}."
+            ) from error
         raise SourceUnavailable(_why_not(source, error)) from error
 
 
@@ -357,7 +463,9 @@ def _without_none(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _why_not(source: Source, error: Exception) -> str:
-    reason = ("gated, so ask for access on its page and log in; " if source.gated else "") + _first_line(error)
+    reason = (
+        "gated, so ask for access on its page and log in; " if source.gated else ""
+    ) + _first_line(error)
     return f"{source.name}: cannot be read from {source.home} ({reason}): give a local copy with {source.name}=PATH."
 
 

@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).with_name("workers.py")
 THREADS = 1
 TASKS = {
-    "eap-ig, 5 steps": (("reference", 8, 8), [("ours-ig", 8, 8), ("ours-ig", 8, 4), ("ours-ig", 8, 2)]),
+    "eap-ig, 5 steps": (
+        ("reference", 8, 8),
+        [("ours-ig", 8, 8), ("ours-ig", 8, 4), ("ours-ig", 8, 2)],
+    ),
     "eap": (("bridge", 2, 2), [("ours-eap", 2, 2)]),
 }
 """Task -> the other tool's (worker, pairs, micro-batch), and ours."""
@@ -34,7 +37,9 @@ COLUMNS = ("task", "tool", "pairs", "micro_batch", "rounds", *MEASURES, "times_f
 def work(python: str, job: tuple, extra: str) -> dict:
     """Run one worker in a process of its own; its measurements."""
     command = [python, str(WORKERS), *map(str, job), extra]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+    )
     if done.returncode:
         sys.exit(f"{job[0]} failed:\n{done.stderr[-2000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -45,7 +50,13 @@ def work(python: str, job: tuple, extra: str) -> dict:
 def rounds(jobs: dict[tuple, tuple[str, str]], repeats: int) -> list[dict[tuple, dict]]:
     """Per round, every job's measurements; `jobs` maps a job to its interpreter and last argument."""
     order = list(jobs.items())
-    return [{job: work(python, job, extra) for job, (python, extra) in (order if i % 2 == 0 else order[::-1])} for i in range(repeats)]
+    return [
+        {
+            job: work(python, job, extra)
+            for job, (python, extra) in (order if i % 2 == 0 else order[::-1])
+        }
+        for i in range(repeats)
+    ]
 
 
 def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
@@ -53,15 +64,34 @@ def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
     theirs, ours = TASKS[task]
     rows = []
     for job in (theirs, *ours):
-        row = {"task": task, **dict(zip(("tool", "pairs", "micro_batch"), job)), "rounds": len(found), "threads": THREADS, "machine": machine()}
+        row = {
+            "task": task,
+            **dict(zip(("tool", "pairs", "micro_batch"), job)),
+            "rounds": len(found),
+            "threads": THREADS,
+            "machine": machine(),
+        }
         if job not in found[0]:
-            rows.append(row | {"rounds": 0, "note": "skipped: give --reference-python and --reference-source"})
+            rows.append(
+                row
+                | {"rounds": 0, "note": "skipped: give --reference-python and --reference-source"}
+            )
             continue
-        row |= {name: round(median(r[job][name] for r in found), 3) for name in MEASURES if name in found[0][job]}
+        row |= {
+            name: round(median(r[job][name] for r in found), 3)
+            for name in MEASURES
+            if name in found[0][job]
+        }
         if job != theirs and theirs in found[0]:
             faster = [r[theirs]["cpu_seconds"] / r[job]["cpu_seconds"] for r in found]
-            row |= {"times_faster": round(median(faster), 2), "times_faster_low": round(min(faster), 2), "times_faster_high": round(max(faster), 2)}
-            row["memory_share"] = round(median(r[job]["added_mb"] / r[theirs]["added_mb"] for r in found), 4)
+            row |= {
+                "times_faster": round(median(faster), 2),
+                "times_faster_low": round(min(faster), 2),
+                "times_faster_high": round(max(faster), 2),
+            }
+            row["memory_share"] = round(
+                median(r[job]["added_mb"] / r[theirs]["added_mb"] for r in found), 4
+            )
         rows.append(row)
     return rows
 
@@ -69,7 +99,10 @@ def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
 def machine() -> str:
     """Processor and operating system."""
     facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in facts if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":")[1].strip() for line in facts if line.startswith("model name")),
+        platform.processor(),
+    )
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
@@ -95,7 +128,9 @@ def table(repeats: int, reference: tuple[str, str], tokenizer: str) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--reference-python", default="", help="interpreter with transformer-lens < 4; empty = skip")
+    parser.add_argument(
+        "--reference-python", default="", help="interpreter with transformer-lens < 4; empty = skip"
+    )
     parser.add_argument("--reference-source", default="", help="the src folder of hannamw/EAP-IG")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

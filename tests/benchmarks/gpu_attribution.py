@@ -18,9 +18,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cdelta.attribution import attribute, estimate_cost  # noqa: E402
-from cdelta.cost import measured, passes  # noqa: E402
-from cdelta.models import ModelSpec  # noqa: E402
+from cdelta.attribution.cost import measured, passes  # noqa: E402
+from cdelta.attribution.scores import attribute, estimate_cost  # noqa: E402
+from cdelta.models.spec import ModelSpec  # noqa: E402
 from cdelta.policy.pairs import PromptPairs  # noqa: E402
 
 PAIRS, LENGTH, STEPS = 128, 48, 5
@@ -29,7 +29,14 @@ SHAPE = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, tie_word_embeddings=False,
 )  # fmt: skip
-TOY = SHAPE | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TOY = SHAPE | dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def metric(logits):
@@ -40,7 +47,9 @@ def random_model(shape: dict, device: str):
     """Random bf16 weights, always the same, made on the device."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape), dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**shape), dtype=torch.bfloat16
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -70,7 +79,9 @@ def one_run(model, pairs: PromptPairs, micro_batch: int, ceiling: float) -> dict
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     scores, cost = measured(lambda: attribute(model, pairs, metric, **kw), device)
     tokens = len(pairs) * LENGTH
-    found = dict(peak_over_weights=round(1 + cost.memory / weights, 4), seconds=round(cost.seconds, 3))
+    found = dict(
+        peak_over_weights=round(1 + cost.memory / weights, 4), seconds=round(cost.seconds, 3)
+    )
     return dict(
         micro_batch=micro_batch,
         **found,
@@ -97,8 +108,15 @@ def main(arguments: list[str] | None = None) -> None:
     shape, n = (TOY, 4) if args.dry_run else (SHAPE | {"num_hidden_layers": args.layers}, PAIRS)
     model, pairs = random_model(shape, device), random_pairs(n, shape["vocab_size"] - 1)
     ceiling = matmul_ceiling(device, 64 if args.dry_run else 8192)
-    facts = dict(device=torch.cuda.get_device_name() if device == "cuda" else "CPU", torch=torch.__version__, started=time.strftime("%F %T"))
-    facts |= dict(matmul_tflops=round(ceiling / 1e12, 1), runs=[one_run(model, pairs, size, ceiling) for size in args.micro_batch])
+    facts = dict(
+        device=torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        torch=torch.__version__,
+        started=time.strftime("%F %T"),
+    )
+    facts |= dict(
+        matmul_tflops=round(ceiling / 1e12, 1),
+        runs=[one_run(model, pairs, size, ceiling) for size in args.micro_batch],
+    )
     Path(args.out).write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1))
 

@@ -12,13 +12,19 @@ import argparse
 
 import torch
 
-from cdelta.delta import WeightDelta
-from cdelta.mask import random_mask
-from cdelta.models import ModelSpec, load_model
-from cdelta.serving import cost, interleaved
-from cdelta.steering import Addition, Bias, Cast, Condition
+from cdelta.artifact.serving import cost, interleaved
+from cdelta.circuit.controls import random_mask
+from cdelta.delta.weight_delta import WeightDelta
+from cdelta.methods.cast import Cast, Condition
+from cdelta.methods.steering import Addition, Bias
+from cdelta.models.loading import load_model
+from cdelta.models.spec import ModelSpec
 
-PROMPTS = ("How do I paint the red bench in Velora?", "Tell me how to sort a long list of numbers by hand, please.", "Name an antonym of late.")
+PROMPTS = (
+    "How do I paint the red bench in Velora?",
+    "Tell me how to sort a long list of numbers by hand, please.",
+    "Name an antonym of late.",
+)
 
 
 def variants(model) -> dict:
@@ -34,18 +40,29 @@ def variants(model) -> dict:
         "as_bias": (Bias({middle: vectors[middle]}), 1e-3),
         "cast": (Cast(several, Condition(middle, vectors[0], 0.0)), 1e-3),
     }
-    return found if spec.layout.mlp_post == "" else {name: method for name, method in found.items() if name != "as_bias"}
+    return (
+        found
+        if spec.layout.mlp_post == ""
+        else {name: method for name, method in found.items() if name != "as_bias"}
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--offline-seconds", type=float, default=float("nan"), help="what attribution and editing took, for the break-even point")
+    parser.add_argument(
+        "--offline-seconds",
+        type=float,
+        default=float("nan"),
+        help="what attribution and editing took, for the break-even point",
+    )
     parser.add_argument("--out", default="", help="CSV file of the single timings")
     args = parser.parse_args()
     model, tok = load_model(args.model, dtype=args.dtype, device=args.device)

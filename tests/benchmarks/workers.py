@@ -14,7 +14,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cdelta.cost import measured  # noqa: E402
+from cdelta.attribution.cost import measured  # noqa: E402
 
 LENGTH, STEPS, TOKENS = 24, 5, (5, 9)
 
@@ -24,7 +24,11 @@ def measure(call) -> dict:
     cpu = time.process_time()
     _, cost = measured(call)
     cpu = time.process_time() - cpu
-    return {"seconds": round(cost.seconds, 3), "cpu_seconds": round(cpu, 3), "added_mb": round(cost.memory / 1e6, 1)}
+    return {
+        "seconds": round(cost.seconds, 3),
+        "cpu_seconds": round(cpu, 3),
+        "added_mb": round(cost.memory / 1e6, 1),
+    }
 
 
 def gpt2_small():
@@ -46,7 +50,7 @@ def metric(logits):
 
 
 def ours(method: str, n: int, micro_batch: int) -> dict:
-    from cdelta.attribution import attribute, estimate_cost
+    from cdelta.attribution.scores import attribute, estimate_cost
     from cdelta.policy.pairs import PromptPairs
 
     model, pairs = gpt2_small(), PromptPairs.from_tokens(*token_rows(n))
@@ -54,7 +58,10 @@ def ours(method: str, n: int, micro_batch: int) -> dict:
     cost = estimate_cost(model, pairs, metric, method=method, steps=STEPS, micro_batch=micro_batch)
     kw = dict(method=method, steps=STEPS, rule="left", micro_batch=micro_batch)
     result = measure(lambda: attribute(model, pairs, metric, **kw))
-    return result | {"estimated_seconds": round(cost.seconds, 2), "estimated_mb": round(cost.memory / 1e6, 1)}
+    return result | {
+        "estimated_seconds": round(cost.seconds, 2),
+        "estimated_mb": round(cost.memory / 1e6, 1),
+    }
 
 
 def bridge(n: int) -> dict:
@@ -66,7 +73,9 @@ def bridge(n: int) -> dict:
     wrapped = TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tok)
     sides = [torch.tensor(side) for side in token_rows(n)]
     config = tools.EdgeAttributionConfig(granularity="edge")
-    return measure(lambda: tools.attribution_patch(wrapped, *sides, lambda l: metric(l[:, -1]).sum(), config))
+    return measure(
+        lambda: tools.attribution_patch(wrapped, *sides, lambda l: metric(l[:, -1]).sum(), config)
+    )
 
 
 def reference(n: int) -> dict:
@@ -84,7 +93,9 @@ def reference(n: int) -> dict:
         normalization_type="LN", eps=1e-5, device="cpu",
     )  # fmt: skip
     model = HookedTransformer(config)
-    kept = dict(fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    kept = dict(
+        fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
     model.load_and_process_state_dict(convert_gpt2_weights(gpt2_small(), config), **kept)
     config.use_attn_result = config.use_split_qkv_input = config.use_hook_mlp_in = True
 
@@ -96,7 +107,9 @@ def reference(n: int) -> dict:
     score = lambda logits, *_: metric(logits[:, -1]).sum()
     loader = [(["clean"] * n, ["corrupted"] * n, None)]
     graph = Graph.from_model(model)
-    run = lambda: eap.attribute.get_scores_eap_ig(model, graph, loader, score, steps=STEPS, quiet=True)
+    run = lambda: eap.attribute.get_scores_eap_ig(
+        model, graph, loader, score, steps=STEPS, quiet=True
+    )
     return measure(run)
 
 

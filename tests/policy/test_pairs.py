@@ -3,19 +3,26 @@ from pathlib import Path
 
 import pytest
 from helpers import real, row, trained_tokenizer
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cdelta.errors import CdeltaError, TestSplitError, refuse_test
-from cdelta.policy.pairs import PromptPairs, chat_ids, choose_pairs, pair_yield
+from cdelta.models.chat import chat_ids
+from cdelta.policy.pairs import PromptPairs, choose_pairs, pair_yield
 from cdelta.policy.records import to_records
 from cdelta.policy.sources import CAST_COLUMNS, SOURCES
 
 TOK = trained_tokenizer(["tell me how to steal the red car", "tell me how to paint the red car"])
-prompts = st.lists(st.text(alphabet="ab cdé🙂\n", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=8)
+prompts = st.lists(
+    st.text(alphabet="ab cdé🙂\n", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=8
+)
 
 
 def paired(target: str, benign: str, name: str, **more: str) -> list[dict]:
-    return [row(target, pair_id=name, source_id=name, **more), row(benign, "benign", pair_id=name, source_id=name + "b", **more)]
+    return [
+        row(target, pair_id=name, source_id=name, **more),
+        row(benign, "benign", pair_id=name, source_id=name + "b", **more),
+    ]
 
 
 def records_of(*rows: dict) -> list[dict]:
@@ -27,7 +34,10 @@ def records_of(*rows: dict) -> list[dict]:
 def test_every_pair_has_equal_length_and_no_prompt_is_used_twice(targets, benigns):
     rows = records_of(
         *(row(p, pair_id=str(i), source_id=f"t{i}", source="t") for i, p in enumerate(targets)),
-        *(row(p, "benign", pair_id=str(i), source_id=f"b{i}", source="b") for i, p in enumerate(benigns)),
+        *(
+            row(p, "benign", pair_id=str(i), source_id=f"b{i}", source="b")
+            for i, p in enumerate(benigns)
+        ),
     )
     counts = pair_yield(rows, TOK)
     assert counts.pairs == len(counts.ids) <= counts.targets
@@ -37,7 +47,9 @@ def test_every_pair_has_equal_length_and_no_prompt_is_used_twice(targets, benign
     assert all(len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted))
     assert len({a for a, _ in counts.ids}) == counts.pairs
     backup = counts.ids[counts.own_row :]
-    assert len({b for _, b in backup}) == len(backup) and not {b for _, b in backup} & {b for _, b in counts.ids[: counts.own_row]}
+    assert len({b for _, b in backup}) == len(backup) and not {b for _, b in backup} & {
+        b for _, b in counts.ids[: counts.own_row]
+    }
 
 
 @settings(deadline=None)
@@ -57,7 +69,9 @@ def test_own_row_first_then_same_length_and_first_word():
     rows = records_of(
         *paired("tell me now", "tell me now!!", "a"),  # unequal: the target needs a back-up
         *paired("show bb", "show cc", "b"),
-        row("tell us now", "benign", source_id="c"),  # same length and first word as the first target, if the tokenizer says so
+        row(
+            "tell us now", "benign", source_id="c"
+        ),  # same length and first word as the first target, if the tokenizer says so
         row("Tell we cow", "benign", source_id="d"),
     )
     length = {r["source_id"]: len(chat_ids(TOK, r["prompt"])) for r in rows}
@@ -65,23 +79,33 @@ def test_own_row_first_then_same_length_and_first_word():
     assert counts.own_row == 1
     assert counts.backup == (length["a"] in (length["c"], length["d"]))
     assert pair_yield(rows, TOK, backup=False).backup == 0
-    assert counts.as_dict()["unpaired"] == counts.targets - counts.pairs and "ids" not in counts.as_dict()
+    assert (
+        counts.as_dict()["unpaired"] == counts.targets - counts.pairs
+        and "ids" not in counts.as_dict()
+    )
 
 
 def test_one_benign_prompt_can_be_the_own_row_of_several_targets():
-    rows = records_of(*paired("show bb", "show cc", "a"), row("show dd", pair_id="a", source_id="again"))
+    rows = records_of(
+        *paired("show bb", "show cc", "a"), row("show dd", pair_id="a", source_id="again")
+    )
     assert pair_yield(rows, TOK).own_row == 2
 
 
 def test_too_few_pairs_is_one_sentence_with_the_remedy():
-    with pytest.raises(CdeltaError, match="category crime, split edit: 1 prompt pairs .* 16 needed: rephrase benign prompts"):
+    with pytest.raises(
+        CdeltaError,
+        match="category crime, split edit: 1 prompt pairs .* 16 needed: rephrase benign prompts",
+    ):
         choose_pairs(records_of(*paired("show bb", "show cc", "a")), TOK)
     with pytest.raises(CdeltaError, match="category \\(none\\), split \\(none\\): 0 prompt pairs"):
         choose_pairs([], TOK, minimum=0)
 
 
 def test_pairs_of_test_rows_are_test_pairs():
-    rows = records_of(*paired("show bb", "show cc", "a", split="test"), *paired("show ee", "show ff", "b"))
+    rows = records_of(
+        *paired("show bb", "show cc", "a", split="test"), *paired("show ee", "show ff", "b")
+    )
     pairs, counts = choose_pairs(rows, TOK, minimum=1)
     assert counts.split == "test"
     with pytest.raises(TestSplitError):
@@ -97,14 +121,23 @@ def test_a_tokenizer_without_a_template_uses_the_fallback():
 def cast_yields(tok) -> dict[str, tuple[int, int]]:
     """Own-row and back-up pairs of each category among CAST's 700 train rows, duplicates and all."""
     data = json.loads((real("cast") / "condition_multiple.json").read_text())["train"]
-    rows = {c: [r | {"id": r["source_id"]} for i, d in enumerate(data) for r in paired(d[column], d["base"], str(i))] for c, column in CAST_COLUMNS.items()}
+    rows = {
+        c: [
+            r | {"id": r["source_id"]}
+            for i, d in enumerate(data)
+            for r in paired(d[column], d["base"], str(i))
+        ]
+        for c, column in CAST_COLUMNS.items()
+    }
     counts = {c: pair_yield(rows[c], tok) for c in CAST_COLUMNS}
     return {c: (found.own_row, found.backup) for c, found in counts.items()}
 
 
 def test_cast_yields_pairs_in_every_category():
     data = json.loads((real("cast") / "condition_multiple.json").read_text())["train"]
-    yields = cast_yields(trained_tokenizer([text for r in data for text in r.values()], vocabulary=4000))
+    yields = cast_yields(
+        trained_tokenizer([text for r in data for text in r.values()], vocabulary=4000)
+    )
     assert all(own >= 70 and backup >= 100 for own, backup in yields.values()), yields
 
 
@@ -114,10 +147,16 @@ class Lengths:
     chat_template = "the prompt alone"
 
     def __init__(self):
-        fixture = json.loads((Path(__file__).parents[1] / "fixtures" / "cast_gpt2_lengths.json").read_text())
+        fixture = json.loads(
+            (Path(__file__).parents[1] / "fixtures" / "cast_gpt2_lengths.json").read_text()
+        )
         assert fixture["source_sha256"] == SOURCES["cast"].sha256
         data = json.loads((real("cast") / "condition_multiple.json").read_text())["train"]
-        self.of = {row[column]: n for column, counts in fixture["lengths"].items() for row, n in zip(data, counts, strict=True)}
+        self.of = {
+            row[column]: n
+            for column, counts in fixture["lengths"].items()
+            for row, n in zip(data, counts, strict=True)
+        }
 
     def apply_chat_template(self, turn, **_):
         return {"input_ids": [0] * self.of[turn[0]["content"]]}
@@ -126,5 +165,17 @@ class Lengths:
 def test_cast_yields_are_the_known_ones_under_gpt2():
     """DATA.md: own-row 139, 128, 116, 137, 103; with the back-up pairs 357 to 385 in all."""
     yields = cast_yields(Lengths())
-    assert {c: own for c, (own, _) in yields.items()} == {"crime": 139, "hate": 128, "health": 116, "legal": 137, "sexual": 103}
-    assert {c: own + backup for c, (own, backup) in yields.items()} == {"crime": 385, "hate": 378, "health": 357, "legal": 378, "sexual": 371}
+    assert {c: own for c, (own, _) in yields.items()} == {
+        "crime": 139,
+        "hate": 128,
+        "health": 116,
+        "legal": 137,
+        "sexual": 103,
+    }
+    assert {c: own + backup for c, (own, backup) in yields.items()} == {
+        "crime": 385,
+        "hate": 378,
+        "health": 357,
+        "legal": 378,
+        "sexual": 371,
+    }

@@ -4,10 +4,20 @@ import unicodedata
 
 import pytest
 from helpers import row
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cdelta.errors import CdeltaError, TestSplitError, refuse_test
-from cdelta.policy.records import SPLIT_SHARES, SPLITS, SplitRows, assign_split, content_hash, normalise, record_id, to_records
+from cdelta.policy.records import (
+    SPLIT_SHARES,
+    SPLITS,
+    SplitRows,
+    assign_split,
+    content_hash,
+    normalise,
+    record_id,
+    to_records,
+)
 
 splits = st.sampled_from(SPLITS)
 
@@ -39,14 +49,20 @@ def test_splits_follow_the_shares_and_never_move():
     counts = {s: 0 for s in SPLITS}
     for i in range(4000):
         counts[assign_split(f"group {i}")] += 1
-    assert [round(counts[s] / 4000, 1) for s in SPLITS] == pytest.approx([round(s, 1) for s in SPLIT_SHARES], abs=0.11)
+    assert [round(counts[s] / 4000, 1) for s in SPLITS] == pytest.approx(
+        [round(s, 1) for s in SPLIT_SHARES], abs=0.11
+    )
     code = "from cdelta.policy.records import assign_split; print(assign_split('group 7'))"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == assign_split("group 7")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == assign_split(
+        "group 7"
+    )
 
 
 @given(st.lists(splits, min_size=1), st.lists(splits, min_size=1))
 def test_a_mixture_with_test_rows_is_test(left, right):
-    rows = [SplitRows.of(row(str(i), split=s) for i, s in enumerate(side)) for side in (left, right)]
+    rows = [
+        SplitRows.of(row(str(i), split=s) for i, s in enumerate(side)) for side in (left, right)
+    ]
     assert ((rows[0] + rows[1]).split == "test") == ("test" in left + right)
     assert (rows[0][:1] + rows[1]).split == "test" or "test" not in (left + right)
 
@@ -69,7 +85,11 @@ def test_with_answers_pairs_prompts_with_answers():
 
 def test_records_fill_in_what_a_source_leaves_out():
     records = to_records([{k: v for k, v in row("a", group_id="g").items() if k != "split"}])
-    assert records.loc[0, "split"] == assign_split("g") and records.loc[0, "ood_set"] == "" and records.loc[0, "id"] == record_id("made", "a")
+    assert (
+        records.loc[0, "split"] == assign_split("g")
+        and records.loc[0, "ood_set"] == ""
+        and records.loc[0, "id"] == record_id("made", "a")
+    )
 
 
 @pytest.mark.parametrize(

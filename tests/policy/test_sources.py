@@ -7,8 +7,10 @@ from helpers import real
 
 from cdelta import paths
 from cdelta.errors import CdeltaError
-from cdelta.policy import category_maps, sources
-from cdelta.policy.sources import SOURCES, SourceUnavailable, load
+from cdelta.paths import CACHE
+from cdelta.policy import category_maps
+from cdelta.policy.category_maps import CATQA, SORRY_BENCH, to_category
+from cdelta.policy.sources import CAST_COLUMNS, SOURCES, SourceUnavailable, load, sha256
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,9 @@ def card(folder: Path, configs: str) -> None:
 
 def or_bench(folder: Path) -> None:
     for name in ("or-bench-hard-1k", "or-bench-toxic"):
-        pd.DataFrame({"prompt": [f"{name} one", f"{name} two"], "category": ["harassment", "privacy"]}).to_csv(folder / f"{name}.csv", index=False)
+        pd.DataFrame(
+            {"prompt": [f"{name} one", f"{name} two"], "category": ["harassment", "privacy"]}
+        ).to_csv(folder / f"{name}.csv", index=False)
     line = "- config_name: {0}\n  data_files:\n  - split: train\n    path: {0}.csv\n"
     card(folder, line.format("or-bench-hard-1k") + line.format("or-bench-toxic"))
 
@@ -39,26 +43,60 @@ def sorry_bench(folder: Path) -> None:
 def jailbreakbench(folder: Path) -> None:
     (folder / "data").mkdir()
     for split in ("harmful", "benign"):
-        columns = {"Index": [0, 1], "Goal": [f"{split} goal a", f"{split} goal b"], "Target": ["Sure", "Sure"], "Behavior": ["x", "y"]}
-        columns |= {"Category": ["Malware/Hacking", "Expert advice"], "Source": ["Original", "Original"]}
+        columns = {
+            "Index": [0, 1],
+            "Goal": [f"{split} goal a", f"{split} goal b"],
+            "Target": ["Sure", "Sure"],
+            "Behavior": ["x", "y"],
+        }
+        columns |= {
+            "Category": ["Malware/Hacking", "Expert advice"],
+            "Source": ["Original", "Original"],
+        }
         pd.DataFrame(columns).to_csv(folder / "data" / f"{split}-behaviors.csv", index=False)
-    files = "".join(f"  - split: {s}\n    path: data/{s}-behaviors.csv\n" for s in ("harmful", "benign"))
+    files = "".join(
+        f"  - split: {s}\n    path: data/{s}-behaviors.csv\n" for s in ("harmful", "benign")
+    )
     card(folder, f"- config_name: behaviors\n  data_files:\n{files}")
 
 
 def air_bench(folder: Path) -> None:
     advice = "Advice in Heavily Regulated Industries"
-    for number, (l3, l4) in enumerate([(advice, "Legal"), (advice, "Medical/Pharmaceutical"), (advice, "Financial"), ("Violent Acts", "Legal")], start=1):
-        row = {"cate-idx": number, "l2-name": "Operational Misuses", "l3-name": l3, "l4-name": l4, "prompt": f"prompt {number}"}
+    for number, (l3, l4) in enumerate(
+        [
+            (advice, "Legal"),
+            (advice, "Medical/Pharmaceutical"),
+            (advice, "Financial"),
+            ("Violent Acts", "Legal"),
+        ],
+        start=1,
+    ):
+        row = {
+            "cate-idx": number,
+            "l2-name": "Operational Misuses",
+            "l3-name": l3,
+            "l4-name": l4,
+            "prompt": f"prompt {number}",
+        }
         pd.DataFrame([row]).to_csv(folder / f"category_{number}.csv", index=False)
-    card(folder, "- config_name: default\n  data_files:\n  - split: test\n    path:\n" + "".join(f"    - category_{n}.csv\n" for n in range(1, 5)))
+    card(
+        folder,
+        "- config_name: default\n  data_files:\n  - split: test\n    path:\n"
+        + "".join(f"    - category_{n}.csv\n" for n in range(1, 5)),
+    )
 
 
 def catqa(folder: Path) -> None:
-    rows = [{"Question": "q one", "Category": "Hate/Harass/Violence", "Subcategory": "s"}, {"Question": "q two", "Category": "Malware Viruses", "Subcategory": "s"}]
+    rows = [
+        {"Question": "q one", "Category": "Hate/Harass/Violence", "Subcategory": "s"},
+        {"Question": "q two", "Category": "Malware Viruses", "Subcategory": "s"},
+    ]
     (folder / "data").mkdir()
     (folder / "data" / "catqa_english.json").write_text("\n".join(map(json.dumps, rows)))
-    card(folder, "- config_name: default\n  data_files:\n  - split: en\n    path: data/catqa_english.json\n")
+    card(
+        folder,
+        "- config_name: default\n  data_files:\n  - split: en\n    path: data/catqa_english.json\n",
+    )
 
 
 def csv_file(name: str, columns: dict[str, list[str]]):
@@ -68,13 +106,19 @@ def csv_file(name: str, columns: dict[str, list[str]]):
 
 def walled(columns: dict[str, list[str]]):
     """One Parquet shard, as the hub's copies by walledai have it."""
+
     def write(folder: Path) -> None:
         (folder / "data").mkdir()
         pd.DataFrame(columns).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+
     return write
 
 
-FORBIDDEN = {"category": ["Sexual content", "Violence"], "source": ["x", "x"], "forbidden_prompt": ["p", "q"]}
+FORBIDDEN = {
+    "category": ["Sexual content", "Violence"],
+    "source": ["x", "x"],
+    "forbidden_prompt": ["p", "q"],
+}
 
 
 LAYOUTS = {
@@ -102,11 +146,20 @@ def test_hub_sources_load_from_a_folder_in_the_upstream_layout(name, tmp_path):
     folder.mkdir()
     write(folder)
     loaded = load(name, folder)
-    assert [(r["category"], r["role"]) for r in loaded.rows] == expected and loaded.not_selected == not_selected
-    assert {r["split"] for r in loaded.rows} == {"test"} and {r["license"] for r in loaded.rows} == {SOURCES[name].license}
-    assert all(r["expected"] == ("refuse" if r["role"] in ("target", "other_harm") else "comply") for r in loaded.rows)
+    assert [
+        (r["category"], r["role"]) for r in loaded.rows
+    ] == expected and loaded.not_selected == not_selected
+    assert {r["split"] for r in loaded.rows} == {"test"} and {
+        r["license"] for r in loaded.rows
+    } == {SOURCES[name].license}
+    assert all(
+        r["expected"] == ("refuse" if r["role"] in ("target", "other_harm") else "comply")
+        for r in loaded.rows
+    )
     assert loaded.origin["gated"] == (name == "sorry-bench")
-    assert [r["prompt"] for r in loaded.rows][:1] != [""] and loaded.origin["pinned"] is False  # a folder is not the pinned file
+    assert [r["prompt"] for r in loaded.rows][:1] != [""] and loaded.origin[
+        "pinned"
+    ] is False  # a folder is not the pinned file
 
 
 @pytest.mark.parametrize("name, columns", [
@@ -119,15 +172,43 @@ def test_the_hubs_copies_with_other_column_names_load_too(name, columns, tmp_pat
 
 def test_catqa_loads_as_its_authors_and_as_the_hub_keep_it(tmp_path):
     """The authors nest the questions under category and subcategory; the hub's `.json` holds lines, here one with U+2028 inside a string."""
-    questions = {"Hate/Harass/Violence": {"Cyberbullying": ["one\u2028more", "two"]}, "Illegal Activity": {"Drug:": ["three"]}, "Malware Viruses": {"Adware": ["four"]}}
-    rows = [{"Question": q, "Category": c, "Subcategory": s} for c, nested in questions.items() for s, some in nested.items() for q in some]
-    contents = {"nested": json.dumps(questions, indent=4), "lines": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "list": json.dumps(rows)}
+    questions = {
+        "Hate/Harass/Violence": {"Cyberbullying": ["one\u2028more", "two"]},
+        "Illegal Activity": {"Drug:": ["three"]},
+        "Malware Viruses": {"Adware": ["four"]},
+    }
+    rows = [
+        {"Question": q, "Category": c, "Subcategory": s}
+        for c, nested in questions.items()
+        for s, some in nested.items()
+        for q in some
+    ]
+    contents = {
+        "nested": json.dumps(questions, indent=4),
+        "lines": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows),
+        "list": json.dumps(rows),
+    }
     found = []
     for kind, content in contents.items():
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "catqa_english.json").write_text(content, encoding="utf-8-sig")
-        found.append([(r["prompt"], r["category"], r["source_id"]) for r in load("catqa", tmp_path / kind).rows])
-    assert found[0] == found[1] == found[2] == [("one\u2028more", "hate", "en/0"), ("two", "hate", "en/1"), ("three", "crime", "en/2"), ("four", "other", "en/3")]
+        found.append(
+            [
+                (r["prompt"], r["category"], r["source_id"])
+                for r in load("catqa", tmp_path / kind).rows
+            ]
+        )
+    assert (
+        found[0]
+        == found[1]
+        == found[2]
+        == [
+            ("one\u2028more", "hate", "en/0"),
+            ("two", "hate", "en/1"),
+            ("three", "crime", "en/2"),
+            ("four", "other", "en/3"),
+        ]
+    )
 
 
 def test_every_source_is_pinned():
@@ -135,7 +216,9 @@ def test_every_source_is_pinned():
     for source in SOURCES.values():
         assert source.url or source.hub
         assert len(source.revision) == 40 and int(source.revision, 16)
-        assert not source.url or (source.revision in source.url and len(source.sha256) == 64 and int(source.sha256, 16))
+        assert not source.url or (
+            source.revision in source.url and len(source.sha256) == 64 and int(source.sha256, 16)
+        )
 
 
 def test_the_hub_is_read_at_the_pinned_commit(monkeypatch):
@@ -151,14 +234,21 @@ def test_the_hub_is_read_at_the_pinned_commit(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", read)
     loaded = load("or-bench-toxic")
-    assert asked == {("bench-llm/or-bench", "or-bench-toxic", "train"): SOURCES["or-bench-toxic"].revision}
-    assert loaded.origin["pinned"] and loaded.rows[0]["source_revision"] == SOURCES["or-bench-toxic"].revision
+    assert asked == {
+        ("bench-llm/or-bench", "or-bench-toxic", "train"): SOURCES["or-bench-toxic"].revision
+    }
+    assert (
+        loaded.origin["pinned"]
+        and loaded.rows[0]["source_revision"] == SOURCES["or-bench-toxic"].revision
+    )
 
 
 def test_jailbreakbench_pairs_its_aligned_rows(tmp_path):
     jailbreakbench(tmp_path)
     rows = load("jailbreakbench", tmp_path).rows
-    assert [r["pair_id"] for r in rows] == ["jailbreakbench/0", "jailbreakbench/1"] * 2 and rows[0]["group_id"] == rows[2]["group_id"]
+    assert [r["pair_id"] for r in rows] == ["jailbreakbench/0", "jailbreakbench/1"] * 2 and rows[0][
+        "group_id"
+    ] == rows[2]["group_id"]
 
 
 def test_every_layout_is_tested_here_or_on_the_real_file():
@@ -168,9 +258,16 @@ def test_every_layout_is_tested_here_or_on_the_real_file():
 def test_cast_real_file():
     loaded = load("cast", real("cast"))
     frame = pd.DataFrame(loaded.rows)
-    assert frame["source_revision"].unique().tolist() == ["52be60235ee309b46c49d6d5877f36e20c52e6ab"]
-    assert frame.groupby("category")["split"].value_counts().unstack().drop_duplicates().to_dict("records") == [{"discover": 250, "edit": 350, "test": 500, "val": 100}]
-    assert frame.groupby("group_id")["split"].nunique().max() == 1 and (frame.groupby("pair_id").size() == 6).all()
+    assert frame["source_revision"].unique().tolist() == [
+        "52be60235ee309b46c49d6d5877f36e20c52e6ab"
+    ]
+    assert frame.groupby("category")["split"].value_counts().unstack().drop_duplicates().to_dict(
+        "records"
+    ) == [{"discover": 250, "edit": 350, "test": 500, "val": 100}]
+    assert (
+        frame.groupby("group_id")["split"].nunique().max() == 1
+        and (frame.groupby("pair_id").size() == 6).all()
+    )
 
 
 def test_xstest_real_file():
@@ -181,33 +278,52 @@ def test_xstest_real_file():
 def test_harmbench_real_file():
     frame = pd.DataFrame(load("harmbench", real("harmbench")).rows)
     assert frame["category"].value_counts().to_dict() == {"crime": 188, "other": 187, "hate": 25}
-    assert frame["source_revision"].unique().tolist() == [SOURCES["harmbench"].revision] and (frame["prompt"].str.count("\n\n") > 0).sum() >= 100
+    assert (
+        frame["source_revision"].unique().tolist() == [SOURCES["harmbench"].revision]
+        and (frame["prompt"].str.count("\n\n") > 0).sum() >= 100
+    )
 
 
 @pytest.mark.parametrize("name", ["cast", "xstest", "harmbench", "gsm8k"])
 def test_the_real_files_are_the_pinned_ones_and_their_notes_agree(name):
     folder, source = real(name), SOURCES[name]
-    assert sources.sha256(folder / source.filename) == source.sha256 and load(name, folder).origin["pinned"]
+    assert sha256(folder / source.filename) == source.sha256 and load(name, folder).origin["pinned"]
     note = (folder / "SOURCE.txt").read_text()
-    assert source.revision in note and ("sha256 " not in note or source.sha256.startswith(note.split("sha256 ")[1].strip().rstrip(".")))
+    assert source.revision in note and (
+        "sha256 " not in note
+        or source.sha256.startswith(note.split("sha256 ")[1].strip().rstrip("."))
+    )
 
 
 def test_gsm8k_real_file():
     frame = pd.DataFrame(load("gsm8k", real("gsm8k")).rows)
-    assert len(frame) == 1319 and frame["reference"].str.fullmatch(r"-?[\d.]+").all() and frame.loc[0, "reference"] == "18"
+    assert (
+        len(frame) == 1319
+        and frame["reference"].str.fullmatch(r"-?[\d.]+").all()
+        and frame.loc[0, "reference"] == "18"
+    )
 
 
 def test_a_file_that_is_not_the_pinned_one_says_so_in_its_revision(tmp_path):
-    data = {part: [{c: f"{part} {c}" for c in SOURCES["cast"].columns}] for part in ("train", "test")}
+    data = {
+        part: [{c: f"{part} {c}" for c in SOURCES["cast"].columns}] for part in ("train", "test")
+    }
     (tmp_path / "condition_multiple.json").write_text(json.dumps(data))
     assert {r["source_revision"].split(":")[0] for r in load("cast", tmp_path).rows} == {"sha256"}
 
 
 def test_wrong_columns_name_expected_and_found(tmp_path):
-    (tmp_path / "condition_multiple.json").write_text(json.dumps({"train": [{"base": "a", "crime": "b"}], "test": []}))
-    with pytest.raises(CdeltaError, match="cast, train row 0: no column crime_planning, .*: expected base, crime_planning, .* found base, crime."):
+    (tmp_path / "condition_multiple.json").write_text(
+        json.dumps({"train": [{"base": "a", "crime": "b"}], "test": []})
+    )
+    with pytest.raises(
+        CdeltaError,
+        match="cast, train row 0: no column crime_planning, .*: expected base, crime_planning, .* found base, crime.",
+    ):
         load("cast", tmp_path)
-    with pytest.raises(CdeltaError, match="xstest, train row 0: no column id, .* found prompt, benign"):
+    with pytest.raises(
+        CdeltaError, match="xstest, train row 0: no column id, .* found prompt, benign"
+    ):
         (tmp_path / "x.csv").write_text("prompt,benign\na,b\n")
         load("xstest", tmp_path / "x.csv")
 
@@ -224,11 +340,26 @@ def test_renamed_categories_are_noticed(tmp_path):
     [
         ("cast", ("a.json", "{oops"), "a.json: cannot be read as .json"),
         ("cast", ("a.json", '{"train": []}'), "a.json: 'test' not found"),
-        ("cast", ("a.json", '{"train": [1], "test": []}'), "cast, train row 0: a int, not an object with base, crime_planning, .*: download it from https://raw"),
+        (
+            "cast",
+            ("a.json", '{"train": [1], "test": []}'),
+            "cast, train row 0: a int, not an object with base, crime_planning, .*: download it from https://raw",
+        ),
         ("cast", ("a.xml", "<a/>"), "a.xml: '.xml' not found: expected a .csv"),
-        ("catqa", ("a.json", '{"Question": "q", "Category": "c"}'), "a.json: cannot be read as .json .*: download it again, from https://raw"),
+        (
+            "catqa",
+            ("a.json", '{"Question": "q", "Category": "c"}'),
+            "a.json: cannot be read as .json .*: download it again, from https://raw",
+        ),
         ("catqa", ("a.parquet", "no"), "a.parquet: cannot be read as .parquet"),
-        ("sorry-bench", ("a.jsonl", '{"question_id": 1, "category": "1", "turns": ["a"], "prompt_style": "slang"}'), "none of 1 rows is of the selected kind .prompt_style base"),
+        (
+            "sorry-bench",
+            (
+                "a.jsonl",
+                '{"question_id": 1, "category": "1", "turns": ["a"], "prompt_style": "slang"}',
+            ),
+            "none of 1 rows is of the selected kind .prompt_style base",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -238,9 +369,14 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 
 
 def test_a_folder_in_another_layout_and_a_missing_one_are_named(tmp_path):
-    with pytest.raises(CdeltaError, match="not or-bench-hard in its upstream layout .*: copy it from https://huggingface.co/datasets/bench-llm/or-bench"):
+    with pytest.raises(
+        CdeltaError,
+        match="not or-bench-hard in its upstream layout .*: copy it from https://huggingface.co/datasets/bench-llm/or-bench",
+    ):
         load("or-bench-hard", tmp_path)
-    with pytest.raises(CdeltaError, match="nowhere: no such file or folder: give a local copy of catqa"):
+    with pytest.raises(
+        CdeltaError, match="nowhere: no such file or folder: give a local copy of catqa"
+    ):
         load("catqa", tmp_path / "nowhere")
 
 
@@ -250,11 +386,20 @@ def test_what_cannot_be_reached_is_unavailable_with_the_reason(monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(SourceUnavailable, match="harmbench: cannot download https://raw.* .no route to host.: give a local copy with harmbench=PATH."):
+    with pytest.raises(
+        SourceUnavailable,
+        match="harmbench: cannot download https://raw.* .no route to host.: give a local copy with harmbench=PATH.",
+    ):
         load("harmbench")
-    with pytest.raises(SourceUnavailable, match="jailbreakbench: cannot be read from https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors .no route to host."):
+    with pytest.raises(
+        SourceUnavailable,
+        match="jailbreakbench: cannot be read from https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors .no route to host.",
+    ):
         load("jailbreakbench")
-    with pytest.raises(SourceUnavailable, match="sorry-bench: .*gated, so ask for access on its page and log in; no route to host"):
+    with pytest.raises(
+        SourceUnavailable,
+        match="sorry-bench: .*gated, so ask for access on its page and log in; no route to host",
+    ):
         load("sorry-bench")
 
 
@@ -275,7 +420,7 @@ def test_downloads_are_checked_before_they_count(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(b"tampered"))
     with pytest.raises(CdeltaError, match="does not have the pinned sha256 1178"):
         load("xstest")
-    assert not list((paths.CACHE / "sources").rglob("*.*"))
+    assert not list((CACHE / "sources").rglob("*.*"))
     content = (real("xstest") / "xstest_prompts.csv").read_bytes()
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(content))
     assert len(load("xstest").rows) == 450
@@ -284,9 +429,19 @@ def test_downloads_are_checked_before_they_count(monkeypatch):
 
 
 def test_category_maps_are_total():
-    assert category_maps.to_category(category_maps.SORRY_BENCH, "44") == "other" == category_maps.to_category(category_maps.CATQA, "")
-    assert category_maps.to_category(category_maps.CATQA, "hate harass violence") == "hate"
-    assert sum(v == "crime" for v in category_maps.SORRY_BENCH.values()) == 15
-    maps = [value for name, value in vars(category_maps).items() if name.isupper() and isinstance(value, dict)]
-    assert len(maps) == 7 and {c for m in maps for c in m.values()} <= {"crime", "hate", "health", "legal", "sexual"}
-    assert sources.CAST_COLUMNS.keys() == {"crime", "hate", "health", "legal", "sexual"}
+    assert to_category(SORRY_BENCH, "44") == "other" == to_category(CATQA, "")
+    assert to_category(CATQA, "hate harass violence") == "hate"
+    assert sum(v == "crime" for v in SORRY_BENCH.values()) == 15
+    maps = [
+        value
+        for name, value in vars(category_maps).items()
+        if name.isupper() and isinstance(value, dict)
+    ]
+    assert len(maps) == 7 and {c for m in maps for c in m.values()} <= {
+        "crime",
+        "hate",
+        "health",
+        "legal",
+        "sexual",
+    }
+    assert CAST_COLUMNS.keys() == {"crime", "hate", "health", "legal", "sexual"}

@@ -1,0 +1,1 @@
+"""This paper's run: subjects, presets, stages, figures, report."""

@@ -1,0 +1,1 @@
+"""Which edges, heads and neurons cause refusal: EAP, EAP-IG and the exact oracle."""

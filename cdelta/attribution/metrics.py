@@ -1,0 +1,246 @@
+"""The scalars that attribution explains and faithfulness compares: callables on logits, one value per row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+
+import torch
+
+from cdelta.edit.rows import STOCK_COMPLIANCE, STOCK_REFUSALS
+from cdelta.errors import CdeltaError
+from cdelta.policy.pairs import PromptPairs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+import pandas as pd
+
+pass
+
+
+Metric = Callable[["Float[Tensor, 'row vocab']"], "Float[Tensor, 'row']"]
+
+
+def refusal_log_odds(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> Metric:
+    """logsumexp of the refusal tokens' logits minus that of the compliance tokens', in nats, at the last prompt token.
+
+    Raises `CdeltaError` if a set is empty or a token is in both.
+    """
+    check_token_sets(refuse_ids, comply_ids)
+    refuse, comply = list(refuse_ids), list(comply_ids)
+
+    def metric(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+        return logits[:, refuse].logsumexp(-1) - logits[:, comply].logsumexp(-1)
+
+    return metric
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """First tokens of refusals and of compliances: token id -> share of that side's answers that start with it."""
+
+    refuse: Mapping[int, float]
+    comply: Mapping[int, float]
+
+    def metric(self) -> Metric:
+        """`refusal_log_odds` on these sets."""
+        return refusal_log_odds(list(self.refuse), list(self.comply))
+
+    def rows(self, tok) -> list[dict]:
+        """For the reader: one dict (side, token, id, share) per token, most frequent first."""
+        sides = (("refuse", self.refuse), ("comply", self.comply))
+        return [
+            dict(side=s, token=tok.decode([i]), id=i, share=p)
+            for s, shares in sides
+            for i, p in shares.items()
+        ]
+
+
+def first_token_sets(
+    tok, answers: Sequence[str | Sequence[int]], outcomes: Sequence[str], top: int = 64
+) -> TokenSets:
+    """The tokens that start the model's own refusals and compliances, at most `top` a side.
+
+    Args:
+        answers: generated text, or (exact for any tokenizer) generated token ids.
+        outcomes: "refuse" or "comply" per answer; rows with other outcomes are left out.
+
+    A token stands on the side where its share is at least twice the other side's, and nowhere otherwise. `top` must not cut off openings that
+    the model does use: with 8, the embedded model's "Crime: …" counted as nothing, and the log-odds of such prompts were up to 12 nats too high. Raises
+    `CdeltaError` if a side ends up without tokens: then the answers differ later, and `SequenceMetric` is the metric.
+    """
+    starts = {
+        side: first_token_shares(tok, answers, outcomes, side) for side in ("refuse", "comply")
+    }
+    refuse = distinctive(starts["refuse"], starts["comply"], top)
+    comply = distinctive(starts["comply"], starts["refuse"], top)
+    for side, found in (("refusals", refuse), ("compliances", comply)):
+        if not found:
+            raise CdeltaError(
+                f"no first token tells {side} apart: label more answers, or use SequenceMetric."
+            )
+    return TokenSets(refuse, comply)
+
+
+def first_token_shares(tok, answers, outcomes: Sequence[str], side: str) -> dict[int, float]:
+    """Share of each first token among the answers with outcome `side`, most frequent first; empty answers are left out."""
+    rows = [
+        encode_answer(tok, answer)
+        for answer, outcome in zip(answers, outcomes, strict=True)
+        if outcome == side
+    ]
+    counts = Counter(row[0] for row in rows if row)
+    return {token: count / counts.total() for token, count in counts.most_common()}
+
+
+def distinctive(
+    shares: Mapping[int, float], other: Mapping[int, float], top: int
+) -> dict[int, float]:
+    """The `top` tokens of `shares` that are at least twice as frequent there as in `other`."""
+    kept = [(token, share) for token, share in shares.items() if share >= 2 * other.get(token, 0.0)]
+    return dict(kept[:top])
+
+
+def encode_answer(tok, answer: str | Sequence[int]) -> list[int]:
+    """Token ids of an answer, without special tokens; ids stay as they are."""
+    return (
+        tok(answer, add_special_tokens=False)["input_ids"]
+        if isinstance(answer, str)
+        else list(answer)
+    )
+
+
+@dataclass(frozen=True)
+class SequenceMetric:
+    """log p(refusal | prompt) − log p(compliance | prompt), teacher-forced, in nats, over their first tokens.
+
+    Both answers are cut to the length of the shorter one and appended to the prompts by `extend`, so every pair becomes
+    two rows; `__call__` then takes the logits of the last ``kept`` positions.
+    """
+
+    refusal: tuple[int, ...]
+    compliance: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        n = min(len(self.refusal), len(self.compliance))
+        object.__setattr__(self, "refusal", tuple(self.refusal[:n]))
+        object.__setattr__(self, "compliance", tuple(self.compliance[:n]))
+        if self.refusal == self.compliance:
+            raise CdeltaError(
+                "the refusal and the compliance start with the same tokens: give longer or other answers."
+            )
+
+    @classmethod
+    def from_answers(cls, tok, refusal: str, compliance: str, tokens: int = 8) -> SequenceMetric:
+        """From two answer texts, at most `tokens` tokens of each."""
+        return cls(
+            tuple(encode_answer(tok, refusal)[:tokens]),
+            tuple(encode_answer(tok, compliance)[:tokens]),
+        )
+
+    @property
+    def kept(self) -> int:
+        """How many last positions' logits the metric needs."""
+        return len(self.refusal) + 1
+
+    def extend(self, pairs: PromptPairs) -> PromptPairs:
+        """Each pair twice: followed by the refusal and by the compliance."""
+        follow = lambda rows: [
+            row + answer for row in rows for answer in (self.refusal, self.compliance)
+        ]
+        return PromptPairs.from_tokens(follow(pairs.clean), follow(pairs.corrupted), pairs.split)
+
+    def __call__(
+        self, logits: Float[Tensor, "row kept vocab"], ids: Int[Tensor, "row kept"]
+    ) -> Float[Tensor, "row"]:
+        """Signed log-probability of each row's own answer; the two rows of a pair sum to the metric."""
+        answers = ids[:, 1:]
+        log_p = logits[:, :-1].log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
+        refused = (answers == answers.new_tensor(self.refusal)).all(-1)
+        return torch.where(refused, log_p, -log_p)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "row vocab"], reference: Float[Tensor, "row vocab"]
+) -> Float[Tensor, "row"]:
+    """KL(reference ‖ logits) in nats: 0 where the distributions are equal."""
+    log_q, log_p = logits.log_softmax(-1), reference.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class WithKL:
+    """A metric that also says how far the next token after the prompt is from what a reference run predicts: Float[row, 2], both in nats.
+
+    The second value is `kl_divergence` from `reference`, the logits of that run; rows given several times over (`Batch.repeat`) are held
+    against the same reference rows.
+    """
+
+    metric: Metric | SequenceMetric
+    reference: Float[Tensor, "row vocab"]
+
+    @property
+    def kept(self) -> int:
+        """How many last positions' logits are needed."""
+        return getattr(self.metric, "kept", 1)
+
+    def __call__(self, logits: Tensor, *ids: Tensor) -> Float[Tensor, "row 2"]:
+        """Takes what the metric takes."""
+        times = len(logits) // len(self.reference)
+        kl = kl_divergence(after_prompt(logits), self.reference.repeat(times, 1))
+        return torch.stack([self.metric(logits, *ids), kl], -1)
+
+
+def after_prompt(logits: Tensor) -> Float[Tensor, "row vocab"]:
+    """Logits at the last prompt token: the first of the kept positions (an answer follows), or the only one."""
+    return logits[:, 0] if logits.dim() == 3 else logits
+
+
+def check_token_sets(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> None:
+    """Raise `CdeltaError` unless both sets have tokens and share none."""
+    if not len(refuse_ids) or not len(comply_ids):
+        raise CdeltaError(
+            "refusal log-odds need at least one refusal token and one compliance token."
+        )
+    shared = sorted(set(refuse_ids) & set(comply_ids))
+    if shared:
+        raise CdeltaError(
+            f"tokens {shared[:5]} are in both sets: a first token must tell refusal from compliance."
+        )
+
+
+STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
+"""Answers and openings that stand in where the model has none of its own; the notebooks then say so."""
+
+
+def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
+    """First tokens that tell this model's refusals from its compliances, and whether they are its own.
+
+    `base` holds the base model's outcome rows. A model that never refuses (or never complies) has none; then stock openings stand in.
+    """
+    rows = base[(base["split"] != "test") & (base["role"] != "utility")]
+    try:
+        return first_token_sets(tok, rows["answer"].tolist(), rows["outcome"].tolist()), True
+    except CdeltaError:
+        start = lambda word: tok(word, add_special_tokens=False)["input_ids"][0]
+        refuse, comply = (list(dict.fromkeys(map(start, words))) for words in STOCK_TOKENS)
+        share = lambda ids: {i: 1 / len(ids) for i in ids}
+        return TokenSets(share(refuse), share([i for i in comply if i not in refuse])), False
+
+
+def sequence_metric(tok, base: pd.DataFrame, tokens: int = 4) -> SequenceMetric:
+    """Log-odds of the model's own most frequent refusal against its most frequent compliance (stock ones where it has none), over their first tokens."""
+    rows = base[
+        (base["split"] != "test") & (base["role"] != "utility") & (base["answer"].str.strip() != "")
+    ]
+    common = lambda outcome, stock: (
+        rows.loc[rows["outcome"] == outcome, "answer"].mode().tolist()[:1] or [stock]
+    )
+    return SequenceMetric.from_answers(
+        tok,
+        *common("refuse", STOCK_REFUSALS[0]),
+        *common("comply", STOCK_COMPLIANCE),
+        tokens=tokens,
+    )

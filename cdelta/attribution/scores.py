@@ -1,0 +1,309 @@
+"""Which edges, heads and neurons cause a metric: EAP, EAP-IG and exact patching on Hugging Face models.
+
+An edge's score estimates how the metric changes when that edge alone carries the corrupted run's value:
+S(u→v) = mean_t Σ_n (out_u(corr) − out_u(clean))·g_v(t), with g_v(t) the metric's gradient at reader v's own copy of the
+residual stream, before its norm, on the path x(t) = x_corr + a_t (x_clean − x_corr) from block 0 on. All scores are
+means over pairs, in the metric's unit. (EAP: Syed et al. 2310.10348; EAP-IG: Hanna et al. 2403.17806.)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from cdelta.attribution.cost import Cost, check_memory, memory_needed, passes
+from cdelta.attribution.exact import patch_all
+from cdelta.attribution.metrics import Metric, SequenceMetric
+from cdelta.attribution.passes import Batch, GradientPass, SourceDifferences, batches, input_device
+from cdelta.attribution.wiring import Wiring
+from cdelta.errors import CdeltaError, refuse_test
+from cdelta.models.hooks import frozen
+from cdelta.models.spec import ModelSpec
+from cdelta.policy.pairs import PromptPairs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+METHODS = ("eap", "eap-ig", "clean-corrupted", "exact")
+RULES = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
+"""Where in its interval each of the T steps is evaluated: a_t = (t + offset) / T."""
+
+TENSORS = ("edges", "heads", "neurons", "kv", "pair_heads", "pair_neurons")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Attribution scores, means over pairs, in the metric's unit; signs as in the module's docstring."""
+
+    edges: Float[Tensor, "source reader"]
+    heads: Float[Tensor, "layer head"]
+    """Effect of a head's output, all its edges together."""
+    neurons: Float[Tensor, "layer d_mlp"]
+    kv: Float[Tensor, "layer kv_group"]
+    """All edges into a group's keys and values together."""
+    spec: ModelSpec
+    method: str
+    steps: int
+    rule: str
+    n_pairs: int
+    metric_clean: float
+    metric_corrupted: float
+    pairs_hash: str = ""
+    """`PromptPairs.hash` of the pairs; circuits carry it on."""
+    pair_heads: Float[Tensor, "pair layer head"] | None = None
+    pair_neurons: Float[Tensor, "pair layer d_mlp"] | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the rows of `edges`."""
+        return Wiring(self.spec).sources
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the columns of `edges`."""
+        return Wiring(self.spec).readers
+
+    @property
+    def mlps(self) -> Float[Tensor, "layer"]:
+        """Effect of a whole MLP's output."""
+        wiring = Wiring(self.spec)
+        return torch.stack(
+            [self.edges[wiring.mlp(layer)].sum() for layer in range(self.spec.n_layers)]
+        )
+
+    @property
+    def completeness_error(self) -> float:
+        """|Σ_v S(input→v) − (m_corr − m_clean)| over |m_corr − m_clean|: the quadrature's error, 0 with enough steps."""
+        difference = self.metric_corrupted - self.metric_clean
+        return abs(self.edges[0].sum().item() - difference) / max(abs(difference), 1e-12)
+
+    def select(
+        self, param_budget: float | None = None, edges: int | None = None, how: str = "topn", **kw
+    ):
+        """The circuit of the most important units or edges: see `circuit.select`."""
+        from cdelta.circuit.selection import (
+            select,  # circuit builds on scores, so it is imported only here
+        )
+
+        return select(
+            self, kw.pop("spec", self.spec), param_budget=param_budget, edges=edges, how=how, **kw
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``scores.safetensors`` and ``scores.json``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / "scores.safetensors",
+        )
+        facts = {
+            name: value for name, value in vars(self).items() if name not in (*TENSORS, "spec")
+        }
+        (folder / "scores.json").write_text(
+            json.dumps(facts | {"spec": self.spec.to_dict()}, indent=1)
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Scores:
+        """Read what `save` wrote. Raises `CdeltaError` naming a folder without scores."""
+        folder = Path(folder)
+        if not (folder / "scores.json").exists():
+            raise CdeltaError(f"{folder} holds no scores: run the attribution stage first.")
+        facts = json.loads((folder / "scores.json").read_text())
+        facts["spec"] = ModelSpec.from_dict(facts["spec"])
+        return cls(**load_file(folder / "scores.safetensors"), **facts)
+
+
+def attribute(
+    model,
+    pairs: PromptPairs,
+    metric: Metric | SequenceMetric,
+    method: str = "eap-ig",
+    steps: int = 5,
+    rule: str = "midpoint",
+    micro_batch: int = 8,
+    per_pair: bool = False,
+    progress: bool = False,
+) -> Scores:
+    """Edge, head, neuron and kv-group scores of `metric` on `pairs`. The model is left as it was, also on errors.
+
+    Args:
+        model: a Hugging Face causal LM of a supported family, in eval mode; may be spread over devices by accelerate.
+        metric: Float[row, vocab] logits at each row's last token -> Float[row]; or a `SequenceMetric`.
+        method: "eap-ig"; "eap" (gradient at the clean run only); "clean-corrupted" (mean of the gradients at both
+            ends); or "exact" (patch one edge at a time: the slow oracle, one forward pass per edge and unit).
+        steps, rule: of "eap-ig": number of gradient steps and where each is taken ("midpoint", "left", "right").
+        micro_batch: pairs in memory at a time; memory grows with it, scores do not depend on it.
+        per_pair: also keep every pair's head and neuron scores (for the bootstrap).
+        progress: show a bar with the time left.
+
+    Raises `CdeltaError` on unknown words, on a model in training mode, on test-split pairs, and before a run that would
+    not fit into memory; `UnsupportedArchitecture` on other models.
+    """
+    refuse_test(pairs, "attribution")
+    schedule = gradient_schedule(method, steps, rule)
+    if model.training:
+        raise CdeltaError(
+            "the model is in training mode, where dropout makes scores random: call model.eval() first."
+        )
+    spec = ModelSpec.from_model(model)
+    rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
+    totals = Totals(spec, len(pairs), len(rows), per_pair, wide_dtype(model))
+    todo = batches(rows, micro_batch, input_device(model))
+    check_memory(memory_needed(model, spec, todo, len(schedule)), input_device(model), micro_batch)
+    with (
+        frozen(model),
+        tqdm(
+            total=len(todo) * (2 + len(schedule)), disable=not progress, desc=method, unit="pass"
+        ) as bar,
+    ):
+        for batch in todo:
+            totals.add(model, batch, metric, schedule, bar)
+    return totals.scores(method, steps if method == "eap-ig" else len(schedule), rule, pairs.hash())
+
+
+def estimate_cost(
+    model, pairs: PromptPairs, metric, method: str = "eap-ig", steps: int = 5, micro_batch: int = 8
+) -> Cost:
+    """Seconds and peak memory that `attribute` with these arguments would take; runs one gradient step of one micro-batch to find out.
+
+    Of "exact" only the memory is predicted (its seconds count the two runs for the differences alone). Raises `CdeltaError`
+    as `attribute` does where it would not fit.
+    """
+    spec, steps = ModelSpec.from_model(model), len(gradient_schedule(method, steps, "midpoint"))
+    rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
+    todo = batches(rows, micro_batch, input_device(model))
+    needed = memory_needed(model, spec, todo, steps)
+    check_memory(needed, input_device(model), micro_batch)
+    largest, tokens = (
+        max(todo, key=lambda batch: batch.mask.numel()),
+        sum(batch.mask.numel() for batch in todo),
+    )
+    one_step = step_seconds(
+        model, Totals(spec, len(rows), len(rows), False, wide_dtype(model)), largest, metric
+    )
+    return Cost(
+        one_step * passes(spec, steps) / passes(spec, 1) * tokens / largest.mask.numel(), needed
+    )
+
+
+def step_seconds(model, totals: Totals, batch: Batch, metric) -> float:
+    """Seconds of a micro-batch with one gradient step, after one to warm up."""
+    seconds = []
+    with frozen(model), tqdm(disable=True) as bar:
+        for _ in range(2):
+            start = time.perf_counter()
+            totals.add(
+                model, batch, metric, [(0.5, 1.0)], bar
+            )  # ends by copying to the CPU, so a GPU is done as well
+            seconds.append(time.perf_counter() - start)
+    return seconds[1]
+
+
+def gradient_schedule(method: str, steps: int, rule: str) -> list[tuple[float, float]]:
+    """(a_t, weight) of every gradient step; empty for "exact". Raises `CdeltaError` on unknown words."""
+    if method not in METHODS:
+        raise CdeltaError(
+            f"unknown attribution method {method!r}: use one of {', '.join(METHODS)}."
+        )
+    if rule not in RULES:
+        raise CdeltaError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}.")
+    if steps < 1:
+        raise CdeltaError(f"steps={steps}: eap-ig needs at least one step.")
+    if method == "eap-ig":
+        return [((t + RULES[rule]) / steps, 1.0 / steps) for t in range(steps)]
+    return {"eap": [(1.0, 1.0)], "clean-corrupted": [(1.0, 0.5), (0.0, 0.5)], "exact": []}[method]
+
+
+class Totals:
+    """Running sums over micro-batches; `scores` turns them into means over pairs."""
+
+    def __init__(
+        self, spec: ModelSpec, n_pairs: int, n_rows: int, per_pair: bool, dtype: torch.dtype
+    ):
+        zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)
+        wiring = Wiring(spec)
+        self.spec, self.n_pairs, self.per_pair = spec, n_pairs, per_pair
+        self.rows_per_pair = n_rows // n_pairs
+        self.edges = zeros(len(wiring.sources), len(wiring.readers))
+        self.heads = zeros(n_pairs, spec.n_layers, spec.n_heads)
+        self.neurons = zeros(n_pairs if per_pair else 1, spec.n_layers, spec.d_mlp)
+        self.metric_clean = self.metric_corrupted = 0.0
+
+    def add(
+        self, model, batch: Batch, metric, schedule: list[tuple[float, float]], bar: tqdm
+    ) -> None:
+        """One micro-batch: the two runs for the differences, then the gradient steps, or exact patching."""
+        differences = SourceDifferences(model, self.spec, batch, metric)
+        self.metric_clean += differences.metric_clean.sum().item()
+        self.metric_corrupted += differences.metric_corrupted.sum().item()
+        bar.update(2)
+        sums = self._batch_sums(batch, differences.dense.device)
+        if not schedule:
+            patch_all(model, differences, batch, metric, *sums)
+        gradients = GradientPass(differences, model, *sums)
+        for alpha, weight in schedule:
+            gradients.run(alpha, weight, batch, metric)
+            bar.update()
+        self._collect(batch, *sums)
+
+    def scores(self, method: str, steps: int, rule: str, pairs_hash: str) -> Scores:
+        """Means over pairs."""
+        edges = self.edges * Wiring(self.spec).edges() / self.n_pairs
+        keep = dict(pair_heads=self.heads, pair_neurons=self.neurons) if self.per_pair else {}
+        return Scores(
+            edges=edges,
+            heads=self.heads.mean(0),
+            neurons=self.neurons.sum(0) / self.n_pairs,
+            kv=kv_scores(self.spec, edges),
+            spec=self.spec,
+            method=method,
+            steps=steps,
+            rule=rule,
+            n_pairs=self.n_pairs,
+            metric_clean=self.metric_clean / self.n_pairs,
+            metric_corrupted=self.metric_corrupted / self.n_pairs,
+            pairs_hash=pairs_hash,
+            **keep,
+        )
+
+    def _batch_sums(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        rows = len(batch.rows)
+        zeros = lambda *shape: torch.zeros(*shape, dtype=self.edges.dtype, device=device)
+        neuron_rows = rows if self.per_pair else 1
+        heads = zeros(rows, *self.heads.shape[1:])
+        return zeros(*self.edges.shape), heads, zeros(neuron_rows, *self.neurons.shape[1:])
+
+    def _collect(self, batch: Batch, edges: Tensor, heads: Tensor, neurons: Tensor) -> None:
+        owners = torch.tensor(batch.rows) // self.rows_per_pair
+        self.edges += edges.cpu()
+        self.heads.index_add_(0, owners, heads.cpu())
+        self.neurons.index_add_(0, owners if self.per_pair else owners[:1] * 0, neurons.cpu())
+
+
+def kv_scores(
+    spec: ModelSpec, edges: Float[Tensor, "source reader"]
+) -> Float[Tensor, "layer kv_group"]:
+    """Sum of all edges into each group's keys and values."""
+    into = edges.sum(0)
+    layers = [
+        into[Wiring(spec).attention_readers(layer)][spec.n_heads :]
+        for layer in range(spec.n_layers)
+    ]
+    return torch.stack(layers).unflatten(-1, (2, spec.n_kv)).sum(1)
+
+
+def wide_dtype(model) -> torch.dtype:
+    """Dtype of the sums."""
+    return torch.float64 if model.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""From scores to a circuit and the parameters that it owns."""

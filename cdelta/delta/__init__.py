@@ -1,0 +1,1 @@
+"""The weight delta: arithmetic, and its way into a checkpoint and back."""

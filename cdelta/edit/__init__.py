@@ -1,0 +1,1 @@
+"""Training the weight delta on the circuit's parameters, and choosing its scale."""

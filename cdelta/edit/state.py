@@ -1,0 +1,57 @@
+"""TODO edit.state."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Mapping
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cdelta.errors import CdeltaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Training state in one safetensors file, replaced atomically. `identity` says which run it belongs to."""
+
+    path: Path
+    identity: str
+
+    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+        """Replace the state."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        header = {"identity": self.identity, "facts": json.dumps(facts)}
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            partial,
+            metadata=header,
+        )
+        os.replace(partial, self.path)
+
+    def read(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The state, or None if there is none yet. Raises `CdeltaError` if it is damaged or another run's."""
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header, tensors = (
+                    file.metadata(),
+                    {name: file.get_tensor(name) for name in file.keys()},
+                )
+        except (SafetensorError, OSError) as error:
+            raise CdeltaError(
+                f"the training state {self.path} is damaged ({error}): remove it and start again."
+            ) from error
+        if header["identity"] != self.identity:
+            raise CdeltaError(
+                f"{self.path} belongs to a run with other data, mask or settings: choose another checkpoint folder."
+            )
+        return tensors, json.loads(header["facts"])

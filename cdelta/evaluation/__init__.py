@@ -1,0 +1,1 @@
+"""From answers to rates: judges, rows, intervals, comparisons."""

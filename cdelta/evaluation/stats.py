@@ -1,0 +1,136 @@
+"""Intervals and paired tests. Rates are 0-1; every random draw comes from a seed."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from cdelta.errors import CdeltaError
+
+LEVEL = 0.95
+DRAWS = 5000
+"""Bootstrap resamples."""
+
+
+class Estimate(NamedTuple):
+    """A value with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class McNemar(NamedTuple):
+    """Discordant pairs and the exact two-sided p-value."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of the rate k/n (Wilson 1927). `k` need not be whole (a mean over seeds); n = 0 tells nothing: (0, 1)."""
+    if not 0 <= k <= n:
+        raise CdeltaError(f"{k} successes among {n} trials is no rate.")
+    if n == 0:
+        return 0.0, 1.0
+    z, p = NormalDist().inv_cdf((1 + level) / 2), k / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return (0.0 if k == 0 else max(low, 0.0)), (1.0 if k == n else min(high, 1.0))
+
+
+def bootstrap_mean(
+    values: Sequence[float],
+    groups: Sequence | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Estimate:
+    """Mean and its percentile bootstrap interval. With `groups` (prompt ids, say), whole groups are drawn: rows of one group may depend."""
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise CdeltaError("no values to average.")
+    totals, sizes = _group_sums(values, groups)
+    units, counts = np.unique(
+        np.stack([totals, sizes]), axis=1, return_counts=True
+    )  # equal units are drawn together: rates have few values
+    drawn = np.random.default_rng(seed).multinomial(len(totals), counts / len(totals), size=draws)
+    means = drawn @ units[0] / (drawn @ units[1])
+    return Estimate(values.mean(), *_percentiles(means, level))
+
+
+def bootstrap_ratio(
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Estimate:
+    """Σ numerator / Σ denominator of paired measurements, with its percentile bootstrap interval over the pairs."""
+    top, bottom = _paired(numerator, denominator)
+    drawn = _draws(len(top), draws, seed)
+    return Estimate(top.sum() / bottom.sum(), *_percentiles(drawn @ top / (drawn @ bottom), level))
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    groups: Sequence | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Estimate:
+    """Mean of first − second on the same prompts, with its percentile bootstrap interval."""
+    a, b = _paired(first, second)
+    return bootstrap_mean(a - b, groups, draws, seed, level)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """McNemar's exact test (binomial on the discordant pairs) of two methods on the same prompts."""
+    a, b = (x.astype(bool) for x in _paired(first, second))
+    n, m = int((a & ~b).sum()), int((~a & b).sum())
+    tail = sum(math.comb(n + m, i) for i in range(min(n, m) + 1))
+    return McNemar(n, m, min(1.0, 2 * tail / 2 ** (n + m)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Holm 1979), in the given order: the chance of any false claim among them stays at the level."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted.tolist()
+
+
+def _paired(first: Sequence, second: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if a.shape != b.shape or not len(a):
+        raise CdeltaError(
+            f"paired comparison needs the same prompts on both sides, at least one: {len(a)} and {len(b)} given."
+        )
+    return a, b
+
+
+def _group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    if groups is None:
+        return values, np.ones_like(values)
+    if len(groups) != len(values):
+        raise CdeltaError(f"{len(values)} values but {len(groups)} group names.")
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    return np.bincount(index, weights=values), np.bincount(index).astype(float)
+
+
+def _draws(n: int, draws: int, seed: int) -> np.ndarray:
+    """How often each of n units is drawn, per resample."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
+
+
+def _percentiles(samples: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

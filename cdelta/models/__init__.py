@@ -1,0 +1,1 @@
+"""The model: families, loading, chat templates and tokens, generation, hooks."""

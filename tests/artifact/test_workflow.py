@@ -1,0 +1,368 @@
+"""The workflow on tiny notebooks: flags, resuming after kills, failures, recording. What the notebooks say is in test_notebooks."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import nbformat
+import psutil
+import pytest
+from project import Project
+
+from cdelta.artifact.run import STAGES
+from cdelta.artifact.workflow import Plan, find_stage, main, make_parser, make_plan
+from cdelta.errors import CdeltaError
+from cdelta.paths import ROOT
+
+
+def wait_for(condition, seconds=120):
+    """Poll until `condition()`; fail after `seconds`."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+def processes_of(project):
+    """Every process that runs from the project's folder."""
+    command = lambda process: " ".join(process.info["cmdline"] or [])
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(project.root) in command(process) and process.pid != os.getpid()
+    ]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A project whose first run was killed in stage 02 and whose second finished; with what both saw."""
+    project = Project.make(tmp_path_factory.mktemp("resumed") / "project")
+    held = project.hold("02_attribution")
+    process = project.start()
+    wait_for(lambda: list(project.run_dir.glob(".02_attribution.*")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    project.after_kill = project.stamps()
+    wait_for(lambda: not processes_of(project), 20)
+    held.unlink()
+    project.second = project.run()
+    return project
+
+
+@pytest.fixture
+def project(resumed, tmp_path):
+    """A finished project of the test's own."""
+    return resumed.clone(tmp_path / "project")
+
+
+def test_a_killed_run_leaves_whole_stages_and_no_process(resumed):
+    assert list(resumed.after_kill) == ["00_organism", "01_dataset"]
+
+
+def test_the_same_command_keeps_finished_stages_and_does_the_rest(resumed):
+    assert resumed.second.returncode == 0, resumed.second.stderr
+    assert resumed.finished() == list(STAGES)
+    assert {stage: resumed.stamps()[stage] for stage in resumed.after_kill} == resumed.after_kill
+    assert not [
+        path.name for path in resumed.run_dir.iterdir() if re.match(r"\.(\d\d_|trash)", path.name)
+    ]
+
+
+def test_a_resumed_run_has_the_tables_of_an_uninterrupted_one(resumed):
+    assert resumed.tables() == {
+        f"tab_{stage}.{kind}": text
+        for stage in STAGES
+        for kind, text in (
+            ("csv", b"value\n1.5\n"),
+            ("tex", resumed.tables()["tab_00_organism.tex"]),
+        )
+    }
+
+
+def test_a_run_says_where_it_is_and_ends_with_table_and_report(resumed):
+    lines = resumed.second.stdout.strip().splitlines()
+    assert re.match(r"stage 3 of 8: 02_attribution … \(elapsed \d+:\d\d\)", lines[0])
+    assert re.search(r"^07_ablations +\d+:\d\d +\d+ MB$", resumed.second.stdout, re.MULTILINE)
+    assert lines[-1] == str(resumed.run_dir / "figures" / "report.html") and os.path.exists(
+        lines[-1]
+    )
+
+
+def test_a_rerun_has_nothing_to_do_and_ends_soon(project):
+    before, began = project.stamps(), time.time()
+    for notebook in (project.root / "notebooks").glob("*.py"):
+        notebook.touch()  # as a fresh checkout does
+    again = project.run()
+    assert (
+        again.returncode == 0 and "Nothing to be done" in again.stdout and time.time() - began < 20
+    )
+    assert (
+        again.stdout.strip().splitlines()[-1].endswith("report.html") and project.stamps() == before
+    )
+
+
+def test_what_changed_and_what_reads_it_runs_again(project):
+    project.write("06_deployment", "2.5")
+    assert planned(project) == ["06_deployment"]
+    (project.root / "cdelta" / "evaluation" / "rates.py").write_text("# not used by these notebooks\n")
+    assert planned(project) == ["06_deployment"]
+    project.write("03_circuit", "2.5")
+    assert planned(project) == [
+        "03_circuit",
+        "04_edit",
+        "05_evaluation",
+        "06_deployment",
+        "07_ablations",
+    ]
+    assert planned(project, "--only", "3") == ["03_circuit"]
+    assert planned(project, "--only", "6") == ["03_circuit", "04_edit", "06_deployment"], (
+        "with what it needs"
+    )
+    with (project.root / "cdelta" / "artifact" / "run.py").open("a") as file:
+        file.write("\n# used by every notebook\n")
+    assert planned(project) == list(STAGES)
+
+
+def test_force_and_selection(project):
+    assert planned(project, "--force", "--only", "06") == ["06_deployment"]
+    assert planned(project, "--force", "--from", "06") == ["06_deployment", "07_ablations"]
+    assert planned(project, "--force") == list(STAGES)
+    (project.run_dir / "02_attribution" / "stage.json").unlink()
+    assert planned(project, "--only", "04_edit") == ["02_attribution", "03_circuit", "04_edit"]
+
+
+def planned(project, *flags):
+    """The stages that ``--dry-run`` names; it must not change anything."""
+    before = project.stamps()
+    dry = project.run("--dry-run", *flags)
+    assert dry.returncode == 0 and project.stamps() == before, dry.stderr
+    return re.findall(r"^would run (\w+)$", dry.stdout, re.MULTILINE)
+
+
+def test_a_failing_cell_is_shown_and_leaves_nothing_half_written(project):
+    project.write("06_deployment", "1 / 0")
+    failed = project.run("--only", "06")
+    half = project.run_dir / "notebooks" / "06_deployment.failed.ipynb"
+    assert failed.returncode == 1 and "ZeroDivisionError: division by zero" in failed.stderr
+    assert (
+        str(project.root / "notebooks" / "06_deployment.py") in failed.stderr
+        and str(half) in failed.stderr
+        and half.exists()
+    )
+    assert "06_deployment" not in project.finished() and not list(
+        project.run_dir.glob("*06_deployment*")
+    )
+    project.write("06_deployment")
+    repaired = project.run()
+    assert (
+        repaired.returncode == 0
+        and "00_organism" not in repaired.stdout.partition("stage  ")[0]
+        and not half.exists()
+    )
+
+
+def test_a_stage_left_behind_cannot_publish(project):
+    """Only Snakemake's process dies; the stage notices by itself. A second command may start at once."""
+    held = project.hold("07_ablations")
+    first = project.start("--force", "--only", "07")
+    wait_for(lambda: list(project.run_dir.glob(".07_ablations.*")))
+    first.kill()
+    held.unlink()
+    second = project.run()
+    first.communicate()
+    assert second.returncode == 0 and project.finished() == list(STAGES)
+    wait_for(lambda: not processes_of(project), 20)
+    assert project.run("--dry-run").stdout.strip() == "Nothing to be done."
+
+
+def test_two_runs_of_one_preset_do_not_mix(project):
+    held = project.hold("07_ablations")
+    first = project.start("--force", "--only", "07")
+    wait_for(lambda: list(project.run_dir.glob(".07_ablations.*")))
+    second = project.run()
+    held.unlink()
+    first.communicate()
+    assert (
+        second.returncode == 2
+        and "being run by another process" in second.stderr
+        and first.returncode == 0
+    )
+
+
+def test_record_pairs_notebooks_and_copies_figures(project):
+    recorded = project.run("--record")
+    assert recorded.returncode == 0 and "Nothing to be done" in recorded.stdout, recorded.stderr
+    figures = project.root / "figures" / "smoke"
+    assert (
+        json.loads((figures / "manifest.json").read_text())["preset"] == "smoke"
+        and (figures / "report.html").exists()
+    )
+    assert sorted(path.stem for path in (project.root / "notebooks").glob("*.ipynb")) == list(
+        STAGES
+    )
+
+
+def test_record_of_a_retrained_model_leaves_outdated_figures_out(project):
+    recorded = project.run("--force", "--only", "00", "--record")
+    assert recorded.returncode == 0, recorded.stderr
+    assert (project.root / "data" / "organism" / "weights.txt").read_text() == "new"
+    assert [path.stem for path in (project.root / "notebooks").glob("*.ipynb")] == ["00_organism"]
+    assert not (project.root / "figures").exists() and "not recorded" in recorded.stdout
+
+
+def test_a_recorded_notebook_has_the_sources_inputs_and_nothing_of_the_machine(project):
+    project.run("--force", "--only", "07", "--record")
+    text = (project.root / "notebooks" / "07_ablations.ipynb").read_text()
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert (
+        str(project.root) not in text
+        and "papermill" not in text
+        and "injected" not in text
+        and 'run_dir = ""' in notebook.cells[1].source
+    )
+    assert [
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream"
+    ][0] == ".\n"
+
+
+def test_a_run_without_record_leaves_the_repository_alone(resumed):
+    assert (
+        not list((resumed.root / "notebooks").glob("*.ipynb"))
+        and not (resumed.root / "figures").exists()
+    )
+
+
+def test_the_report_loads_nothing_from_elsewhere(resumed):
+    pages = [
+        resumed.run_dir / "figures" / "report.html",
+        *(resumed.run_dir / "figures" / "report").glob("*.html"),
+    ]
+    assert len(pages) == 1 + len(STAGES)
+    for page in pages:
+        assert not re.search(
+            r"<script|<link|@import|url\(|src=[\"']?(https?:)?//", page.read_text()
+        ), page
+    index = pages[0].read_text()
+    assert all(f'id="tab_{stage}"' in index and f"report/{stage}.html" in index for stage in STAGES)
+
+
+def test_the_kernel_is_this_environments_own(resumed):
+    spec = json.loads(
+        (resumed.run_dir / ".jupyter" / "kernels" / "python3" / "kernel.json").read_text()
+    )
+    assert spec["argv"][0] == __import__("sys").executable
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "nope"], "unknown preset 'nope'"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--onl", "1"], "unrecognized arguments"),
+        (["--only", "9"], "unknown stage '9'"),
+        (["--from", "x"], "unknown stage 'x'"),
+        (["--only", "1", "--from", "2"], "not allowed with"),
+        (["--jobs", "0"], "'0' is not a positive number"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--preset", "smoke-cast"], "--model and --policy"),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--policy", "cast=/nowhere.json"], "there is no file /nowhere.json"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(flags, message, capfd):
+    try:
+        code = main(flags)
+    except SystemExit as end:
+        code = end.code
+    out, err = capfd.readouterr()
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and not out
+
+
+def test_a_parameter_that_the_notebook_lacks_stops_the_run_before_it_starts(project):
+    notebook = project.root / "notebooks" / "07_ablations.py"
+    notebook.write_text(notebook.read_text().replace('policy = ""  # the policy\n', ""))
+    before = project.stamps()
+    stopped = project.run()
+    assert (
+        stopped.returncode == 2
+        and "07_ablations has no parameter policy" in stopped.stderr
+        and project.stamps() == before
+    )
+
+
+def test_list_names_every_stage_with_title_and_state(resumed):
+    lines = resumed.run("--list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(STAGES)
+    assert all(
+        "finished in" in line and f"Notebook {stage}" in line for line, stage in zip(lines, STAGES)
+    )
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    flags = "preset only from list dry-run force jobs device setup-only test lab record help model policy"
+    assert all(f"--{flag}" in text for flag in flags.split())
+
+
+@pytest.mark.parametrize("text", ["2", "02", "attribution", "02_attribution"])
+def test_a_stage_has_a_number_and_a_name(text):
+    assert find_stage(text) == "02_attribution"
+
+
+def test_only_a_forced_stage_00_of_the_embedded_model_retrains():
+    plan = lambda *flags: make_plan(make_parser().parse_args(flags))
+    assert plan("--force", "--only", "00").retrain
+    assert (
+        not plan("--force").retrain
+        and not plan("--only", "00").retrain
+        and not plan("--force", "--from", "00").retrain
+    )
+    assert not plan("--force", "--only", "00", "--model", str(ROOT)).retrain
+
+
+def test_threads_are_the_presets_or_all_cores_divided_by_jobs(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert Plan("tiny", STAGES).threads == 1
+    assert Plan("tiny", STAGES, retrain=True).threads == 8
+    assert Plan("llama-3.1-8b", STAGES, policy="x", jobs=3).threads == 2
+    assert Plan("llama-3.1-8b", STAGES, policy="x", jobs=20).threads == 1
+
+
+def test_two_stages_at_a_time_only_where_a_stage_takes_one_thread(monkeypatch):
+    plan = lambda *flags: make_plan(make_parser().parse_args(list(flags)))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert (plan().jobs, plan("--jobs", "1").jobs, plan("--force", "--only", "00").jobs) == (
+        2,
+        1,
+        1,
+    )
+    assert plan("--preset", "llama-3.1-8b", "--policy", str(ROOT / "README.md")).jobs == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert plan().jobs == 1
+
+
+def test_paths_on_the_command_line_are_the_callers(tmp_path, monkeypatch):
+    (tmp_path / "cast.json").touch()
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(make_parser().parse_args(["--policy", "cast=cast.json", "--model", "."]))
+    assert plan.policy == f"cast={tmp_path}/cast.json" and plan.model == str(tmp_path)
+    with pytest.raises(CdeltaError):
+        make_plan(make_parser().parse_args(["--policy", "cast=other.json"]))
+
+
+def test_a_kernel_that_dies_is_said(project):
+    project.write("07_ablations", "__import__('os')._exit(9)")
+    failed = project.run("--only", "07")
+    assert (
+        failed.returncode == 1
+        and "07_ablations.py lost its kernel" in failed.stderr
+        and "Traceback" not in failed.stderr
+    )

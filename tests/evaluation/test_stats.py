@@ -1,0 +1,98 @@
+"""Intervals against published values and scipy, tests against hand calculation."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from cdelta.errors import CdeltaError
+from cdelta.evaluation.stats import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    wilson,
+)
+
+
+@pytest.mark.parametrize(
+    "k, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_equals_newcombes_table(k, n, low, high):
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("k, n", [(0, 7), (7, 7), (3, 50)])
+def test_wilson_equals_scipy(k, n):
+    interval = binomtest(k, n).proportion_ci(method="wilson")
+    assert wilson(k, n) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
+def test_wilson_knows_nothing_without_trials_and_refuses_impossible_counts():
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(CdeltaError, match="no rate"):
+        wilson(5, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mcnemar_equals_the_binomial_test_on_discordant_pairs(seed):
+    first, second = np.random.default_rng(seed).random((2, 60)) < [[0.7], [0.4]]
+    found = mcnemar(first, second)
+    assert (found.only_first, found.only_second) == (
+        (first & ~second).sum(),
+        (~first & second).sum(),
+    )
+    assert found.p == pytest.approx(
+        binomtest(found.only_first, found.only_first + found.only_second).pvalue, rel=1e-12
+    )
+
+
+def test_mcnemar_without_differences_says_so():
+    assert mcnemar([True, False], [True, False]).p == 1.0
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_bootstrap_covers_the_mean_and_matches_the_normal_interval():
+    values = np.random.default_rng(0).normal(2.0, 1.0, 400)
+    found = bootstrap_mean(values)
+    half = 1.96 * values.std() / 20
+    assert found == pytest.approx(
+        (values.mean(), values.mean() - half, values.mean() + half), abs=0.02
+    )
+
+
+def test_groups_widen_the_interval_of_dependent_rows():
+    values, groups = np.repeat([0.0, 1.0] * 20, 10), np.repeat(range(40), 10)
+    alone, grouped = bootstrap_mean(values), bootstrap_mean(values, groups)
+    assert grouped.value == alone.value
+    assert grouped.high - grouped.low > 2.5 * (alone.high - alone.low)
+
+
+def test_paired_bootstrap_of_equal_sides_is_zero_and_needs_equal_prompts():
+    assert paired_bootstrap([1, 0, 1], [1, 0, 1]) == (0, 0, 0)
+    with pytest.raises(CdeltaError, match="same prompts"):
+        paired_bootstrap([1], [1, 0])
+
+
+def test_ratio_of_proportional_sides_is_exact():
+    assert bootstrap_ratio([2, 4, 6], [1, 2, 3]) == pytest.approx((2, 2, 2))
+
+
+def test_the_seed_decides_the_draws():
+    values = np.random.default_rng(0).random(30)
+    assert (
+        bootstrap_mean(values, seed=1)
+        == bootstrap_mean(values, seed=1)
+        != bootstrap_mean(values, seed=2)
+    )
