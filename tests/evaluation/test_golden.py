@@ -1,0 +1,70 @@
+"""Recorded rows of the embedded model's run give the recorded tables, number by number."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cdelta.artifact.targets import targets_met
+from cdelta.evaluation.comparison import (
+    compare,
+    matrix,
+    ood,
+    overrefusal,
+    robustness,
+    selectivity,
+    shift,
+    utility,
+)
+
+RECORDED = Path(__file__).parent.parent / "fixtures" / "evaluation"
+
+
+def recorded(name: str) -> pd.DataFrame:
+    """A table as it was recorded."""
+    return pd.read_csv(RECORDED / f"tab_{name}.csv.gz")
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """Every answer's outcome, without the answer."""
+    return pd.read_parquet(RECORDED / "rows.parquet")
+
+
+def hold(table: pd.DataFrame, name: str, columns: list[str] | None = None) -> None:
+    """The recorded columns of the table are as recorded; it may have more."""
+    expected = recorded(name)
+    expected = expected[columns or list(expected)]
+    found = pd.read_csv(io.StringIO(table.to_csv(index=False)))[list(expected)]
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("selectivity", selectivity),
+        ("matrix", matrix),
+        ("ood", ood),
+        ("overrefusal", overrefusal),
+        ("utility", utility),
+        ("robustness", robustness),
+        ("targets", targets_met),
+    ],
+)
+def test_recorded_rows_give_the_recorded_table(rows, name, make):
+    hold(make(rows), name)
+
+
+def test_recorded_tuning_and_shift():
+    tuning = pd.read_parquet(RECORDED / "tuning.parquet")
+    hold(tuning[tuning["chosen"]].drop(columns="chosen"), "tuning")
+    hold(shift(pd.read_parquet(RECORDED / "shift.parquet")), "shift")
+
+
+def test_recorded_differences_hold(rows):
+    methods = [m for m in dict.fromkeys(rows["method"]) if m != "cdelta"]
+    columns = ["category", "measure", "versus", "n", "difference", "only_first", "only_second", "p"]
+    hold(compare(rows, "cdelta", methods), "compare", columns)
