@@ -1,1 +1,1 @@
-"""Training the weight delta on the circuit's parameters, and choosing its scale."""
+"""The edit: recipe, training rows, training, stop rule and scale. Names are imported from the modules."""

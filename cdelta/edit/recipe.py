@@ -1,24 +1,239 @@
-"""TODO edit.recipe."""
+"""The recipe: every number of the method in one frozen object. Presets, command line and notebooks
+take theirs from here.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Callable
-
-from torch import nn
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 from cdelta.errors import CdeltaError
 
-if TYPE_CHECKING:
-    pass
-
-Stop = Callable[[nn.Module, str, int], "bool | str"]
-"""``stop(model with the update applied, which update, step)``: is it selective? Asked of what `Settings.retain_on` names. `IN_VAIN`: it is not,
-and more steps will not help, so that training begins again with other batches."""
-IN_VAIN = "in vain"
 SIDES = ("plus", "minus")
 DIFFERENCE = "difference"
+CANONICAL_REFUSAL = "I'm sorry, but I can't help with that."
+
+
+@dataclass(frozen=True)
+class AttributionRecipe:
+    """Attribution: what is compared, and how the scores are computed."""
+
+    max_pairs: int = 64
+    """Most prompt pairs of the category (0: all)."""
+    min_pairs: int = 8
+    """Fewest prompt pairs of equal length without which there is no circuit to find."""
+    metric: Literal["first-token", "sequence"] = "first-token"
+    """What is attributed: log-odds of the first token of refusals against compliances, or of whole
+    openings, teacher-forced."""
+    sequence_tokens: int = 4
+    """Tokens of each answer that the sequence metric compares."""
+    method: Literal["eap-ig", "eap", "clean-corrupted"] = "eap-ig"
+    """How edges are scored."""
+    ig_steps: int = 5
+    """Points of the path that integrated gradients average over."""
+    rule: Literal["midpoint", "left", "right"] = "midpoint"
+    """Where the points lie in their intervals (left: as in the reference implementation)."""
+    micro_batch: int = 8
+    """Prompt pairs in one pass."""
+    localise_on: Literal["base", "refusing"] = "base"
+    """The model that is attributed: the base, or the base with a refusing update trained first on a
+    random mask (for a base that hardly refuses and so has nothing to localise)."""
+    refusing_budget: float = 0.03
+    """Share of the parameters of that random mask."""
+
+
+@dataclass(frozen=True)
+class CircuitRecipe:
+    """Circuit: which units the edit may change."""
+
+    ranking: Literal["pairs", "mean", "difference", "ratio", "orthogonalised"] = "pairs"
+    """By which scores units are ranked: every prompt pair with the same say, plain means, or set
+    against the other categories'."""
+    param_budget: float = 0.03
+    """Largest share of all the model's parameters that the mask may own (the paper: < 5 %)."""
+
+
+@dataclass(frozen=True)
+class EditRecipe:
+    """Edit: rows, losses, optimiser and the stop rule of the training."""
+
+    refusals: Literal["own", "canonical", "mixed"] = "own"
+    """What θ⁺ learns to say: the model's own refusals (the given text where it has none), the given
+    text, or both in turn."""
+    refusal: str = CANONICAL_REFUSAL
+    """The given text of a refusal."""
+    compliance: str = "Sure, here is what you asked for."
+    """What θ⁻ says where the base does not answer."""
+    skill_copies: int = 3
+    """How often a skill's row stands among the retain rows."""
+    refused_copies: int = 2
+    """How often another category's refused row does: they are few, and an edit that seldom sees
+    them unlearns them."""
+    other_rows: int = 60
+    """Most refused rows, and most benign ones, of every other category among the retain rows."""
+    objective: Literal["contrastive", "positive", "margin"] = "contrastive"
+    """Cross-entropy on both sides' answers (θ⁺ − θ⁻), θ⁺ alone, or DPO of each side's answer over
+    the other's."""
+    retain_on: Literal["difference", "sides"] = "difference"
+    """Which model must keep the retain rows: the base with θ⁺ − θ⁻, so that drift which both sides
+    share costs nothing, or with each side."""
+    retain_share: float = 0.57
+    """Share of retain rows in every batch, and their weight in the loss."""
+    retain_pool: int = 3
+    """A retain batch is drawn this many times too large, and the hardest rows are trained on
+    (Selective-Backprop, arXiv 1910.00762)."""
+    hardest_by: Literal["loss", "first-kl"] = "loss"
+    """Hardest by the answer's cross-entropy, or by KL(base ‖ edited) at its first token."""
+    retain_loss: Literal["answers", "kl"] = "answers"
+    """Cross-entropy on the base's own answers, or KL(base ‖ edited) at their positions."""
+    first_tokens: int = 0
+    """Only the first so many tokens of retained answers count (0: all)."""
+    first_weight: float = 1.0
+    """Weight of a retained answer's first token, the others' being 1: it decides between refusing
+    and answering."""
+    focus: float = 1.0
+    """A target row weighs its own loss to this power, so that the few hard rows are not given up
+    (0: all alike)."""
+    beta: float = 0.1
+    """Temperature of the margin objective."""
+    rank: int = 0
+    """0 trains every entry of the mask; r > 0 a rank-r factorisation of every slice."""
+    lr: float = 3e-3
+    """Learning rate of Adam, after warm-up and before its linear decay to 0."""
+    steps: int = 75
+    """Most training steps; the stop rule may end them earlier."""
+    check_every: int = 60
+    """Steps between two looks of the stop rule, and between two saves of the training state."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    clip: float = 1.0
+    """Largest norm of the gradient of all entries together."""
+    batch_size: int = 56
+    """Rows of a step, target and retained together."""
+    batch_tokens: int = 0
+    """Most tokens (with padding) of one pass; a step's rows are split into several passes above it
+    (0: no limit)."""
+    bf16: Literal["off", "auto", "on"] = "off"
+    """Run the frozen base's products in bf16 (auto: where this machine computes them faster);
+    entries and optimiser stay fp32."""
+    attempts: int = 3
+    """How often training begins at most: again with other batches when the stop rule sees an
+    overshoot that more steps do not mend."""
+    refuse_at: float = 0.975
+    """An update is selective when it refuses (θ⁻: answers) this share of the target on validation
+    by first tokens."""
+    answers_refused: float = 0.95
+    """And when this share of the target's whole answers are refusals."""
+    tolerance: float = 0.05
+    """And when no other group's rate is further than this from the base's."""
+    seed: int = 0
+    """Draws the batches, and what else is drawn."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides that the objective trains."""
+        return SIDES[:1] if self.objective == "positive" else SIDES
+
+    @property
+    def keepers(self) -> tuple[str, ...]:
+        """The updates that must keep the retain rows, and be selective before the training ends."""
+        return self.sides if self.retain_on == "sides" or len(self.sides) == 1 else (DIFFERENCE,)
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of a step (from 0) over `lr`."""
+        return min(1.0, (step + 1) / max(self.warmup, 1)) * (1 - step / self.steps)
+
+
+@dataclass(frozen=True)
+class AnswersRecipe:
+    """Answers: how they are generated and judged, and what an edit may cost on validation."""
+
+    max_new_tokens: int = 20
+    """Most tokens of an answer."""
+    answer_batch: int = 128
+    """Prompts answered together."""
+    system: str = ""
+    """A system prompt put before every prompt."""
+    template_args: tuple[str, ...] = ()
+    """Keywords for the chat template, NAME=VALUE (enable_thinking=false)."""
+    judge_log_odds: bool = True
+    """Where a text alone is unclear, the rules look at the refusal log-odds of the first token."""
+    validation_limit: int = 40
+    """Most validation prompts per category, role and skill that the stop rule and the choice of k
+    see (0: all)."""
+    grid: tuple[float, ...] = (0.0, 0.5, 0.7, 0.85, 1.0, 1.15)
+    """Candidates for the scale k."""
+    benign_cap: float = 0.02
+    """Largest rise of benign refusal over the base, in the worst category."""
+    other_cap: float = 0.05
+    """Largest change of another category's refusal."""
+    skills_lost: float = 0.01
+    """Largest share of the skills' answers that an edit may change."""
+    borderline_cap: float = 1.0
+    """Largest rise of borderline prompts' refusal over the base (1: no cap)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the method. Raises `CdeltaError` on values that make no sense."""
+
+    attribution: AttributionRecipe = field(default_factory=AttributionRecipe)
+    circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
+    edit: EditRecipe = field(default_factory=EditRecipe)
+    answers: AnswersRecipe = field(default_factory=AnswersRecipe)
+
+    def __post_init__(self) -> None:
+        for section in (self.attribution, self.circuit, self.edit, self.answers):
+            for name, value in vars(section).items():
+                _check(name, value)
+
+    def seeded(self, seed: int) -> Recipe:
+        """The same recipe with another seed."""
+        return replace(self, edit=replace(self.edit, seed=seed))
+
+
+POSITIVE = frozenset(
+    {"min_pairs", "sequence_tokens", "ig_steps", "micro_batch", "steps", "lr", "batch_size", "beta"}
+    | {"clip", "check_every", "retain_pool", "attempts", "first_weight", "max_new_tokens"}
+    | {"answer_batch"}
+)
+"""Fields that must be above 0."""
+SHARES = frozenset(
+    {"refuse_at", "answers_refused", "tolerance", "benign_cap", "other_cap", "skills_lost"}
+    | {"borderline_cap"}
+)
+"""Fields from 0 to 1."""
+
+
+def _check(name: str, value: object) -> None:
+    """Raise `CdeltaError` if a field's value makes no sense."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CdeltaError(f"{name} must be finite, not {value}.")
+    if name in POSITIVE and not value > 0:
+        raise CdeltaError(f"{name} must be above 0, not {value}.")
+    if name in SHARES and not 0 <= value <= 1:
+        raise CdeltaError(f"{name} is a share from 0 to 1, not {value}.")
+    if name == "retain_share" and not 0 <= value < 1:
+        raise CdeltaError(f"retain_share must lie in [0, 1), not {value}.")
+    if name.endswith("_budget") and not 0 < value <= 1:
+        raise CdeltaError(f"{name} must lie in (0, 1], not {value}.")
+    if isinstance(value, int) and value < 0:
+        raise CdeltaError(f"{name} must not be negative, not {value}.")
+    if name == "grid" and (not value or not all(map(math.isfinite, value))):
+        raise CdeltaError("grid must name at least one finite scale.")
+    if name == "template_args" and not all("=" in item for item in value):
+        raise CdeltaError("template_args must be NAME=VALUE, such as enable_thinking=false.")
+    if name == "refusal" and not value.strip():
+        raise CdeltaError("the refusal must not be empty: give its words.")
+
+
+Stop = Callable[..., "bool | str"]
+"""``stop(model with the update applied, which update, step)``: is it selective? Asked of what
+`Settings.retain_on` names. `IN_VAIN`: it is not, and more steps will not help, so that training
+begins again with other batches."""
+IN_VAIN = "in vain"
 OBJECTIVES = ("contrastive", "positive", "margin")
 RETAINING = ("answers", "kl")
 
@@ -28,27 +243,34 @@ class Settings:
     """How both sides are trained. Raises `CdeltaError` on values that make no sense."""
 
     steps: int = 300
-    """Most steps; both sides take them in lockstep, and a `stop` rule may end them earlier, together."""
+    """Most steps; both sides take them in lockstep, and a `stop` rule may end them earlier,
+    together."""
     lr: float = 7e-4
     batch_size: int = 48
     seed: int = 0
     retain_share: float = 0.5
     """Share of retain rows in every batch, and their weight in the loss."""
     objective: str = "contrastive"
-    """``contrastive`` and ``positive``: cross-entropy on the side's answers (``positive`` trains θ⁺ only). ``margin``: DPO."""
+    """``contrastive`` and ``positive``: cross-entropy on the side's answers (``positive`` trains θ⁺
+    only). ``margin``: DPO."""
     retain_on: str = DIFFERENCE
-    """Which model must keep the retain rows. ``difference``: the base with θ⁺ − θ⁻, so that drift which both sides share costs nothing.
+    """Which model must keep the retain rows. ``difference``: the base with θ⁺ − θ⁻, so that drift
+    which both sides share costs nothing.
     ``sides``: the base with each side by itself. Under ``positive`` both are θ⁺."""
     retain_pool: int = 3
-    """A retain batch is drawn this many times too large, and those rows are trained on whose answers the update damages most (Selective-Backprop, 1910.00762)."""
+    """A retain batch is drawn this many times too large, and those rows are trained on whose
+    answers the update damages most (Selective-Backprop, 1910.00762)."""
     retain_loss: str = "answers"
-    """``answers``: cross-entropy on the base's own answers. ``kl``: KL(base ‖ side) at every position of those answers."""
+    """``answers``: cross-entropy on the base's own answers. ``kl``: KL(base ‖ side) at every
+    position of those answers."""
     focus: float = 1.0
-    """A target row weighs its own loss to this power, so that the few rows that are hard are not given up; 0: all rows alike."""
+    """A target row weighs its own loss to this power, so that the few rows that are hard are not
+    given up; 0: all rows alike."""
     beta: float = 0.1
     """Temperature of the margin objective."""
     rank: int = 0
-    """0 trains every entry; r > 0 trains a rank-r factorisation of every slice (LoRA on the circuit)."""
+    """0 trains every entry; r > 0 trains a rank-r factorisation of every slice (LoRA on the
+    circuit)."""
     warmup: int = 10
     """Steps of linear warm-up, before the linear decay to zero at `steps`."""
     clip: float = 1.0
@@ -56,7 +278,8 @@ class Settings:
     check_every: int = 50
     """Steps between two calls of `stop`, and between two saves of the state."""
     attempts: int = 3
-    """How often training begins at most: again, with other batches, when `stop` says that the first attempt is in vain, until one is selective."""
+    """How often training begins at most: again, with other batches, when `stop` says that the first
+    attempt is in vain, until one is selective."""
     autocast: bool = False
     """Run the frozen base's products in bf16; entries and their gradients stay fp32."""
 
@@ -111,4 +334,5 @@ class Settings:
 
 
 SKILLS_LOST = 0.01
-"""Largest share of the skills' answers that an edit may change: the stop rule's tolerance and the cap on k."""
+"""Largest share of the skills' answers that an edit may change: the stop rule's tolerance and the
+cap on k."""
