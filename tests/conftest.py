@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / name) for name in (".", "policy", "methods", "evaluation")]  # helpers are imported by name
 
 import toys  # noqa: E402
+from speeds import pytest_collection_modifyitems  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,16 @@
+"""Three speeds of tests: ``fast`` ones, all but ``slow`` ones (the default of --test), and all."""
+
+import pytest
+
+FIRST_FAMILY = "llama"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as fast what is neither slow nor end to end; of the model families, the first one."""
+    for item in items:
+        marked = any(item.get_closest_marker(name) for name in ("slow", "e2e"))
+        parameters = getattr(item, "callspec", None)
+        family = parameters.params.get("family", FIRST_FAMILY) if parameters else FIRST_FAMILY
+        if not marked and family == FIRST_FAMILY:
+            item.add_marker("fast")
