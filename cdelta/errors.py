@@ -1,4 +1,6 @@
-"""The one family of errors that a user can cause: each message is a sentence naming the thing and the remedy."""
+"""The one family of errors that a user can cause: each message is a sentence naming the thing and
+the remedy.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,19 @@ class TestSplitError(CdeltaError):
 
 
 def refuse_test(rows: object, step: str) -> None:
-    """Raise `TestSplitError` if `rows` carries ``split == "test"``, a frame in any of its rows; plain lists carry no split and pass."""
+    """Raise `TestSplitError` if `rows` carries ``split == "test"``, a frame in any of its rows;
+    plain lists carry no split and pass.
+    """
     split = getattr(rows, "split", None)
     if "test" in (split.tolist() if hasattr(split, "tolist") else [split]):
         raise TestSplitError(
             f"{step} must not see test rows: pass rows of the discover, edit or val split."
         )
+
+
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """The first line of an error's message, to quote in a sentence; its type where it has no
+    message.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:longest].rstrip(". ")

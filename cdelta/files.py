@@ -1,44 +1,74 @@
-"""TODO files."""
+"""Writing without half-written output: everything gets its own name only when it is complete."""
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator
+from typing import Any, Iterator
 
 from safetensors import SafetensorError
 
 from cdelta.errors import CdeltaError
 
-if TYPE_CHECKING:
-    pass
-import fcntl
-import uuid
-from typing import TYPE_CHECKING, Any
 
-pass
-if TYPE_CHECKING:
-    pass
+def _hidden(path: Path) -> Path:
+    """The name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A hidden sibling file to write into, which takes the place of `path` when the block succeeds
+    and goes when it does not.
+
+    The bytes are on the disk before the name is, so that a power cut leaves the old file or the new
+    one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _hidden(path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file's text, in UTF-8."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Replace a file by readable JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A hidden sibling folder to write into, renamed to `folder` when the block succeeds and removed when it does not.
+    """A hidden sibling folder to write into, renamed to `folder` when the block succeeds and
+    removed when it does not.
 
-    A process that is killed outright leaves the hidden folder (``.NAME.PID.partial``) for the next writer of `folder` to remove.
-    Raises `CdeltaError` if `folder` already exists or cannot be written.
+    A process that is killed outright leaves the hidden folder (``.NAME.PID.partial``) for the next
+    writer of `folder` to remove. Raises `CdeltaError` if `folder` already exists or cannot be
+    written.
     """
     folder = Path(folder).absolute()
     if folder.exists():
         raise CdeltaError(
             f"{folder} already exists: choose a new output folder or remove it first."
         )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = _hidden(folder)
     try:
         _remove_abandoned(folder)
         partial.mkdir(parents=True)
@@ -56,33 +86,39 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove what writers of `folder` that no longer run left behind."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
         pid = left.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+        if pid.isdigit() and not _runs(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's process
+        return True
+    return True
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock that the system frees when this process dies; without `wait`, raise BlockingIOError if taken."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder so that it vanishes at once, and its files after."""
     if folder.exists():
         trash = folder.with_name(f".trash.{uuid.uuid4().hex[:8]}")
         folder.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex; the file is never whole in memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock that the system frees when this process dies; without `wait`, raise
+    BlockingIOError if taken.
+    """
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

@@ -1,24 +1,14 @@
-"""TODO memory."""
+"""How much memory there is, and how much a process or a call has needed; bytes everywhere."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
-import threading
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-
-if TYPE_CHECKING:
-    pass
 import sys
-from typing import TYPE_CHECKING
+import threading
 
-pass
-if TYPE_CHECKING:
-    pass
+import psutil
+import torch
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -26,11 +16,22 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    facts = Path("/proc/meminfo")
-    if device.type != "cpu" or not facts.exists():
-        return None
-    line = next(line for line in facts.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Largest memory of this process so far: allocated on `device` if that is a GPU, else
+    resident.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    return psutil.Process().memory_info().rss
 
 
 class GpuPeak:
@@ -42,12 +43,14 @@ class GpuPeak:
         self.base = torch.cuda.memory_allocated()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.memory = torch.cuda.max_memory_allocated() - self.base
 
 
 class ResidentPeak:
-    """Context: `memory` is the peak of the process's resident bytes above what they were before, looked at every 2 ms."""
+    """Context: `memory` is the peak of the process's resident bytes above what they were before,
+    looked at every 2 ms.
+    """
 
     def __enter__(self) -> ResidentPeak:
         release_free_memory()
@@ -57,7 +60,7 @@ class ResidentPeak:
         self.watcher.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop.set()
         self.watcher.join()
         self.memory = max(self.highest, resident_bytes()) - self.base
@@ -68,26 +71,9 @@ class ResidentPeak:
 
 
 def release_free_memory() -> None:
-    """Give what the C allocator keeps from earlier calls back to the system, where it can (glibc): it would hide a call's own need."""
+    """Give what the C allocator keeps from earlier calls back to the system, where it can (glibc):
+    it would hide a call's own need.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not tell."""
-    facts = Path("/proc/self/statm")
-    return int(facts.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if facts.exists() else 0
-
-
-def peak_memory_mb() -> float:
-    """Peak memory so far: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import bootstrap_mean, bootstrap_ratio
-from cdelta.models.chat import left_pad, positions, prompt_ids
+from cdelta.models.chat import chat_ids, left_pad, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -98,7 +98,7 @@ def interleaved(
         for size in batch_sizes:
             for repeat in range(-warmup, repeats):
                 ids, mask = left_pad(
-                    [prompt_ids(tok, p) for p in rng.choices(prompts, k=size)], 0, model.device
+                    [chat_ids(tok, p) for p in rng.choices(prompts, k=size)], 0, model.device
                 )
                 for name in rng.sample(list(variants), len(variants)):
                     timing = _under(model, variants[name], ids, mask, new_tokens)

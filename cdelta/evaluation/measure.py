@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from cdelta.attribution.metrics import Metric, kl_divergence
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.judges import Judge, Rules
-from cdelta.models.chat import left_pad, positions, prompt_ids
-from cdelta.models.generation import first_logits, generate, respond
+from cdelta.models.chat import chat_ids, left_pad, positions
+from cdelta.models.generation import answer, first_logits, generate
 from cdelta.policy.records import normalise
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def evaluate(
         records: rows with ``id, prompt, category, role`` and, where they have them, `RECORD_COLUMNS`.
         metric: refusal log-odds, read at the last prompt token of the same pass.
         store: rows are saved as they come, and rows of this condition that are already there are not made again.
-        system, max_new_tokens, batch_size, drop_finished, progress: as `generation.respond` takes them.
+        system, max_new_tokens, batch_size, drop_finished, progress: as `generation.answer` takes them.
         condition: fields of `Condition`.
 
     Utility rows with a ``reference`` are ``correct`` when the answer equals it (case and punctuation aside). Where the record says what an
@@ -135,7 +135,7 @@ def evaluate(
     parts = [done] if len(done) else []
     for start in range(0, len(todo), CHUNK):
         chunk = todo.iloc[start : start + CHUNK]
-        found = respond(
+        found = answer(
             model, tok, list(chunk["prompt"]), metric,
             max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, drop_finished=drop_finished, progress=progress,
         )  # fmt: skip
@@ -192,7 +192,7 @@ def judged(rows: pd.DataFrame, judge: Judge = Rules()) -> pd.DataFrame:
 def _with_answers(records: pd.DataFrame, found: Sequence, under: Condition) -> pd.DataFrame:
     return records.assign(
         **asdict(under),
-        answer=[r.answer for r in found],
+        answer=[r.text for r in found],
         n_tokens=[r.n_tokens for r in found],
         finished=[r.finished for r in found],
         log_odds=[math.nan if r.log_odds is None else r.log_odds for r in found],
@@ -249,7 +249,7 @@ def next_token_logits(
     batch_size: int = 32,
 ) -> list[Float[Tensor, "token vocab"]]:
     """fp32 logits that predict each token of the given answers, per prompt, on the CPU: teacher-forced, padding excluded."""
-    heads = [prompt_ids(tok, prompt, system) for prompt in prompts]
+    heads = [chat_ids(tok, prompt, system) for prompt in prompts]
     tails = [tok(answer, add_special_tokens=False)["input_ids"] for answer in answers]
     found: list = [None] * len(heads)
     order = sorted(range(len(heads)), key=lambda i: -len(heads[i]) - len(tails[i]))
@@ -272,7 +272,7 @@ def next_token_logits(
 def perplexity(
     logits: Sequence[Float[Tensor, "token vocab"]], tok, answers: Sequence[str]
 ) -> list[float]:
-    """exp of the mean negative log-likelihood of each answer's tokens."""
+    """Exp of the mean negative log-likelihood of each answer's tokens."""
     tails = [
         tok(answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         for answer in answers

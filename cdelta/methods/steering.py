@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cdelta.errors import CdeltaError, refuse_test
-from cdelta.models.chat import left_pad, positions, prompt_ids
+from cdelta.models.chat import chat_ids, left_pad, positions
 from cdelta.models.spec import Block, ModelSpec
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_residual(
     if pool not in ("last", "mean"):
         raise CdeltaError(f"unknown pool {pool!r}: use last or mean.")
     refuse_test(prompts, "fitting a steering vector")
-    heads = [prompt_ids(tok, prompt) for prompt in getattr(prompts, "prompts", prompts)]
+    heads = [chat_ids(tok, prompt) for prompt in getattr(prompts, "prompts", prompts)]
     tails = (
         heads
         if answers is None
@@ -110,7 +110,8 @@ def mean_difference(
 
 def principal_direction(differences: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model"]:
     """First principal axis of pairwise differences (uncentred, as CAST), scaled to their mean projection on it: strength 1 moves as far as
-    the pairs lie apart."""
+    the pairs lie apart.
+    """
     axis = torch.linalg.svd(differences.double(), full_matrices=False).Vh[0]
     return ((differences.double() @ axis).mean() * axis).float()
 
@@ -158,7 +159,8 @@ class Addition:
 @dataclass(frozen=True)
 class Ablation:
     """Directional ablation (Arditi, equation 4): ``x − strength · r̂ r̂ᵀ x`` on everything that is written to the residual stream (the
-    embedding, attention and MLP outputs). At strength 1 the stream is orthogonal to r̂ at every layer and position."""
+    embedding, attention and MLP outputs). At strength 1 the stream is orthogonal to r̂ at every layer and position.
+    """
 
     direction: Float[Tensor, "d_model"] = field(repr=False)
 

@@ -1,44 +1,421 @@
-"""TODO models.chat."""
+"""Chat templates, tokens, padding and positions: the only place that turns words into the model's
+input.
+
+Every prompt of generation, metrics, training and judging passes through `chat_ids`, so all of them
+see the same template keywords, the same system prompt, the same date, and an answer that starts at
+the same place.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterator, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import torch
 
-pass
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, first_line
 
-pass
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
-from typing import TYPE_CHECKING
+
+FALLBACK_TEMPLATE = "User: {prompt}\nAssistant:"
+"""Used, and said so by the caller, for a tokenizer that has no chat template."""
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""What "today" is in every template that writes the date: prompts of two days must be the same
+prompts."""
+NO_LABEL = -100
+
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_OPEN_REASONING = re.compile(r"([<\[])((?:think|reason|thought)\w*)([>\]])\s*$", re.IGNORECASE)
+_REASONING_ARGUMENT = re.compile(r"think|reason", re.IGNORECASE)
+_OFF = (False, None, 0, "", "false", "off", "none", "no")
+_QUESTION, _ANSWER = "Which colour has snow?", "White zebra."
 
 
-def prompt_ids(tok, prompt: str, system: str = "") -> list[int]:
-    """`chat_ids` with a system turn, or with the system prompt before the user's words where the template has no such turn."""
-    if not system:
-        return chat_ids(tok, prompt)
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+# ---------------------------------------------------------------------- what a template does
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """How a tokenizer's chat template behaves, found by rendering a probe."""
+
+    takes_system: bool
+    """A system turn is written; otherwise a system prompt is put before the user's words."""
+    prefix: str
+    """What stands between the generation prompt and a finished answer: an empty reasoning block, or
+    a role that the template ignores to write. Prompts end with it, so that generated and trained
+    answers start at the answer itself."""
+    end: str
+    """What the template writes after a finished answer."""
+    reasons: bool
+    """The template lets the model reason before it answers; `prefix` then closes the reasoning."""
+    date: str
+    """The date that the template writes, frozen at `TEMPLATE_DATE`; empty if it writes none."""
+
+
+def template_facts(tok, **template_args: Any) -> TemplateFacts:
+    """How the tokenizer's chat template behaves under the given keywords, beside those of
+    `bind_template`.
+
+    Raises `CdeltaError` if the tokenizer has no chat template, or one that cannot write a user turn
+    and its answer.
+    """
+    arguments = _arguments(tok, template_args)
+    return _facts(tok, _template(tok), json.dumps(arguments, sort_keys=True, default=str))
+
+
+def bind_template(tok, system: str = "", **template_args: Any):
+    """The tokenizer itself, which from now on writes every prompt with this system prompt and these
+    template keywords.
+    """
+    tok.cdelta_system, tok.cdelta_template_args = system, dict(template_args)
+    return tok
+
+
+def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
+    """``["enable_thinking=false"]`` -> ``{"enable_thinking": False}``; values are JSON, or else
+    plain text.
+    """
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise CdeltaError(f"template argument {item!r} is not of the form NAME=VALUE.")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Bound and given keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
+    arguments = {**getattr(tok, "cdelta_template_args", {}), **template_args}
+    for name, value in arguments.items():
+        if _REASONING_ARGUMENT.search(name) and value not in _OFF:
+            raise CdeltaError(
+                f"the template argument {name}={value!r} asks for reasoning before the answer, "
+                f"and it is answers that are measured and trained: leave it out or set it to false."
+            )
+    return arguments
+
+
+def _template(tok) -> str:
+    """The template's source with the date frozen."""
     try:
-        return tok.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    except Exception:  # templates reject the role, or are missing, each with an error of its own
-        return chat_ids(tok, f"{system}\n\n{prompt}")
+        return _with_date(tok.get_chat_template())
+    except Exception as error:  # several templates and no default, or one that is no text
+        raise CdeltaError(
+            f"the tokenizer has no usable chat template: {first_line(error)}"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _with_date(template: str) -> str:
+    return _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
+
+
+@lru_cache(maxsize=64)
+def _facts(tok, template: str, arguments: str) -> TemplateFacts:
+    """Render a question and its answer, and compare."""
+    given = json.loads(arguments)
+    asked = _render(tok, template, _turns(_QUESTION), True, given)
+    whole = _render(tok, template, _turns(_QUESTION, answer=_ANSWER), False, given)
+    if _QUESTION not in asked:
+        raise CdeltaError(
+            "the chat template does not write the user's words: use another template."
+        )
+    start, opened = whole.rfind(_ANSWER), _OPEN_REASONING.search(asked)
+    between = whole[len(asked) : start] if start >= 0 and whole.startswith(asked) else ""
+    if opened and not between.strip():
+        between = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
+    return TemplateFacts(
+        takes_system=_takes_system(tok, template, given),
+        prefix=between if between.strip() else "",
+        end=whole[start + len(_ANSWER) :] if start >= 0 else "",
+        reasons=bool(opened or _OPEN_REASONING.search(between.split("/")[0].rstrip("<[\n "))),
+        date=_date_written(tok, template, asked),
+    )
+
+
+def _takes_system(tok, template: str, arguments: Mapping[str, Any]) -> bool:
+    system = "Answer in five words."
+    try:
+        return system in _render(tok, template, _turns(_QUESTION, system), True, arguments)
+    except CdeltaError:  # the template rejects the role
+        return False
+
+
+def _date_written(tok, template: str, asked: str) -> str:
+    source = tok.get_chat_template()
+    formats = {call[1] for call in _DATE_CALL.findall(source)} | {"%d %b %Y"}
+    found = sorted({TEMPLATE_DATE.strftime(each) for each in formats}, key=len)
+    return next((date for date in reversed(found) if date in asked), "")
+
+
+# ---------------------------------------------------------------------- words to token ids
+
+
+def chat_ids(tok, prompt: str, system: str = "", **template_args: Any) -> list[int]:
+    """Token ids of one user turn up to where the assistant's answer starts; one BOS at most.
+
+    Args:
+        system: a system prompt, in place of the one that `bind_template` gave; it comes before the
+            user's words where the template has no such turn.
+        template_args: keywords for the template, beside those of `bind_template`.
+    """
+    return _encode(tok, _prompt_text(tok, prompt, system, template_args))
+
+
+def example_ids(
+    tok,
+    prompt: str,
+    answer: str | Sequence[int],
+    stops: Sequence[int],
+    finished: bool = True,
+    system: str = "",
+    **template_args: Any,
+) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt, and of the answer that follows it.
+
+    Args:
+        answer: the ids that the model generated (without the end token), or a text, which is
+            encoded as the template writes it.
+        stops: ids that end an answer, see `stop_ids`.
+        finished: the answer ended by itself, so that its end token is part of it. An answer that
+            was cut at the token limit has none, or a model that learns from it would learn to stop
+            there.
+
+    Raises `CdeltaError` on an answer without any token.
+    """
+    start = chat_ids(tok, prompt, system, **template_args)
+    if isinstance(answer, str):
+        ids = _text_ids(tok, prompt, answer, start, finished, system, template_args)
+    else:
+        ids = [int(token) for token in answer]
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    if not finished and not end:
+        raise CdeltaError(
+            f"the answer to {prompt[:40]!r} is empty: give answers of at least one token."
+        )
+    last = ids[end : end + 1] or [end_id(tok, stops, **template_args)]
+    return start, ids[:end] + (last if finished else [])
+
+
+def _text_ids(
+    tok,
+    prompt: str,
+    answer: str,
+    start: list[int],
+    finished: bool,
+    system: str,
+    template_args: Mapping[str, Any],
+) -> list[int]:
+    """Ids of an answer as the template writes it; its plain tokens where the template does not
+    continue the prompt's own ids.
+    """
+    head = _prompt_text(tok, prompt, system, template_args)
+    whole = _answered_text(tok, prompt, answer, system, template_args)
+    if not finished and answer in whole[len(head) :]:
+        whole = whole[: whole.rfind(answer) + len(answer)]
+    ids = _encode(tok, whole)
+    if ids[: len(start)] == start and len(ids) > len(start):
+        return ids[len(start) :]
+    return tok(answer, add_special_tokens=False)["input_ids"]
+
+
+def _prompt_text(tok, prompt: str, system: str, template_args: Mapping[str, Any]) -> str:
+    system = system or getattr(tok, "cdelta_system", "")
+    if tok.chat_template is None:
+        words = f"{system}\n\n{prompt}" if system else prompt
+        return FALLBACK_TEMPLATE.format(prompt=words)
+    arguments = _arguments(tok, template_args)
+    facts = template_facts(tok, **template_args)
+    turns = _turns(prompt, system, takes_system=facts.takes_system)
+    return _render(tok, _template(tok), turns, True, arguments) + facts.prefix
+
+
+def _answered_text(
+    tok, prompt: str, answer: str, system: str, template_args: Mapping[str, Any]
+) -> str:
+    system = system or getattr(tok, "cdelta_system", "")
+    if tok.chat_template is None:
+        return f"{_prompt_text(tok, prompt, system, template_args)} {answer}"
+    facts = template_facts(tok, **template_args)
+    turns = _turns(prompt, system, answer, facts.takes_system)
+    return _render(tok, _template(tok), turns, False, _arguments(tok, template_args))
+
+
+def _turns(
+    prompt: str, system: str = "", answer: str | None = None, takes_system: bool = True
+) -> list[dict[str, str]]:
+    if system and not takes_system:
+        prompt, system = f"{system}\n\n{prompt}", ""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": prompt})
+    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
+
+
+def _render(
+    tok, template: str, turns: Sequence[dict], to_be_continued: bool, arguments: Mapping[str, Any]
+) -> str:
+    try:
+        return tok.apply_chat_template(
+            turns,
+            chat_template=template,
+            add_generation_prompt=to_be_continued,
+            tokenize=False,
+            **arguments,
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise CdeltaError(
+            f"the chat template cannot write a conversation ({first_line(error)}): "
+            f"use a tokenizer whose template works."
+        ) from error
+
+
+def _encode(tok, text: str) -> list[int]:
+    """Ids of a whole conversation; only without a template does the tokenizer add its own BOS."""
+    ids = tok(text, add_special_tokens=tok.chat_template is None)["input_ids"]
+    if not ids:
+        raise CdeltaError(
+            "a prompt has no tokens: the chat template or the tokenizer writes nothing."
+        )
+    return ids
+
+
+# ---------------------------------------------------------------------- single token ids
+
+
+def stop_ids(model, tok) -> list[int]:
+    """Token ids that end an answer: the tokenizer's, the generation config's, and the one that the
+    template writes.
+
+    Raises `CdeltaError` if none of them names one.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    named = [tok.eos_token_id, *ids, _template_end(tok)]
+    found = [token for token in dict.fromkeys(named) if token is not None]
+    if not found:
+        raise CdeltaError(
+            "the tokenizer has no end-of-sequence token: set tok.eos_token, or no answer ends."
+        )
+    return found
+
+
+def end_id(tok, stops: Sequence[int], **template_args: Any) -> int:
+    """The end token of a finished answer: the template's own where it writes one, else the first of
+    `stops`.
+    """
+    written = _template_end(tok, **template_args)
+    return written if written in stops else stops[0]
+
+
+def _template_end(tok, **template_args: Any) -> int | None:
+    """The special token that the template writes right after an answer, if it writes one."""
+    if tok.chat_template is None:
+        return None
+    written = tok(template_facts(tok, **template_args).end.lstrip(), add_special_tokens=False)
+    special = {*tok.all_special_ids, *getattr(tok, "added_tokens_decoder", {})}
+    return next((token for token in written["input_ids"][:1] if token in special), None)
+
+
+def pad_id(model, tok) -> int:
+    """An id to fill rows with: the tokenizer's padding token if the embedding has a row for it,
+    else one that ends answers.
+
+    No result depends on it, since padding is masked; but an id without an embedding would fail.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    candidates = (tok.pad_token_id, *stop_ids(model, tok), 0)
+    return next(token for token in candidates if token is not None and 0 <= token < rows)
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def rope_boundary(model) -> int | None:
+    """The length from which LongRoPE rotates a *whole batch* otherwise, or None: no batch may hold
+    rows of both sides.
+    """
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+
+
+def by_length(
+    lengths: Sequence[int],
+    batch_size: int,
+    boundary: int | None = None,
+    growth: int = 0,
+    equal: bool = False,
+) -> Iterator[list[int]]:
+    """Row numbers per batch, rows of similar length together, the longest first.
+
+    Args:
+        boundary: see `rope_boundary`; a batch lies on one side of it.
+        growth: tokens that each row will grow by; rows that cross the boundary meanwhile only join
+            rows of their own length.
+        equal: only rows of one length share a batch.
+    """
+
+    def side(length: int) -> int:
+        crosses = boundary and length <= boundary < length + growth
+        if equal or crosses:
+            return length
+        return -1 if boundary and length > boundary else 0
+
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) == batch_size or side(lengths[batch[0]]) != side(lengths[row])):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def batches(
-    model, tok, prompts: Sequence[str], batch_size: int, system: str = ""
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(prompt numbers, ids, mask) per batch; prompts of similar length together, the longest first."""
-    encoded = [prompt_ids(tok, prompt, system) for prompt in prompts]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield rows, *left_pad([encoded[i] for i in rows], stop_ids(model, tok)[0], model.device)
+    model,
+    tok,
+    prompts: Sequence[str],
+    batch_size: int,
+    system: str = "",
+    growth: int = 0,
+    equal: bool = False,
+) -> Iterator[tuple[list[int], Int[Tensor, "row pos"], Int[Tensor, "row pos"]]]:
+    """(prompt numbers, ids, mask) per batch; `growth` and `equal` as for `by_length`.
+
+    Raises `CdeltaError` before the first batch if a prompt and its `growth` tokens do not fit into
+    the model's context.
+    """
+    encoded = [chat_ids(tok, prompt, system) for prompt in prompts]
+    lengths, pad = [len(ids) for ids in encoded], pad_id(model, tok)
+    check_context(model, max(lengths, default=0), growth)
+    for rows in by_length(lengths, batch_size, rope_boundary(model), growth, equal):
+        yield rows, *left_pad([encoded[row] for row in rows], pad, model.device)
+
+
+def check_context(model, length: int, growth: int = 0) -> None:
+    """Raise `CdeltaError` if `length` tokens and `growth` more are too many for the model."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and length + growth > context:
+        raise CdeltaError(
+            f"a prompt of {length} tokens and {growth} more for its answer exceed the model's "
+            f"context of {context} tokens: "
+            f"shorten the prompt or the answers."
+        )
 
 
 def left_pad(
@@ -56,27 +433,11 @@ def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-FALLBACK_TEMPLATE = "User: {prompt}\nAssistant:"
-"""Used, and said so by the caller, for a tokenizer that has no chat template."""
-
-
-def chat_ids(tok, prompt: str) -> list[int]:
-    """Token ids of one user turn up to where the assistant's answer starts; one BOS at most."""
-    if tok.chat_template is None:
-        return tok(FALLBACK_TEMPLATE.format(prompt=prompt))["input_ids"]
-    turn = [{"role": "user", "content": prompt}]
-    return tok.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-NO_LABEL = -100
-
-
-# ---------------------------------------------------------------------- data
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Rows laid out as ``padding | prompt | answer | padding``, so that the answers' logits are the last columns."""
+    """Rows laid out as ``padding | prompt | answer | padding``, so that the answers' logits are the
+    last columns.
+    """
 
     input_ids: Int[Tensor, "row pos"]
     attention_mask: Int[Tensor, "row pos"]
@@ -84,58 +445,22 @@ class Batch:
     labels: Int[Tensor, "row answer"]
 
 
-def stop_ids(model, tok) -> list[int]:
-    """Token ids that end an answer. Raises `CdeltaError` if neither tokenizer nor generation config names one."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    found = [i for i in dict.fromkeys([tok.eos_token_id, *ids]) if i is not None]
-    if not found:
-        raise CdeltaError(
-            "the tokenizer has no end-of-sequence token: set tok.eos_token, or answers would never end."
-        )
-    return found
-
-
-def example_ids(
-    tok, prompt: str, response: str, stops: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, and of the answer with its end token as the chat template writes them.
-
-    Where the template does not continue the prompt's own ids (or there is none), the answer's plain tokens and end-of-sequence.
-    """
-    start = chat_ids(tok, prompt)
-    if tok.chat_template is not None:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        whole = tok.apply_chat_template(turns, return_dict=True)["input_ids"]
-        if whole[: len(start)] == start and len(whole) > len(start):
-            return start, _ended(whole[len(start) :], stops)
-    return start, _ended(tok(response, add_special_tokens=False)["input_ids"], stops)
-
-
-def _ended(ids: list[int], stops: Sequence[int]) -> list[int]:
-    end = next((i for i, token in enumerate(ids) if token in stops), None)
-    return ids[: end + 1] if end is not None else [*ids, stops[0]]
-
-
 def collate(
-    rows: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device | str = "cpu"
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pad: int,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """Tensors of (prompt ids, answer ids) rows. The answer's last token is only ever a label."""
     width, n_answer = max(len(p) for p, _ in rows), max(len(a) for _, a in rows)
     ids, seen, labels = [], [], []
     for prompt, answer in rows:
         left, right = width - len(prompt), n_answer - len(answer)
-        ids.append([pad] * left + prompt + answer[:-1] + [pad] * right)
+        ids.append([pad] * left + [*prompt, *answer[:-1]] + [pad] * right)
         seen.append([0] * left + [1] * (len(prompt) + len(answer) - 1) + [0] * right)
-        labels.append(answer + [NO_LABEL] * right)
+        labels.append([*answer] + [NO_LABEL] * right)
     mask = torch.tensor(seen)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Batch(
-        *(t.to(device) for t in (torch.tensor(ids), mask, positions, torch.tensor(labels)))
-    )
-
-
-# ---------------------------------------------------------------------- losses
+    tensors = torch.tensor(ids), mask, positions(mask), torch.tensor(labels)
+    return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def answer_logits(model, batch: Batch) -> Float[Tensor, "row answer vocab"]:

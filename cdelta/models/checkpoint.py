@@ -1,4 +1,5 @@
-"""A checkpoint folder on disk, read tensor by tensor: which file holds which parameter, under which name."""
+"""A checkpoint folder on disk, read tensor by tensor: which file holds which parameter, under which
+name."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 class Checkpoint:
     """A folder with `config.json` and safetensors weights, in one file or in shards.
 
-    Raises `CdeltaError` when the folder is none, its index is damaged, a shard is missing or a file is truncated.
+    Raises `CdeltaError` when the folder is none, its index is damaged, a shard is missing or a file
+    is truncated.
     """
 
     def __init__(self, folder: str | Path):
@@ -61,7 +63,8 @@ class Checkpoint:
         return keys
 
     def check(self) -> Checkpoint:
-        """Itself, after raising for any file that is missing, truncated or at odds with config.json (headers only)."""
+        """Itself, after raising for any file that is missing, truncated or at odds with config.json
+        (headers only)."""
         self.key_of
         return self
 
@@ -108,7 +111,8 @@ class Checkpoint:
         return files
 
     def _find(self, name: str) -> str:
-        """The tensor on disk that a parameter is loaded from: its name, with or without a prefix, or its parts in another order."""
+        """The tensor on disk that a parameter is loaded from: its name, with or without a prefix,
+        or its parts in another order."""
         keys = self.file_of
         if name in keys:
             return name
@@ -130,7 +134,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 
 def rewrite_tensors(path: Path, changes: Mapping[str, Callable[[Tensor], None]]) -> None:
-    """Change tensors of a safetensors file in place, one in memory at a time; every other byte stays.
+    """Change tensors of a safetensors file in place, one in memory at a time; every other byte
+    stays.
 
     Args:
         changes: tensor name -> function that modifies the tensor it gets in place.
@@ -153,7 +158,8 @@ def rewrite_tensors(path: Path, changes: Mapping[str, Callable[[Tensor], None]])
 
 
 def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `path_or_id` itself, or the local snapshot of a hub id, downloaded where needed."""
+    """The folder of a checkpoint: `path_or_id` itself, or the local snapshot of a hub id,
+    downloaded where needed."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     try:

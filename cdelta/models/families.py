@@ -12,17 +12,20 @@ from cdelta.errors import CdeltaError
 
 @dataclass(frozen=True)
 class Family:
-    """Where one architecture keeps its parts. Paths are relative to a block, except `blocks` and `final_norm`."""
+    """Where one architecture keeps its parts. Paths are relative to a block, except `blocks` and
+    `final_norm`."""
 
     blocks: str = "model.layers"
     final_norm: str = "model.norm"
     attn_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    """The query, key and value projections, or the one fused projection whose outputs are q, k, v in this order."""
+    """The query, key and value projections, or the one fused projection whose outputs are q, k, v
+    in this order."""
     o: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Gate and up projections, or one module: fused gate and up, or the only projection of an ungated MLP."""
+    """Gate and up projections, or one module: fused gate and up, or the only projection of an
+    ungated MLP."""
     down: str = "mlp.down_proj"
     attn_post: str = ""
     """Norm between the attention's output and the residual stream, if there is one."""

@@ -1,30 +1,24 @@
-"""TODO models.hooks."""
+"""Hooks and gradients of a model, switched on inside a block and off again however it is left."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from torch import nn
 
 if TYPE_CHECKING:
     from torch import Tensor
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-# ---------------------------------------------------------------------- hooks and weights
+Registration = Callable[[], Any]
+"""Makes one hook when called, and returns its handle."""
 
 
 @contextmanager
-def hooked(*registrations: Callable[[], object]) -> Iterator[None]:
-    """Make the hooks that `registrations` register, and remove every one of them on exit, however it is left."""
+def hooked(*registrations: Registration) -> Iterator[None]:
+    """Make the hooks that `registrations` register, and remove every one of them on exit, however
+    it is left.
+    """
     handles = []
     try:
         for register in registrations:
@@ -35,24 +29,44 @@ def hooked(*registrations: Callable[[], object]) -> Iterator[None]:
             handle.remove()
 
 
-def before(module: nn.Module, look: Callable) -> Callable[[], object]:
-    """Registration: ``look(input)`` before the module runs; a tensor that it returns replaces the input."""
+def before(module: nn.Module, look: Callable) -> Registration:
+    """Registration: ``look(input)`` before the module runs; a tensor that it returns replaces the
+    input.
 
-    def hook(_, args):
-        new = look(args[0])
-        return None if new is None else (new, *args[1:])
+    The input is the first positional argument, or ``hidden_states`` where a block is called by
+    keyword.
+    """
 
-    return lambda: module.register_forward_pre_hook(hook)
+    def hook(_, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        new = look(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    return lambda: module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def after(module: nn.Module, look: Callable) -> Callable[[], object]:
-    """Registration: ``look(output)`` after the module has run; a tensor that it returns replaces the output."""
-    return lambda: module.register_forward_hook(lambda _, args, out: look(out))
+def after(module: nn.Module, look: Callable) -> Registration:
+    """Registration: ``look(output)`` after the module has run; a tensor that it returns replaces
+    the output.
+
+    A module that returns a tuple is looked at, and changed, in its first member, the hidden states.
+    """
+
+    def hook(_, args: tuple, output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return look(output)
+        new = look(output[0])
+        return None if new is None else (new, *output[1:])
+
+    return lambda: module.register_forward_hook(hook)
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[nn.Module]:
-    """The module with its weights in memory, also where accelerate keeps them on CPU or disk between calls."""
+    """The module with its weights in memory, also where accelerate keeps them on CPU or disk
+    between calls.
+    """
     offload = getattr(module, "_hf_hook", None)
     if offload is None:
         yield module
@@ -65,26 +79,29 @@ def loaded(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def frozen(model) -> Iterator[None]:
-    """No parameter of the model requires a gradient inside; each is as before on exit, however it is left."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def _gradients(model: nn.Module, on: bool) -> Iterator[dict[str, Tensor]]:
+    """All parameters with gradients on or off inside; each is as before on exit."""
+    parameters = dict(model.named_parameters())
+    old = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
+        model.requires_grad_(on)
+        yield parameters
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(old[name])
 
 
 @contextmanager
-def trainable(model) -> Iterator[dict[str, Tensor]]:
-    """The model's parameters with gradients on; how they were comes back."""
-    parameters = dict(model.named_parameters())
-    before = {name: p.requires_grad for name, p in parameters.items()}
-    try:
-        model.requires_grad_(True)
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model requires a gradient inside; each is as before on exit, however it
+    is left.
+    """
+    with _gradients(model, on=False):
+        yield
+
+
+@contextmanager
+def trainable(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The model's parameters by name, with gradients on; how they were comes back."""
+    with _gradients(model, on=True) as parameters:
         yield parameters
-    finally:
-        for name, p in parameters.items():
-            p.requires_grad_(before[name])

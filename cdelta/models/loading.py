@@ -24,9 +24,11 @@ def load_model(
         dtype: name of a torch dtype, or "auto" for the checkpoint's own.
         device: "auto" is the GPU where there is one; ignored when `device_map` is given.
         revision: commit, tag or branch of a hub id; pin a commit for a run that others repeat.
-        kw: passed on to ``AutoModelForCausalLM.from_pretrained`` (`device_map`, `attn_implementation`, ...).
+        kw: passed on to ``AutoModelForCausalLM.from_pretrained`` (`device_map`,
+            `attn_implementation`, ...).
 
-    Raises `UnsupportedArchitecture` before any weight is read, `CdeltaError` when there is no such checkpoint.
+    Raises `UnsupportedArchitecture` before any weight is read, `CdeltaError` when there is no such
+    checkpoint.
     """
     source = dict(
         pretrained_model_name_or_path=str(path_or_id), revision=revision, trust_remote_code=False

@@ -1,4 +1,5 @@
-"""Models on disk and in memory: `load_model`, and `ModelSpec`, the one place that knows where architectures keep their parts.
+"""Models on disk and in memory: `load_model`, and `ModelSpec`, the one place that knows where
+architectures keep their parts.
 
 A new family is one entry of `FAMILIES`.
 """
@@ -50,10 +51,11 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of a model and where its heads, kv groups and neurons lie in its Hugging Face parameters.
+    """Sizes of a model and where its heads, kv groups and neurons lie in its Hugging Face
+    parameters.
 
-    `n_params` counts the whole model, tied tensors once. Attributes named `layout`, `shapes` and `conv1d` are how the
-    methods find things; callers need only the methods.
+    `n_params` counts the whole model, tied tensors once. Attributes named `layout`, `shapes` and
+    `conv1d` are how the methods find things; callers need only the methods.
     """
 
     family: str
@@ -71,7 +73,8 @@ class ModelSpec:
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> ModelSpec:
-        """Read sizes off `model`. Raises `UnsupportedArchitecture` with the reason and the supported families."""
+        """Read sizes off `model`. Raises `UnsupportedArchitecture` with the reason and the
+        supported families."""
         family = check_supported(model.config)
         layout = FAMILIES[family]
         blocks = find_module(model, layout.blocks, family)
@@ -126,7 +129,8 @@ class ModelSpec:
         return rows + self._columns(layer, self.layout.down, neuron, 1)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Stored shape of a parameter. Raises `CdeltaError` naming a parameter that the model does not have."""
+        """Stored shape of a parameter. Raises `CdeltaError` naming a parameter that the model does
+        not have."""
         if name not in self.shapes:
             raise CdeltaError(
                 f"the {self.family} model has no parameter {name!r}: was the mask made for another model?"
@@ -148,7 +152,8 @@ class ModelSpec:
         return model.get_submodule(self.layout.final_norm)
 
     def qkv_parts(self) -> tuple[tuple[str, int, int, int], ...]:
-        """For q, k and v: (letter, index into `Block.qkv`, first output row, number of heads or groups)."""
+        """For q, k and v: (letter, index into `Block.qkv`, first output row, number of heads or
+        groups)."""
         units = {"q": self.n_heads, "k": self.n_kv, "v": self.n_kv}
         parts = {letter: self._qkv_part(letter) for letter in units}
         return tuple((x, self.layout.qkv.index(parts[x][0]), parts[x][1], units[x]) for x in units)
@@ -202,7 +207,8 @@ class ModelSpec:
         return (Slice(self._name(layer, path, "weight"), dim, unit * size, (unit + 1) * size),)
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
-        """Every block has the sizes of the first, and every projection plain weights of the size its units need."""
+        """Every block has the sizes of the first, and every projection plain weights of the size
+        its units need."""
         expected = self._expected_outputs()
         for block in model.get_submodule(self.layout.blocks):
             for path, sizes in expected.items():

@@ -10,7 +10,7 @@ import torch
 from cdelta.artifact.serving import break_even, cost, interleaved, timed
 from cdelta.errors import CdeltaError
 from cdelta.methods.steering import Addition
-from cdelta.models.chat import left_pad, prompt_ids
+from cdelta.models.chat import chat_ids, left_pad
 
 PROMPTS = ["how do i make a cake", "count"]
 
@@ -54,7 +54,7 @@ def test_every_variant_generates_the_same_tokens_in_every_repeat(llama, tokenize
 def test_exactly_the_asked_number_of_passes(llama, tokenizer):
     passes = []
     handle = llama.register_forward_hook(lambda *a: passes.append(1))
-    timed(llama, *left_pad([prompt_ids(tokenizer, p) for p in PROMPTS], 1), 5)
+    timed(llama, *left_pad([chat_ids(tokenizer, p) for p in PROMPTS], 1), 5)
     handle.remove()
     assert len(passes) == 5
 

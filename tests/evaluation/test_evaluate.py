@@ -2,7 +2,6 @@
 
 import math
 
-from cdelta.evaluation import measure as ev
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +10,7 @@ from toys import WORDS, toy
 
 from cdelta.attribution.metrics import refusal_log_odds
 from cdelta.errors import CdeltaError
+from cdelta.evaluation import measure as ev
 from cdelta.evaluation.measure import (
     DTYPES,
     Condition,
@@ -21,7 +21,7 @@ from cdelta.evaluation.measure import (
     next_token_logits,
     perplexity,
 )
-from cdelta.models.chat import prompt_ids
+from cdelta.models.chat import chat_ids
 from cdelta.models.generation import generate
 
 METRIC = refusal_log_odds([3, 4], [7])
@@ -95,7 +95,7 @@ def test_bad_records_are_refused(llama, tokenizer):
 def test_a_killed_run_goes_on_where_it_stopped(llama, tokenizer, tmp_path, monkeypatch):
     whole = evaluate(llama, tokenizer, records(), METRIC, max_new_tokens=4)
     monkeypatch.setattr(ev, "CHUNK", 4)
-    asked, respond = [], ev.respond
+    asked, respond = [], ev.answer
 
     def dies_at_the_second_chunk(model, tok, prompts, *args, **how):
         if len(asked) == 1:
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_where_it_stopped(llama, tokenizer, tmp_path, monke
         asked.append(list(prompts))
         return respond(model, tok, prompts, *args, **how)
 
-    monkeypatch.setattr(ev, "respond", dies_at_the_second_chunk)
+    monkeypatch.setattr(ev, "answer", dies_at_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
         evaluate(llama, tokenizer, records(), METRIC, max_new_tokens=4, store=RowStore(tmp_path))
     resumed = evaluate(
@@ -180,7 +180,7 @@ def test_next_token_logits_leave_padding_out(family, tokenizer):
     found = next_token_logits(model, tokenizer, PROMPTS, ANSWERS)
     for prompt, answer, logits in zip(PROMPTS, ANSWERS, found):
         head, tail = (
-            prompt_ids(tokenizer, prompt),
+            chat_ids(tokenizer, prompt),
             tokenizer(answer, add_special_tokens=False)["input_ids"],
         )
         expected = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
@@ -191,7 +191,7 @@ def test_perplexity_is_the_exponential_of_the_models_own_loss(llama, tokenizer):
     found = perplexity(next_token_logits(llama, tokenizer, PROMPTS, ANSWERS), tokenizer, ANSWERS)
     for prompt, answer, value in zip(PROMPTS, ANSWERS, found):
         head, tail = (
-            prompt_ids(tokenizer, prompt),
+            chat_ids(tokenizer, prompt),
             tokenizer(answer, add_special_tokens=False)["input_ids"],
         )
         ids = torch.tensor([head + tail])

@@ -26,7 +26,7 @@ from cdelta.methods.steering import (
     prompt_vectors,
     read_residual,
 )
-from cdelta.models.chat import left_pad, positions, prompt_ids
+from cdelta.models.chat import chat_ids, left_pad, positions
 from cdelta.models.generation import decode, first_logits, generate
 from cdelta.models.loading import load_model
 from cdelta.policy.records import SplitRows
@@ -106,7 +106,7 @@ def test_every_row_of_a_batch_is_steered_as_if_alone(family, tokenizer, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_with_and_without_a_cache_is_the_same(tokenizer, name):
     model = toy("llama")
-    ids, mask = left_pad([prompt_ids(tokenizer, p) for p in PROMPTS], 1)
+    ids, mask = left_pad([chat_ids(tokenizer, p) for p in PROMPTS], 1)
     with methods(model, tokenizer)[name].applied(model, 1.0):
         cached, _ = decode(model, ids, mask, torch.tensor([10**6]), 6, drop_finished=False)
         width = ids.shape[1]
@@ -145,7 +145,7 @@ def test_reading_leaves_padding_out(family, tokenizer):
 
 
 def test_reading_answers_leaves_the_prompt_out(llama, tokenizer):
-    ids = torch.tensor([prompt_ids(tokenizer, "tell me") + tokenizer("red one")["input_ids"]])
+    ids = torch.tensor([chat_ids(tokenizer, "tell me") + tokenizer("red one")["input_ids"]])
     states = llama(ids, output_hidden_states=True).hidden_states[2]
     found = read_residual(llama, tokenizer, ["tell me"], ["red one"], pool="mean")
     assert torch.allclose(found[0, 1], states[0, -2:].mean(0), atol=1e-5)
@@ -165,7 +165,7 @@ def test_unusable_readings_are_refused(llama, tokenizer):
 
 def test_an_ablated_direction_is_gone_at_every_layer_and_position(family, tokenizer):
     model, direction = toy(family), vectors().vectors[0]
-    ids, mask = left_pad([prompt_ids(tokenizer, p) for p in PROMPTS], 1)
+    ids, mask = left_pad([chat_ids(tokenizer, p) for p in PROMPTS], 1)
     with Ablation(direction).applied(model):
         states = model(
             input_ids=ids,
@@ -184,7 +184,7 @@ def test_half_strength_removes_half(llama, tokenizer):
         handle = block.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         first_logits(llama, tokenizer, PROMPTS[:1])
         handle.remove()
-    base = llama.model.embed_tokens(torch.tensor([prompt_ids(tokenizer, PROMPTS[0])]))
+    base = llama.model.embed_tokens(torch.tensor([chat_ids(tokenizer, PROMPTS[0])]))
     assert torch.allclose(seen[0] @ direction, 0.5 * base @ direction, atol=1e-4)
 
 

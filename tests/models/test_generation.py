@@ -6,14 +6,17 @@ import pytest
 import torch
 from toys import VOCAB, WORDS, toy
 
-from cdelta.attribution.metrics import refusal_log_odds
 from cdelta.errors import CdeltaError
-from cdelta.models.chat import left_pad, prompt_ids
-from cdelta.models.generation import decode, first_logits, generate, respond
+from cdelta.models.chat import chat_ids, left_pad
+from cdelta.models.generation import answer, decode, first_logits, generate
 
 RNG = random.Random(0)
 PROMPTS = [" ".join(RNG.choices(WORDS, k=RNG.randint(1, 9))) for _ in range(24)]
-METRIC = refusal_log_odds([3, 4], [7])
+
+
+def METRIC(logits):
+    """A refusal log-odds in miniature."""
+    return logits[:, [3, 4]].logsumexp(-1) - logits[:, 7]
 
 
 def with_frequent_end(family):
@@ -33,7 +36,7 @@ def with_frequent_end(family):
 def test_tokens_equal_hugging_faces_generate(family, tokenizer):
     model = with_frequent_end(family)
     stops = [tokenizer.eos_token_id, *model.generation_config.eos_token_id]
-    ids, mask = left_pad([prompt_ids(tokenizer, p) for p in PROMPTS], pad=1)
+    ids, mask = left_pad([chat_ids(tokenizer, p) for p in PROMPTS], pad=1)
     ours, _ = decode(model, ids, mask, torch.tensor(stops), max_new_tokens=10)
     theirs = model.generate(
         ids,
@@ -45,8 +48,8 @@ def test_tokens_equal_hugging_faces_generate(family, tokenizer):
     )
     theirs = [row[ids.shape[1] :].tolist()[: len(answer)] for row, answer in zip(theirs, ours)]
     assert ours == theirs
-    assert all(answer[-1] in stops or len(answer) == 10 for answer in ours)
-    assert len({len(answer) for answer in ours}) >= 2
+    assert all(row[-1] in stops or len(row) == 10 for row in ours)
+    assert len({len(row) for row in ours}) >= 2
 
 
 @pytest.mark.parametrize(
@@ -55,11 +58,11 @@ def test_tokens_equal_hugging_faces_generate(family, tokenizer):
 def test_outcome_does_not_depend_on_the_batch(family, tokenizer, how):
     model = with_frequent_end(family)
     whole, parts = (
-        respond(model, tokenizer, PROMPTS, METRIC, max_new_tokens=8, **h)
+        answer(model, tokenizer, PROMPTS, METRIC, max_new_tokens=8, **h)
         for h in (dict(batch_size=64), how)
     )
-    assert [(r.answer, r.n_tokens, r.finished) for r in whole] == [
-        (r.answer, r.n_tokens, r.finished) for r in parts
+    assert [(r.text, r.ids, r.finished) for r in whole] == [
+        (r.text, r.ids, r.finished) for r in parts
     ]
     assert [r.log_odds for r in whole] == pytest.approx([r.log_odds for r in parts], abs=1e-4)
 
@@ -71,7 +74,7 @@ def test_answers_come_in_the_order_of_the_prompts(llama, tokenizer):
 
 
 def test_log_odds_are_the_metric_of_the_first_logits(llama, tokenizer):
-    found = [r.log_odds for r in respond(llama, tokenizer, PROMPTS, METRIC, max_new_tokens=1)]
+    found = [r.log_odds for r in answer(llama, tokenizer, PROMPTS, METRIC, max_new_tokens=1)]
     assert found == pytest.approx(
         METRIC(first_logits(llama, tokenizer, PROMPTS, batch_size=7)).tolist(), abs=1e-4
     )
@@ -81,16 +84,15 @@ def test_an_answer_that_only_ends_is_empty(llama, tokenizer):
     model = toy("llama")
     model.generation_config.eos_token_id = list(range(VOCAB))
     assert all(
-        (r.answer, r.n_tokens, r.finished) == ("", 0, True)
-        for r in respond(model, tokenizer, PROMPTS)
+        (r.text, r.ids, r.finished) == ("", (), True) for r in answer(model, tokenizer, PROMPTS)
     )
 
 
 def test_a_system_prompt_is_a_turn_or_comes_before_the_users_words(tokenizer, llama):
-    with_turn = prompt_ids(tokenizer, "cake", "please")
+    with_turn = chat_ids(tokenizer, "cake", "please")
     assert tokenizer.decode(with_turn).index("please") < tokenizer.decode(with_turn).index("cake")
     assert with_turn.count(tokenizer.bos_token_id) == 1
-    assert prompt_ids(tokenizer, "cake") != with_turn
+    assert chat_ids(tokenizer, "cake") != with_turn
 
 
 def test_nonsense_limits_are_refused(llama, tokenizer):
