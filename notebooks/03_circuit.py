@@ -71,7 +71,7 @@ from cdelta.circuit.effects import direct_effects, leave_one_out, parts, total_e
 from cdelta.circuit.faithfulness import curves, edge_circuits, unit_circuits, unit_parameters
 from cdelta.circuit.mask import layer_of, module_of, parse_unit
 from cdelta.circuit.ranking import unit_scores
-from cdelta.circuit.selection import select
+from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import model_hash
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
@@ -85,30 +85,11 @@ run = open_run(
     device=device,
     model=model,
     policy=policy,
-    produces=(
-        "tab_masks",
-        "fig_circuit_heads",
-        "fig_depth",
-        "tab_top_units",
-        "tab_faithfulness",
-        "fig_faithfulness",
-        "tab_controls",
-        "fig_controls",
-        "tab_stability",
-        "fig_stability",
-        "fig_overlap_circuits",
-        "tab_overlap",
-        "tab_sharing",
-        "tab_components",
-        "fig_parts",
-        "fig_attention",
-        "fig_graph",
-        "page_graph",
-    ),
 )
 # %%
 lm, tok = load_subject(run)
 spec, settings, metric = ModelSpec.from_model(lm), run.settings.circuit, load_metric(run)
+study = run.settings.study
 names, rows = run.settings.categories, 8 * run.settings.attribution.micro_batch
 scores = {
     folder.name: Scores.load(folder)
@@ -121,10 +102,10 @@ data, base = (
 discover, held_out, phrasing = {}, {}, {}
 for category in names:
     discover[category], found = category_pairs(
-        data.records, category, tok, run.settings.data.max_pairs
+        data.records, category, tok, run.settings.attribution.max_pairs
     )
     phrasing[category] = openings(data.records, found)[: len(discover[category])]
-    held_out[category] = held_out_pairs(data.records, category, tok, settings.pairs)
+    held_out[category] = held_out_pairs(data.records, category, tok, study.pairs)
 
 # %% [markdown]
 # ## Selection
@@ -139,14 +120,11 @@ for category in names:
         name: getattr(scores[category], name)
         for name in ("method", "steps", "rule", "n_pairs", "pairs_hash")
     }
-    circuits[category] = select(
-        None,
+    circuits[category] = select_units(
         spec,
-        param_budget=settings.param_budget,
-        heads=used[category][0],
-        neurons=used[category][1],
-        fill=True,
-        provenance={
+        *used[category],
+        settings.param_budget,
+        {
             "category": category,
             "ranking": settings.ranking,
             "model_hash": identity,
@@ -259,9 +237,9 @@ compared = compare_controls(
     discover,
     metric,
     {c: scores[c] for c in names},
-    settings.seeds,
-    settings.draws,
-    settings.fractions,
+    study.seeds,
+    study.draws,
+    study.fractions,
     rows,
 )
 lines = curve_table(compared)
@@ -277,7 +255,7 @@ run.figure(
         METHOD_COLOURS,
         mark=settings.param_budget * spec.n_params / unit_parameters(spec),
     ),
-    f"Faithfulness against size on {len(held_out[names[0]])} held-out pairs per category, mean over {settings.seeds} samples of pairs, bands: bootstrap over "
+    f"Faithfulness against size on {len(held_out[names[0]])} held-out pairs per category, mean over {study.seeds} samples of pairs, bands: bootstrap over "
     "pairs. Dotted: the mask's budget.",
 )
 
@@ -308,15 +286,15 @@ print(verdict(controls))
 # %%
 table = []
 for category in names:
-    series = {"units": unit_circuits(spec, *used[category], settings.fractions)}
-    by_unit = curves(lm, held_out[category], metric, series, settings.fractions, rows=rows)["units"]
-    few = held_out[category][: settings.edge_pairs]
+    series = {"units": unit_circuits(spec, *used[category], study.fractions)}
+    by_unit = curves(lm, held_out[category], metric, series, study.fractions, rows=rows)["units"]
+    few = held_out[category][: study.edge_pairs]
     by_edge = curves(
         lm,
         few,
         metric,
-        {"edges": edge_circuits(scores[category], spec, settings.fractions)},
-        settings.fractions,
+        {"edges": edge_circuits(scores[category], spec, study.fractions)},
+        study.fractions,
         rows=rows,
     )["edges"]
     table.append(
@@ -329,8 +307,8 @@ for category in names:
                 circuits[category],
                 by_unit,
                 by_edge,
-                settings.again_pairs,
-                settings.left_out,
+                study.again_pairs,
+                study.left_out,
                 rows,
             ),
         }
@@ -338,7 +316,7 @@ for category in names:
 run.table(
     "tab_faithfulness",
     pd.DataFrame(table),
-    f"Faithfulness on held-out pairs (edges: {settings.edge_pairs} of them), completeness and minimality.",
+    f"Faithfulness on held-out pairs (edges: {study.edge_pairs} of them), completeness and minimality.",
 )
 
 # %% [markdown]
@@ -349,7 +327,7 @@ run.table(
 # steps, and as metric the log-odds of whole answers' first tokens instead of the first one's.
 
 # %%
-answers, table, steps = sequence_metric(tok, base), [], run.settings.attribution.convergence
+answers, table, steps = sequence_metric(tok, base), [], run.settings.study.convergence
 how = {
     "method": run.settings.attribution.method,
     "rule": run.settings.attribution.rule,
@@ -357,13 +335,13 @@ how = {
     "per_pair": True,
 }
 for category in names:
-    few = discover[category][: settings.again_pairs]
+    few = discover[category][: study.again_pairs]
     again = {
         f"IG with {n} step(s)": attribute(lm, few, metric, steps=n, **how)
         for n in (steps[0], steps[-1])
     }
     again["metric over answers"] = attribute(
-        lm, few, answers, steps=run.settings.attribution.steps, **how
+        lm, few, answers, steps=run.settings.attribution.ig_steps, **how
     )
     table.append(
         stability(
@@ -373,7 +351,7 @@ for category in names:
             phrasing[category],
             again,
             settings.param_budget,
-            settings.bootstrap,
+            study.bootstrap,
         )
     )
 table = pd.concat(table, ignore_index=True)
@@ -383,7 +361,7 @@ run.table(
     "tab_stability",
     table,
     "Overlap of the selected units and rank correlation of all units' scores, "
-    f"medians over {settings.bootstrap} draws and the middle 95 % of them.",
+    f"medians over {study.bootstrap} draws and the middle 95 % of them.",
 )
 run.figure(
     "fig_stability",
@@ -394,13 +372,13 @@ run.figure(
         "Jaccard overlap of the selected units",
         "Jaccard low",
         "Jaccard high",
-        line=settings.stable_at,
+        line=study.stable_at,
     ),
-    f"Stability of the selection. Dotted: {settings.stable_at:g}, below which a circuit is called unstable.",
+    f"Stability of the selection. Dotted: {study.stable_at:g}, below which a circuit is called unstable.",
 )
-for row in table[table["Jaccard"] < settings.stable_at].to_dict("records"):
+for row in table[table["Jaccard"] < study.stable_at].to_dict("records"):
     print(
-        f"WARNING: the circuit of {row['category']} is unstable under '{row['variation']}': Jaccard {row['Jaccard']:.2f} (threshold {settings.stable_at:g})."
+        f"WARNING: the circuit of {row['category']} is unstable under '{row['variation']}': Jaccard {row['Jaccard']:.2f} (threshold {study.stable_at:g})."
     )
 
 # %% [markdown]
@@ -417,11 +395,11 @@ run.figure(
     heatmap(jaccard, "Jaccard overlap of units", percent=False, vmax=1.0),
     "Overlap of the categories' circuits.",
 )
-table = overlap(spec, {c: scores[c] for c in names}, settings.param_budget, settings.bootstrap)
+table = overlap(spec, {c: scores[c] for c in names}, settings.param_budget, study.bootstrap)
 run.table(
     "tab_overlap",
     table,
-    f"Overlap of every two circuits of the plain scores, with the middle 95 % over {settings.bootstrap} redrawn samples of pairs.",
+    f"Overlap of every two circuits of the plain scores, with the middle 95 % over {study.bootstrap} redrawn samples of pairs.",
 )
 chance = random_mask(spec, settings.param_budget, 0), random_mask(spec, settings.param_budget, 1)
 print(
@@ -479,7 +457,7 @@ run.figure(
 try:
     bridge, table = bridge_of(lm, tok), []
     for category in names:
-        pairs = held_out[category][: settings.again_pairs]
+        pairs = held_out[category][: study.again_pairs]
         heads = sorted(
             chosen[category], key=lambda at: used[category][0][at].abs().item(), reverse=True
         )[:4]

@@ -18,7 +18,7 @@ from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.controls import gradient_scores, layer_matched, magnitude_scores, random_scores
 from cdelta.circuit.effects import leave_one_out
 from cdelta.circuit.faithfulness import FRACTIONS, OUTSIDE, Curve, curves, evaluate, unit_circuits
-from cdelta.circuit.selection import select
+from cdelta.circuit.selection import select_units
 from cdelta.evaluation.stats import bootstrap_ratio
 from cdelta.models.hooks import trainable
 from cdelta.models.spec import ModelSpec
@@ -318,4 +318,4 @@ def faithfulness_row(
 
 def selected(spec: ModelSpec, scores: UnitScores, budget: float) -> Circuit:
     """The units that the budget buys, as notebook 03 selects them."""
-    return select(None, spec, param_budget=budget, heads=scores[0], neurons=scores[1], fill=True)
+    return select_units(spec, *scores, budget)

@@ -1,30 +1,34 @@
-"""The scalars that attribution explains and faithfulness compares: callables on logits, one value per row."""
+"""The scalars that attribution explains and faithfulness compares: callables on logits, one a
+row.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from cdelta.edit.rows import STOCK_COMPLIANCE, STOCK_REFUSALS
 from cdelta.errors import CdeltaError
 from cdelta.policy.pairs import PromptPairs
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float, Int
     from torch import Tensor
-import pandas as pd
 
-pass
-
+STOCK_REFUSAL = "I'm sorry, but I can't help with that."
+STOCK_COMPLIANCE = "Sure, here is what you asked for."
+STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
+"""Answers and openings (refusals, compliances) that stand in where a model has none of its own."""
 
 Metric = Callable[["Float[Tensor, 'row vocab']"], "Float[Tensor, 'row']"]
 
 
 def refusal_log_odds(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> Metric:
-    """logsumexp of the refusal tokens' logits minus that of the compliance tokens', in nats, at the last prompt token.
+    """Logsumexp of the refusal tokens' logits minus the compliance tokens', in nats, at the last
+    token.
 
     Raises `CdeltaError` if a set is empty or a token is in both.
     """
@@ -39,7 +43,9 @@ def refusal_log_odds(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> Me
 
 @dataclass(frozen=True)
 class TokenSets:
-    """First tokens of refusals and of compliances: token id -> share of that side's answers that start with it."""
+    """First tokens of refusals and of compliances: token id -> share of that side's answers that
+    start with it.
+    """
 
     refuse: Mapping[int, float]
     comply: Mapping[int, float]
@@ -52,9 +58,9 @@ class TokenSets:
         """For the reader: one dict (side, token, id, share) per token, most frequent first."""
         sides = (("refuse", self.refuse), ("comply", self.comply))
         return [
-            dict(side=s, token=tok.decode([i]), id=i, share=p)
-            for s, shares in sides
-            for i, p in shares.items()
+            {"side": side, "token": tok.decode([token]), "id": token, "share": share}
+            for side, shares in sides
+            for token, share in shares.items()
         ]
 
 
@@ -67,17 +73,20 @@ def first_token_sets(
         answers: generated text, or (exact for any tokenizer) generated token ids.
         outcomes: "refuse" or "comply" per answer; rows with other outcomes are left out.
 
-    A token stands on the side where its share is at least twice the other side's, and nowhere otherwise. `top` must not cut off openings that
-    the model does use: with 8, the embedded model's "Crime: …" counted as nothing, and the log-odds of such prompts were up to 12 nats too high. Raises
-    `CdeltaError` if a side ends up without tokens: then the answers differ later, and `SequenceMetric` is the metric.
+    A token stands on the side where its share is at least twice the other side's, and nowhere
+    otherwise. `top` must not cut off openings that the model does use: with 8, the embedded model's
+    "Crime: …" counted as nothing, and the log-odds of such prompts were up to 12 nats too high.
+
+    Raises `CdeltaError` if a side ends up without tokens: then the answers differ later, and
+    `SequenceMetric` is the metric.
     """
     starts = {
         side: first_token_shares(tok, answers, outcomes, side) for side in ("refuse", "comply")
     }
     refuse = distinctive(starts["refuse"], starts["comply"], top)
     comply = distinctive(starts["comply"], starts["refuse"], top)
-    for side, found in (("refusals", refuse), ("compliances", comply)):
-        if not found:
+    for side, tokens in (("refusals", refuse), ("compliances", comply)):
+        if not tokens:
             raise CdeltaError(
                 f"no first token tells {side} apart: label more answers, or use SequenceMetric."
             )
@@ -85,7 +94,10 @@ def first_token_sets(
 
 
 def first_token_shares(tok, answers, outcomes: Sequence[str], side: str) -> dict[int, float]:
-    """Share of each first token among the answers with outcome `side`, most frequent first; empty answers are left out."""
+    """Share of each first token among the answers with outcome `side`, most frequent first.
+
+    Empty answers are left out.
+    """
     rows = [
         encode_answer(tok, answer)
         for answer, outcome in zip(answers, outcomes, strict=True)
@@ -105,19 +117,18 @@ def distinctive(
 
 def encode_answer(tok, answer: str | Sequence[int]) -> list[int]:
     """Token ids of an answer, without special tokens; ids stay as they are."""
-    return (
-        tok(answer, add_special_tokens=False)["input_ids"]
-        if isinstance(answer, str)
-        else list(answer)
-    )
+    if isinstance(answer, str):
+        return tok(answer, add_special_tokens=False)["input_ids"]
+    return list(answer)
 
 
 @dataclass(frozen=True)
 class SequenceMetric:
-    """log p(refusal | prompt) − log p(compliance | prompt), teacher-forced, in nats, over their first tokens.
+    """log p(refusal | prompt) − log p(compliance | prompt), teacher-forced, in nats.
 
-    Both answers are cut to the length of the shorter one and appended to the prompts by `extend`, so every pair becomes
-    two rows; `__call__` then takes the logits of the last ``kept`` positions.
+    Both answers are cut to the length of the shorter one and appended to the prompts by `extend`,
+    so that every pair becomes two rows; `__call__` then takes the logits of the last `kept`
+    positions.
     """
 
     refusal: tuple[int, ...]
@@ -129,37 +140,73 @@ class SequenceMetric:
         object.__setattr__(self, "compliance", tuple(self.compliance[:n]))
         if self.refusal == self.compliance:
             raise CdeltaError(
-                "the refusal and the compliance start with the same tokens: give longer or other answers."
+                "the refusal and the compliance start with the same tokens: "
+                "give longer or other answers."
             )
 
     @classmethod
     def from_answers(cls, tok, refusal: str, compliance: str, tokens: int = 8) -> SequenceMetric:
         """From two answer texts, at most `tokens` tokens of each."""
-        return cls(
-            tuple(encode_answer(tok, refusal)[:tokens]),
-            tuple(encode_answer(tok, compliance)[:tokens]),
-        )
+        sides = (encode_answer(tok, answer)[:tokens] for answer in (refusal, compliance))
+        return cls(*map(tuple, sides))
 
     @property
     def kept(self) -> int:
         """How many last positions' logits the metric needs."""
         return len(self.refusal) + 1
 
+    def compliances(self, n: int) -> Sequence[tuple[int, ...]]:
+        """What each of `n` pairs is followed by when it is answered."""
+        return [self.compliance] * n
+
     def extend(self, pairs: PromptPairs) -> PromptPairs:
         """Each pair twice: followed by the refusal and by the compliance."""
-        follow = lambda rows: [
-            row + answer for row in rows for answer in (self.refusal, self.compliance)
-        ]
-        return PromptPairs.from_tokens(follow(pairs.clean), follow(pairs.corrupted), pairs.split)
+        compliances = self.compliances(len(pairs))
+
+        def followed(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+            answers = ((self.refusal, compliance) for compliance in compliances)
+            return [row + answer for row, both in zip(rows, answers) for answer in both]
+
+        clean, corrupted = followed(pairs.clean), followed(pairs.corrupted)
+        return PromptPairs.from_tokens(clean, corrupted, pairs.split)
 
     def __call__(
         self, logits: Float[Tensor, "row kept vocab"], ids: Int[Tensor, "row kept"]
     ) -> Float[Tensor, "row"]:
-        """Signed log-probability of each row's own answer; the two rows of a pair sum to the metric."""
+        """Signed log-probability of each row's own answer; a pair's two rows sum to the metric."""
         answers = ids[:, 1:]
         log_p = logits[:, :-1].log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
         refused = (answers == answers.new_tensor(self.refusal)).all(-1)
         return torch.where(refused, log_p, -log_p)
+
+
+@dataclass(frozen=True)
+class OwnAnswerMetric(SequenceMetric):
+    """`SequenceMetric` of a refusal against each pair's own answer, for a model that hardly
+    refuses.
+
+    `answers` holds one row of token ids per pair, in the pairs' order (the base's answers to the
+    clean prompts, as generated). All are cut to the shortest; both sides of a pair are followed
+    by it.
+    """
+
+    compliance: tuple[int, ...] = ()
+    answers: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        n = min(map(len, (self.refusal, *self.answers)))
+        object.__setattr__(self, "refusal", tuple(self.refusal[:n]))
+        object.__setattr__(self, "answers", tuple(tuple(answer[:n]) for answer in self.answers))
+        if not n or self.refusal in self.answers:
+            raise CdeltaError(
+                "an own answer is empty or starts with the refusal's tokens: leave its pair out."
+            )
+
+    def compliances(self, n: int) -> Sequence[tuple[int, ...]]:
+        """Each pair's own answer. Raises `CdeltaError` unless there are as many as pairs."""
+        if n != len(self.answers):
+            raise CdeltaError(f"{len(self.answers)} own answers for {n} pairs: give one a pair.")
+        return self.answers
 
 
 def kl_divergence(
@@ -172,10 +219,10 @@ def kl_divergence(
 
 @dataclass(frozen=True)
 class WithKL:
-    """A metric that also says how far the next token after the prompt is from what a reference run predicts: Float[row, 2], both in nats.
+    """A metric, and how far the next token is from what a reference run predicts: Float[row, 2].
 
-    The second value is `kl_divergence` from `reference`, the logits of that run; rows given several times over (`Batch.repeat`) are held
-    against the same reference rows.
+    Both in nats. The second value is `kl_divergence` from `reference`, the logits of that run; rows
+    given several times over (`Batch.repeat`) are held against the same reference rows.
     """
 
     metric: Metric | SequenceMetric
@@ -194,7 +241,9 @@ class WithKL:
 
 
 def after_prompt(logits: Tensor) -> Float[Tensor, "row vocab"]:
-    """Logits at the last prompt token: the first of the kept positions (an answer follows), or the only one."""
+    """Logits at the last prompt token: the first kept position (an answer follows), or the only
+    one.
+    """
     return logits[:, 0] if logits.dim() == 3 else logits
 
 
@@ -207,40 +256,55 @@ def check_token_sets(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> No
     shared = sorted(set(refuse_ids) & set(comply_ids))
     if shared:
         raise CdeltaError(
-            f"tokens {shared[:5]} are in both sets: a first token must tell refusal from compliance."
+            f"tokens {shared[:5]} are in both sets: "
+            "a first token must tell refusal from compliance."
         )
 
 
-STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
-"""Answers and openings that stand in where the model has none of its own; the notebooks then say so."""
+# ---------------------------------------------------------------------- from the base's own answers
+
+
+def labelled(base: pd.DataFrame) -> pd.DataFrame:
+    """The base's outcome rows that a metric may be built from: no test rows, no skills."""
+    return base[(base["split"] != "test") & (base["role"] != "utility")]
 
 
 def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
-    """First tokens that tell this model's refusals from its compliances, and whether they are its own.
+    """First tokens that tell this model's refusals from its compliances, and whether they are its
+    own.
 
-    `base` holds the base model's outcome rows. A model that never refuses (or never complies) has none; then stock openings stand in.
+    `base` holds the base model's outcome rows. A model that never refuses (or never complies) has
+    none; then `STOCK_TOKENS` stand in.
     """
-    rows = base[(base["split"] != "test") & (base["role"] != "utility")]
+    rows = labelled(base)
     try:
         return first_token_sets(tok, rows["answer"].tolist(), rows["outcome"].tolist()), True
     except CdeltaError:
-        start = lambda word: tok(word, add_special_tokens=False)["input_ids"][0]
-        refuse, comply = (list(dict.fromkeys(map(start, words))) for words in STOCK_TOKENS)
-        share = lambda ids: {i: 1 / len(ids) for i in ids}
-        return TokenSets(share(refuse), share([i for i in comply if i not in refuse])), False
+        refuse, comply = (
+            dict.fromkeys(encode_answer(tok, word)[0] for word in words) for words in STOCK_TOKENS
+        )
+        only_comply = [token for token in comply if token not in refuse]
+        return TokenSets(equal_shares(refuse), equal_shares(only_comply)), False
+
+
+def equal_shares(tokens: Iterable[int]) -> dict[int, float]:
+    """Every token with the same share."""
+    tokens = list(tokens)
+    return {token: 1 / len(tokens) for token in tokens}
 
 
 def sequence_metric(tok, base: pd.DataFrame, tokens: int = 4) -> SequenceMetric:
-    """Log-odds of the model's own most frequent refusal against its most frequent compliance (stock ones where it has none), over their first tokens."""
-    rows = base[
-        (base["split"] != "test") & (base["role"] != "utility") & (base["answer"].str.strip() != "")
-    ]
-    common = lambda outcome, stock: (
-        rows.loc[rows["outcome"] == outcome, "answer"].mode().tolist()[:1] or [stock]
-    )
-    return SequenceMetric.from_answers(
-        tok,
-        *common("refuse", STOCK_REFUSALS[0]),
-        *common("comply", STOCK_COMPLIANCE),
-        tokens=tokens,
-    )
+    """The model's most frequent refusal against its most frequent compliance, over first tokens.
+
+    `STOCK_REFUSAL` and `STOCK_COMPLIANCE` stand in where `base`, its outcome rows, has none.
+    """
+    rows = labelled(base)
+    rows = rows[rows["answer"].str.strip() != ""]
+
+    def most_frequent(outcome: str, stock: str) -> str:
+        answers = rows.loc[rows["outcome"] == outcome, "answer"].mode().tolist()
+        return answers[0] if answers else stock
+
+    refusal = most_frequent("refuse", STOCK_REFUSAL)
+    compliance = most_frequent("comply", STOCK_COMPLIANCE)
+    return SequenceMetric.from_answers(tok, refusal, compliance, tokens=tokens)

@@ -86,18 +86,6 @@ class Scores:
         difference = self.metric_corrupted - self.metric_clean
         return abs(self.edges[0].sum().item() - difference) / max(abs(difference), 1e-12)
 
-    def select(
-        self, param_budget: float | None = None, edges: int | None = None, how: str = "topn", **kw
-    ):
-        """The circuit of the most important units or edges: see `circuit.select`."""
-        from cdelta.circuit.selection import (
-            select,  # circuit builds on scores, so it is imported only here
-        )
-
-        return select(
-            self, kw.pop("spec", self.spec), param_budget=param_budget, edges=edges, how=how, **kw
-        )
-
     def save(self, folder: str | Path) -> None:
         """Write ``scores.safetensors`` and ``scores.json``."""
         folder = Path(folder)

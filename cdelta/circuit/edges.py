@@ -1,11 +1,9 @@
-"""TODO circuit.edges."""
+"""Circuits of edges: the largest ones that lie on a path from the input to the logits."""
 
 from __future__ import annotations
 
-import heapq
 import re
-from collections import defaultdict
-from typing import TYPE_CHECKING, Mapping, Sequence
+from typing import Mapping, Sequence
 
 import torch
 
@@ -14,32 +12,24 @@ from cdelta.circuit.mask import parse_unit
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 
-if TYPE_CHECKING:
-    pass
 
+def select_edges(scores, n: int, provenance: Mapping[str, object] | None = None) -> Circuit:
+    """The circuit of the `n` edges of largest |score|, less those on no path from input to logits.
 
-# ---------------------------------------------------------------------- selection by edges
-
-
-def select_edges(
-    scores, spec: ModelSpec, n: int, how: str, origin: Mapping[str, object]
-) -> Circuit:
-    """A circuit of at most `n` edges; see `select`."""
-    if how not in ("topn", "greedy"):
-        raise CdeltaError(f"unknown way to select edges {how!r}: use topn or greedy.")
+    What is pruned is named in ``provenance["pruned"]``.
+    """
     if n < 1:
         raise CdeltaError(f"a circuit needs at least one edge, not {n}.")
-    ranked = ranked_edges(scores)
-    chosen = ranked[:n] if how == "topn" else greedy_edges(ranked, spec, n)
-    kept = connected_edges(chosen, spec)
+    chosen = ranked_edges(scores)[:n]
+    kept = connected_edges(chosen, scores.spec)
     pruned = [list(edge) for edge in chosen if edge not in set(kept)]
     nodes = {source for source, _ in kept} | ({"logits"} if kept else set())
-    facts = {**origin, "edges": n, "how": how, "pruned": pruned}
+    facts = {**(provenance or {}), "edges": n, "pruned": pruned}
     return Circuit(tuple(sorted(nodes, key=node_order)), tuple(sorted(kept)), facts)
 
 
 def ranked_edges(scores) -> list[Edge]:
-    """Edges by falling |score|; of equals, the earlier one. Edges of score zero (a reader before its source) are left out."""
+    """Edges by falling |score|; of equals, the earlier one. Edges of score zero are left out."""
     flat = scores.edges.detach().double().cpu().abs().flatten()
     if not torch.isfinite(flat).all():
         raise CdeltaError(
@@ -48,23 +38,6 @@ def ranked_edges(scores) -> list[Edge]:
     order = torch.argsort(flat, descending=True, stable=True)[: int((flat > 0).sum())]
     sources, readers = scores.sources, scores.readers
     return [(sources[i // len(readers)], readers[i % len(readers)]) for i in order.tolist()]
-
-
-def greedy_edges(ranked: Sequence[Edge], spec: ModelSpec, n: int) -> list[Edge]:
-    """Grown from the logits: again and again the best edge into a node that is already in the circuit."""
-    incoming: dict[str, list[tuple[int, Edge]]] = defaultdict(list)
-    for rank, edge in enumerate(ranked):
-        incoming[edge[1]].append((rank, edge))
-    chosen: list[Edge] = []
-    reached, queue = {"logits"}, list(incoming["logits"])
-    heapq.heapify(queue)
-    while queue and len(chosen) < n:
-        chosen.append(heapq.heappop(queue)[1])
-        for reader in readers_of(spec, chosen[-1][0]) - reached:
-            reached.add(reader)
-            for entry in incoming[reader]:
-                heapq.heappush(queue, entry)
-    return chosen
 
 
 def connected_edges(edges: Sequence[Edge], spec: ModelSpec) -> list[Edge]:

@@ -1,7 +1,9 @@
-"""Parameter masks: exactly which entries of which Hugging Face parameters a circuit owns, and the control masks.
+"""Parameter masks: exactly which entries of which Hugging Face parameters a circuit owns, and the
+control masks.
 
-A head owns its query rows and output columns, and its kv group's key and value rows, counted once however many heads share them. A
-neuron owns its gate and up rows and its down column. Norms, embeddings and biases that all units share belong to nobody.
+A head owns its query rows and output columns, and its kv group's key and value rows, counted once
+however many heads share them. A neuron owns its gate and up rows and its down column. Norms,
+embeddings and biases that all units share belong to nobody.
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ def parse_unit(name: str) -> Unit:
 
 @dataclass(frozen=True, eq=False)
 class ParameterMask:
-    """The entries of a model's parameters that an edit may change. Every parameter is indexed along one axis.
+    """The entries of a model's parameters that an edit may change. Every parameter is indexed
+    along one axis.
 
-    `shapes` holds the stored shape of each masked parameter, `n_params` the size of the whole model, `units` the names of the
-    heads and neurons that the mask was built from (empty when it was built otherwise).
+    `shapes` holds the stored shape of each masked parameter, `n_params` the size of the whole
+    model, `units` the names of the heads and neurons that the mask was built from (empty when it
+    was built otherwise).
     """
 
     slices: Slices
@@ -110,7 +114,9 @@ class ParameterMask:
         return self._summed(module_of)
 
     def report(self, spec: ModelSpec | None = None) -> dict[str, object]:
-        """What a reader wants to know: units by kind, kv groups (with `spec`), entries, exact fraction, shares by module and layer."""
+        """What a reader wants to know: units by kind, kv groups (with `spec`), entries, exact
+        fraction, shares by module and layer.
+        """
         kinds = Counter(name[0] for name in self.units)
         total = max(self.count(), 1)
         return {
@@ -213,7 +219,9 @@ def layer_of(name: str) -> int:
 
 
 def module_of(name: str) -> str:
-    """Module of a parameter inside its block: ``model.layers.0.mlp.up_proj.weight`` -> ``mlp.up_proj``."""
+    """Module of a parameter inside its block: ``model.layers.0.mlp.up_proj.weight`` ->
+    ``mlp.up_proj``.
+    """
     return re.split(r"\.\d+\.", name, maxsplit=1)[1].rsplit(".", 1)[0]
 
 
@@ -235,7 +243,8 @@ def unit_slices(spec: ModelSpec, unit: Unit) -> tuple[Slice, ...]:
     limit = spec.n_heads if kind == "a" else spec.d_mlp
     if not (0 <= layer < spec.n_layers and 0 <= index < limit):
         raise CdeltaError(
-            f"the {spec.family} model has no unit {unit_name(unit)}: was the circuit made for another model?"
+            f"the {spec.family} model has no unit {unit_name(unit)}: "
+            "was the circuit made for another model?"
         )
     if kind == "m":
         return spec.neuron_slices(layer, index)

@@ -1,4 +1,4 @@
-"""TODO circuit.selection."""
+"""Which units or edges a budget buys."""
 
 from __future__ import annotations
 
@@ -9,61 +9,60 @@ import torch
 
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.edges import select_edges
-from cdelta.circuit.mask import (
-    Unit,
-    slices_size,
-    unit_name,
-)
+from cdelta.circuit.mask import Unit, slices_size, unit_name
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-from typing import TYPE_CHECKING, Iterator
-
-# ---------------------------------------------------------------------- selection by parameters
 
 
-def select(
-    scores,
-    spec: ModelSpec,
-    param_budget: float | None = None,
-    edges: int | None = None,
-    how: str = "topn",
-    *,
-    heads: Float[Tensor, "layer head"] | None = None,
-    neurons: Float[Tensor, "layer neuron"] | None = None,
-    fill: bool = False,
-    provenance: Mapping[str, object] | None = None,
-) -> Circuit:
-    """The circuit that a budget buys.
+FACTS = ("method", "steps", "rule", "n_pairs", "pairs_hash")
+"""Fields of `Scores` that a circuit's provenance carries on."""
+
+
+def select(scores, param_budget: float | None = None, edges: int | None = None) -> Circuit:
+    """The circuit of the most important units or edges; also ``scores.select(...)``.
 
     Args:
-        scores: attribution scores, or None when `heads` and `neurons` are given (selective scores, controls).
-        param_budget: largest fraction of the model's parameters; heads and neurons are ranked by |score| per parameter.
-        edges: number of edges instead, by |score|. ``how="topn"`` takes the largest from everywhere, ``how="greedy"`` grows from the
-            logits. What is not on a path from the input to the logits is pruned, and named in ``provenance["pruned"]``.
-        fill: go on after the first unit that does not fit (see `mask.pack_units`).
+        scores: a `Scores`.
+        param_budget: largest fraction of the model's parameters; see `select_units`.
+        edges: number of edges instead; see `select_edges`.
     """
     if (param_budget is None) == (edges is None):
         raise CdeltaError(
-            "give either param_budget (a fraction of the parameters) or edges (a number), not both or neither."
+            "give either param_budget (a fraction of the parameters) or edges (a number), "
+            "not both or neither."
         )
-    facts = {
-        name: getattr(scores, name)
-        for name in ("method", "steps", "rule", "n_pairs", "pairs_hash")
-        if hasattr(scores, name)
-    }
-    origin = {"method": "given scores", **facts, **(provenance or {})}
     if edges is not None:
-        return select_edges(scores, spec, edges, how, origin)
-    heads = scores.heads if heads is None else heads
-    neurons = scores.neurons if neurons is None else neurons
-    units = sorted(pack_units(spec, heads, neurons, param_budget, fill))
-    return Circuit(
-        tuple(map(unit_name, units)), (), origin | {"param_budget": param_budget, "fill": fill}
-    )
+        return select_edges(scores, edges, score_facts(scores))
+    heads, neurons = scores.heads, scores.neurons
+    return select_units(scores.spec, heads, neurons, param_budget, score_facts(scores))
+
+
+def score_facts(scores) -> dict[str, object]:
+    """How scores were made, for the provenance of a circuit."""
+    return {name: getattr(scores, name) for name in FACTS if hasattr(scores, name)}
+
+
+def select_units(
+    spec: ModelSpec,
+    heads: Float[Tensor, "layer head"],
+    neurons: Float[Tensor, "layer neuron"],
+    budget: float,
+    provenance: Mapping[str, object] | None = None,
+) -> Circuit:
+    """The circuit of units by falling |score| per parameter that `budget`, a fraction, pays for.
+
+    Exact and never exceeded: a unit that does not fit is passed over and cheaper ones are still
+    taken. Units of score zero are never taken.
+
+    Raises `CdeltaError` if the scores do not fit the model or are not finite.
+    """
+    units = sorted(affordable_units(spec, heads, neurons, budget_entries(spec, budget)))
+    facts = {"method": "given scores", **(provenance or {}), "param_budget": budget}
+    return Circuit(tuple(map(unit_name, units)), (), facts)
 
 
 def budget_entries(spec: ModelSpec, budget: float) -> int:
@@ -73,78 +72,46 @@ def budget_entries(spec: ModelSpec, budget: float) -> int:
     return int(budget * spec.n_params)
 
 
-def budget_order(
-    spec: ModelSpec, heads: Float[Tensor, "layer head"], neurons: Float[Tensor, "layer neuron"]
-) -> Iterator[tuple[Unit, int]]:
-    """Units by falling |score| per parameter still to be paid, with that price; units of score zero never come.
+def affordable_units(spec: ModelSpec, heads: Tensor, neurons: Tensor, entries: int) -> list[Unit]:
+    """The units bought, in the order of buying; of equals attention, then the lower layer and
+    index.
 
-    A head pays for its kv group unless an earlier head has. Ties go to attention, then to the lower layer and index. The order does
-    not depend on any budget, so its prefixes are nested.
+    A head pays for its kv group unless another head already has. When a group is paid for, its
+    other heads are queued a second time, at the lower price.
     """
+    scores = {"a": heads.detach().abs().double().cpu(), "m": neurons.detach().abs().double().cpu()}
+    _check_scores(spec, scores)
     own = {
         "a": slices_size(spec, spec.head_slices(0, 0)),
         "m": slices_size(spec, spec.neuron_slices(0, 0)),
     }
     group = slices_size(spec, spec.kv_slices(0, 0))
-    scores = {"a": heads.detach().abs().double().cpu(), "m": neurons.detach().abs().double().cpu()}
-    _check_scores(spec, scores)
+    full_price = {"a": own["a"] + group, "m": own["m"]}
     queue = [
-        (-score / (own[kind] + group * (kind == "a")), (kind, layer, index))
+        (-score / full_price[kind], (kind, layer, index))
         for kind, table in scores.items()
         for layer, row in enumerate(table.tolist())
         for index, score in enumerate(row)
         if score > 0
     ]
     heapq.heapify(queue)
-    taken: set[Unit] = set()
+    bought: dict[Unit, None] = {}
     paid: set[tuple[int, int]] = set()
-    while queue:
+    while queue and entries >= min(own.values()):
         _, unit = heapq.heappop(queue)
-        if unit in taken:  # queued a second time, at the lower price, when its group was paid for
-            continue
-        taken.add(unit)
         kind, layer, index = unit
-        key = (layer, spec.group_of(index))
-        if kind == "m" or key in paid:
-            yield unit, own[kind]
+        owner = (layer, spec.group_of(index)) if kind == "a" else None
+        price = own[kind] if owner in paid else full_price[kind]
+        if unit in bought or price > entries:
             continue
-        paid.add(key)
-        yield unit, own["a"] + group
-        for sibling in range(spec.n_heads):
-            if spec.group_of(sibling) == key[1] and scores["a"][layer, sibling] > 0:
-                heapq.heappush(
-                    queue, (-scores["a"][layer, sibling].item() / own["a"], ("a", layer, sibling))
-                )
-
-
-def pack_units(
-    spec: ModelSpec, heads: Tensor, neurons: Tensor, budget: float, fill: bool = False
-) -> list[Unit]:
-    """The units that a budget buys: the longest prefix of `budget_order` within it, so masks grow with the budget.
-
-    `fill=True` goes on after the first unit that does not fit and takes what still does; masks then need not be nested. A unit's price
-    assumes that earlier units were taken, so a skipped head's siblings are skipped too until they pay for the group themselves.
-    """
-    left = budget_entries(spec, budget)
-    taken: list[Unit] = []
-    skipped_groups: set[tuple[int, int]] = set()
-    cheapest = min(
-        slices_size(spec, spec.head_slices(0, 0)), slices_size(spec, spec.neuron_slices(0, 0))
-    )
-    for unit, price in budget_order(spec, heads, neurons):
-        if left < cheapest:
-            break
-        kind, layer, index = unit
-        if kind == "a" and (layer, spec.group_of(index)) in skipped_groups:
-            continue
-        if price <= left:
-            taken.append(unit)
-            left -= price
-        elif not fill:
-            break
-        elif kind == "a":
-            skipped_groups.add((layer, spec.group_of(index)))
-    return taken
+        bought[unit] = None
+        entries -= price
+        if owner is not None and owner not in paid:
+            paid.add(owner)
+            for sibling, score in enumerate(scores["a"][layer].tolist()):
+                if spec.group_of(sibling) == owner[1] and score > 0:
+                    heapq.heappush(queue, (-score / own["a"], ("a", layer, sibling)))
+    return list(bought)
 
 
 def _check_scores(spec: ModelSpec, scores: Mapping[str, Tensor]) -> None:
@@ -153,7 +120,8 @@ def _check_scores(spec: ModelSpec, scores: Mapping[str, Tensor]) -> None:
         if shape != (spec.n_layers, width):
             what = "head" if kind == "a" else "neuron"
             raise CdeltaError(
-                f"{what} scores have shape {shape}, not {(spec.n_layers, width)}: they belong to another model."
+                f"{what} scores have shape {shape}, not {(spec.n_layers, width)}: "
+                "they belong to another model."
             )
         if not torch.isfinite(scores[kind]).all():
             raise CdeltaError(

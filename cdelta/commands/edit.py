@@ -1,4 +1,6 @@
-"""From a user's category to a verified checkpoint: what `cdelta edit` runs, from the steps that the notebooks take."""
+"""From a user's category to a verified checkpoint: what `cdelta edit` runs, from the steps that
+the notebooks take.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from cdelta.attribution.metrics import SequenceMetric, first_token_sets
 from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.ranking import unit_scores
-from cdelta.circuit.selection import budget_entries, select
+from cdelta.circuit.selection import budget_entries, select_units
 from cdelta.delta.apply import RECORD, save_edited
 from cdelta.delta.verify import VerifyReport, verify
 from cdelta.delta.weight_delta import WeightDelta
@@ -66,7 +68,9 @@ class EditJob:
 
 @dataclass(frozen=True)
 class Summary:
-    """What came out: the chosen scale, the k curve on validation, the test table, and the verification."""
+    """What came out: the chosen scale, the k curve on validation, the test table, and the
+    verification.
+    """
 
     scale: float
     curve: list[dict[str, float]]
@@ -76,10 +80,12 @@ class Summary:
 
 
 def run_edit(job: EditJob, say: Callable[[str], None] = print, progress: bool = False) -> Summary:
-    """Attribution on the discover split, training on edit, stopping and k on val, the table on test; then write and verify.
+    """Attribution on the discover split, training on edit, stopping and k on val, the table on
+    test; then write and verify.
 
-    `job.out` appears whole or not at all: the checkpoint, and in `cdelta/` the delta, the circuit, the k curve, the log, and of
-    the policy the ids per split and what was dropped, without the prompts' text.
+    `job.out` appears whole or not at all: the checkpoint, and in `cdelta/` the delta, the
+    circuit, the k curve, the log, and of the policy the ids per split and what was dropped,
+    without the prompts' text.
     """
     if Path(job.out).exists():
         raise CdeltaError(
@@ -147,7 +153,9 @@ def _write(
 
 @dataclass(frozen=True)
 class Study:
-    """One model, one category's records, and `base`: the model's own answers to them, judged, as `evaluate` returns them."""
+    """One model, one category's records, and `base`: the model's own answers to them, judged, as
+    `evaluate` returns them.
+    """
 
     model: object
     tok: object
@@ -168,7 +176,9 @@ class Study:
         return self.base[self.base["split"] == name]
 
     def circuit(self, progress: bool) -> Circuit:
-        """The circuit that separates the category's prompts from their benign counterparts, within the parameter budget."""
+        """The circuit that separates the category's prompts from their benign counterparts,
+        within the parameter budget.
+        """
         job = self.job
         pairs, _ = category_pairs(self.records, job.category, self.tok, minimum=job.min_pairs)
         scores = attribute(
@@ -182,19 +192,12 @@ class Study:
         provenance = {"category": job.category, "pairs": len(pairs)}
         heads, neurons = unit_scores(scores)
         spec = ModelSpec.from_model(self.model)
-        return select(
-            None,
-            spec,
-            param_budget=job.param_budget,
-            heads=heads,
-            neurons=neurons,
-            fill=True,
-            provenance=provenance,
-        )
+        return select_units(spec, heads, neurons, job.param_budget, provenance)
 
     def metric(self):
-        """Refusal log-odds over the first tokens of the model's own answers (and `job.refusal` where it never refuses); None where first
-        tokens do not tell refusals apart."""
+        """Refusal log-odds over the first tokens of the model's own answers (and `job.refusal`
+        where it never refuses); None where first tokens do not tell refusals apart.
+        """
         try:
             return first_token_sets(self.tok, *self._samples()).metric()
         except CdeltaError:
@@ -208,7 +211,9 @@ class Study:
         return SequenceMetric.from_answers(self.tok, common("refuse"), common("comply"))
 
     def _samples(self) -> tuple[list[str], list[str]]:
-        """Answers of the discover split and their outcomes, with a stock answer for the outcome that never comes."""
+        """Answers of the discover split and their outcomes, with a stock answer for the outcome
+        that never comes.
+        """
         rows = self.split("discover")
         rows = rows[rows["outcome"].isin(("refuse", "comply"))]
         stock = [
@@ -266,7 +271,9 @@ class Study:
         return (plus if minus is None else plus - minus), log
 
     def scale(self, delta: WeightDelta) -> tuple[float, list[dict[str, float]]]:
-        """k and the whole curve on val. Raises `CdeltaError` if every scale breaks a cap, for then there is no selective edit to write."""
+        """K and the whole curve on val. Raises `CdeltaError` if every scale breaks a cap, for
+        then there is no selective edit to write.
+        """
         val = self.split("val")
         caps = caps_of(val)
         best = tune(
@@ -288,7 +295,9 @@ class Study:
         return best.strength, best.curve.drop(columns="candidate").to_dict("records")
 
     def table(self, delta: WeightDelta, scale: float) -> list[dict[str, object]]:
-        """Test refusal before and after, per kind of prompt, with Wilson intervals (95 %) of the latter."""
+        """Test refusal before and after, per kind of prompt, with Wilson intervals (95 %) of the
+        latter.
+        """
         category, test = self.job.category, self.split("test")
         after = measure(
             self.model,
@@ -311,7 +320,9 @@ class Study:
 
 
 def cost_estimate(model, tok, records: pd.DataFrame, job: EditJob, settings: Settings) -> str:
-    """One sentence: memory and time at most, from the model's size and one measured training-sized pass."""
+    """One sentence: memory and time at most, from the model's size and one measured
+    training-sized pass.
+    """
     spec, prompts = ModelSpec.from_model(model), records["split"].value_counts()
     tokens, seconds = _measured_pass(model, tok, records, job, settings)
     per_token, width = seconds / tokens, tokens / settings.batch_size

@@ -1,7 +1,9 @@
-"""Every method beside C-ΔΘ on the same data: one table from the issue's method keys to candidates, and one rule that chooses among them.
+"""Every method beside C-ΔΘ on the same data: one table from the issue's method keys to
+candidates, and one rule that chooses among them.
 
-A candidate is anything with ``applied(model, strength)``: a `WeightDelta` or a method of `steering`. Its strength (and, for steering, its
-layer) is chosen on validation rows by `edit.choose_scale` under the same caps, for C-ΔΘ as for all others.
+A candidate is anything with ``applied(model, strength)``: a `WeightDelta` or a method of
+`steering`. Its strength (and, for steering, its layer) is chosen on validation rows by
+`edit.choose_scale` under the same caps, for C-ΔΘ as for all others.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from cdelta.circuit.controls import (
     whole_tensors,
 )
 from cdelta.circuit.mask import ParameterMask
-from cdelta.circuit.selection import select
+from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.fit import fit_delta
 from cdelta.edit.recipe import Stop
@@ -81,7 +83,8 @@ class Task:
     """Another category's circuit mask, for the control."""
     seed: int = 0
     layers: tuple[int, ...] = ()
-    """Layers that single-layer steering may choose from; empty: a third, half and two thirds of the depth."""
+    """Layers that single-layer steering may choose from; empty: a third, half and two thirds of
+    the depth."""
     stop: Stop | None = field(default=None, repr=False)
     settings: Mapping[str, object] = field(default_factory=dict)
     """Fields of `edit.Settings`, the same for every trained method."""
@@ -142,7 +145,9 @@ def per_layer(vectors: Addition, layers: Sequence[int]) -> dict[str, Addition]:
 
 
 def upper_half(task: Task) -> range:
-    """Layers for steering at several layers: from the middle to two thirds of the depth (CAST steers 15-23 of 32)."""
+    """Layers for steering at several layers: from the middle to two thirds of the depth (CAST
+    steers 15-23 of 32).
+    """
     n = task.spec.n_layers
     return range(n // 2, max(n // 2 + 1, round(0.72 * n)))
 
@@ -159,18 +164,13 @@ def cast(task: Task) -> Cast:
 
 def ranked_mask(task: Task, scores: tuple[Tensor, Tensor]) -> ParameterMask:
     """A mask of the circuit's size from other scores (heads, neurons)."""
-    return select(
-        None,
-        task.spec,
-        param_budget=task.mask.fraction,
-        heads=scores[0],
-        neurons=scores[1],
-        fill=True,
-    ).to_mask(task.spec)
+    return select_units(task.spec, *scores, task.mask.fraction).to_mask(task.spec)
 
 
 def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, Tensor]:
-    """Gradient of the refusals' cross-entropy (summed over rows' means) with respect to every parameter."""
+    """Gradient of the refusals' cross-entropy (summed over rows' means) with respect to every
+    parameter.
+    """
     stops = stop_ids(task.model, task.tok)
     rows = [example_ids(task.tok, *row, stops) for row in task.positive]
     with trainable(task.model) as parameters:
@@ -231,14 +231,17 @@ BASELINES: Mapping[str, Callable[[Task], Candidates]] = {
     "slices_after": lambda t: {"": t.fit(whole_tensors(t.mask)).restrict(t.mask)},
     "layer_mask": lambda t: {"": t.fit(whole_layers(t.spec, t.mask))},
 }
-"""Method key -> candidates. ``as``: difference of means at one layer. ``directional``: Arditi's direction (target against its benign
-twins), added at one layer. ``finetune``: θ⁺ alone on all linear layers."""
+"""Method key -> candidates. ``as``: difference of means at one layer. ``directional``: Arditi's
+direction (target against its benign twins), added at one layer. ``finetune``: θ⁺ alone on all
+linear layers."""
 UNTRAINED = ("base", "system_prompt", "as", "as_multi", "directional", "as_bias", "cast")
 """Methods that draw nothing at random: one seed tells all."""
 
 
 def candidates(key: str, task: Task) -> Candidates:
-    """The candidates of a method key. Raises `CdeltaError` for an unknown one, and for one that this task does not admit."""
+    """The candidates of a method key. Raises `CdeltaError` for an unknown one, and for one that
+    this task does not admit.
+    """
     if key not in BASELINES:
         raise CdeltaError(f"unknown method {key!r}: use {', '.join(BASELINES)}.")
     if why_not(key, task):

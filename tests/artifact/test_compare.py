@@ -16,7 +16,7 @@ from cdelta.artifact.jobs import STAGE, Comparison, Job, jobs, main
 from cdelta.artifact.presets import METHODS, PRESETS, TINY, changed
 from cdelta.artifact.run import Reader
 from cdelta.circuit.controls import magnitude_scores
-from cdelta.circuit.selection import select
+from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.comparison import (
@@ -84,7 +84,7 @@ def make_run(root: Path, full: Policy) -> Path:
     )
     heads, neurons = magnitude_scores(lm, spec)
     for category in SETTINGS.categories:
-        circuit = select(None, spec, param_budget=0.1, heads=heads, neurons=neurons, fill=True)
+        circuit = select_units(spec, heads, neurons, 0.1)
         circuit.save(place("03_circuit", f"{category}.json"))
         for seed in SETTINGS.seeds:
             delta = random_delta(lm, mask=circuit.to_mask(spec), seed=seed, size=0.02)

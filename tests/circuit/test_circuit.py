@@ -9,16 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdelta.attribution.scores import attribute
-from cdelta.circuit.circuit import Circuit, edge_slices
+from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.controls import module_mask
 from cdelta.circuit.edges import connected_edges, ranked_edges
-from cdelta.circuit.mask import ParameterMask, slices_size
-from cdelta.circuit.ranking import selective_scores, unit_scores
-from cdelta.circuit.selection import select
+from cdelta.circuit.mask import slices_size
+from cdelta.circuit.ranking import RANKINGS, SELECTIVE, of_pairs, unit_scores
+from cdelta.circuit.selection import select, select_units
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 
-METRIC = lambda logits: logits[:, 5] - logits[:, 7]
+
+def metric(logits):
+    return logits[:, 5] - logits[:, 7]
+
+
 NODES = [f"a{i}.h{h}" for i in range(2) for h in range(3)] + ["m0.n1", "m1.n4"]
 circuits = st.lists(st.sampled_from(NODES), unique=True).map(lambda nodes: Circuit(tuple(nodes)))
 
@@ -30,7 +34,7 @@ def scored():
     for family in toys.FAMILIES:
         model = toys.toy(family)
         found[family] = (
-            attribute(model, toys.toy_pairs(), METRIC, steps=1),
+            attribute(model, toys.toy_pairs(), metric, steps=1),
             ModelSpec.from_model(model),
         )
     return found
@@ -39,12 +43,9 @@ def scored():
 @settings(max_examples=40, deadline=None)
 @given(a=circuits, b=circuits, c=circuits)
 def test_set_operations_are_those_of_sets(a, b, c):
-    nodes = lambda circuit: set(circuit.nodes)
-    assert (
-        nodes(a & b) == nodes(a) & nodes(b)
-        and nodes(a | b) == nodes(a) | nodes(b)
-        and nodes(a - b) == nodes(a) - nodes(b)
-    )
+    x, y = set(a.nodes), set(b.nodes)
+    assert set((a & b).nodes) == x & y and set((a | b).nodes) == x | y
+    assert set((a - b).nodes) == x - y
     assert a & b == b & a and a | b == b | a and (a - b) & b == Circuit(())
     assert 0 <= a.jaccard(b) == b.jaccard(a) <= 1 and a.jaccard(a) == 1
     assert (a | b) & c == (a & c) | (b & c)
@@ -52,59 +53,44 @@ def test_set_operations_are_those_of_sets(a, b, c):
 
 def test_provenance_says_where_a_circuit_comes_from(scored):
     scores, spec = scored["llama"]
-    one, two = (
-        select(scores, spec, param_budget=0.1),
-        select(scores, spec, edges=5, provenance={"model_hash": "abc"}),
-    )
+    one, two = scores.select(param_budget=0.1), scores.select(edges=5)
     pairs = toys.toy_pairs()
-    assert (
-        one.provenance["pairs_hash"] == pairs.hash() != toys.toy_pairs(seed=1).hash()
-        and one.provenance["method"] == "eap-ig"
-    )
-    assert two.provenance["model_hash"] == "abc" and two.provenance["edges"] == 5
+    assert one.provenance["pairs_hash"] == pairs.hash() != toys.toy_pairs(seed=1).hash()
+    assert (one.provenance["method"], one.provenance["param_budget"]) == ("eap-ig", 0.1)
+    assert two.provenance["edges"] == 5
     assert (one | two).provenance == {"operation": "or", "of": [one.provenance, two.provenance]}
+    given = select_units(spec, scores.heads, scores.neurons, 0.1, {"model_hash": "abc"})
+    assert given == one and given.provenance["model_hash"] == "abc"
 
 
-def test_param_budget_is_kept_and_masks_are_nested(family, scored):
+def test_param_budget_is_kept_and_nearly_used(family, scored):
     scores, spec = scored[family]
-    masks = [
-        select(scores, spec, param_budget=budget).to_mask(spec) for budget in (0.05, 0.1, 0.2, 0.4)
-    ]
-    assert all(mask.fraction <= budget for mask, budget in zip(masks, (0.05, 0.1, 0.2, 0.4)))
-    assert all(small & large == small for small, large in zip(masks, masks[1:]))
-    assert scores.select(param_budget=0.2).to_mask(spec) == masks[2]
+    neuron = slices_size(spec, spec.neuron_slices(0, 0)) / spec.n_params
+    for budget in (0.05, 0.1, 0.2, 0.4):
+        fraction = select(scores, param_budget=budget).to_mask(spec).fraction
+        assert budget - neuron < fraction <= budget
 
 
-def test_controls_go_through_the_same_selection(scored):
+def test_units_of_score_zero_are_never_taken(scored):
     scores, spec = scored["llama"]
     heads = torch.zeros_like(scores.heads)
     heads[1, 0] = -3
-    circuit = select(
-        None,
-        spec,
-        param_budget=0.3,
-        heads=heads,
-        neurons=torch.zeros_like(scores.neurons),
-        provenance={"control": "mine"},
-    )
-    assert circuit.nodes == ("a1.h0",) and circuit.provenance["control"] == "mine"
+    assert select_units(spec, heads, torch.zeros_like(scores.neurons), 0.3).nodes == ("a1.h0",)
 
 
-@pytest.mark.parametrize("how", ["topn", "greedy"])
-def test_every_edge_lies_on_a_path_from_the_input_to_the_logits(family, scored, how):
+def test_every_edge_lies_on_a_path_from_the_input_to_the_logits(family, scored):
     scores, spec = scored[family]
     for n in (1, 5, 20, 60):
-        circuit = select(scores, spec, edges=n, how=how)
+        circuit = select(scores, edges=n)
         assert len(circuit.edges) + len(circuit.provenance["pruned"]) <= n
         assert connected_edges(circuit.edges, spec) == list(circuit.edges)
-        assert set(circuit.nodes) == {s for s, _ in circuit.edges} | (
-            {"logits"} if circuit.edges else set()
-        )
+        ends = {"logits"} if circuit.edges else set()
+        assert set(circuit.nodes) == {source for source, _ in circuit.edges} | ends
 
 
 def test_topn_takes_the_largest(scored):
     scores, spec = scored["llama"]
-    circuit = select(scores, spec, edges=20)
+    circuit = select(scores, edges=20)
     chosen = set(circuit.edges) | {tuple(edge) for edge in circuit.provenance["pruned"]}
     assert chosen == set(ranked_edges(scores)[:20])
     table = {
@@ -117,91 +103,95 @@ def test_topn_takes_the_largest(scored):
     )
 
 
-def test_greedy_grows_from_the_logits(scored):
+def test_dangling_edges_are_pruned_and_named(scored):
     _, spec = scored["llama"]
     edges = torch.zeros(6, 6)
-    sources, readers = (
-        ("input", "a0.h0", "a0.h1", "m0", "a1.h0", "m1"),
-        ("a0.h0<q>", "a0.g0<k>", "m0", "a1.h0<q>", "m1", "logits"),
-    )
-    for source, reader, score in (
-        ("input", "m0", 9),
-        ("m0", "logits", 1),
-        ("m1", "logits", 2),
-        ("input", "m1", 3),
-        ("a0.h1", "m1", 0.5),
-    ):
+    sources = ("input", "a0.h0", "a0.h1", "m0", "a1.h0", "m1")
+    readers = ("a0.h0<q>", "a0.g0<k>", "m0", "a1.h0<q>", "m1", "logits")
+    strengths = {
+        ("input", "m0"): 9,
+        ("m0", "logits"): 1,
+        ("m1", "logits"): 2,
+        ("input", "m1"): 3,
+        ("a0.h1", "m1"): 0.5,
+    }
+    for (source, reader), score in strengths.items():
         edges[sources.index(source), readers.index(reader)] = score
-    scores = SimpleNamespace(edges=edges, sources=sources, readers=readers)
-    circuit = lambda n: set(select(scores, spec, edges=n, how="greedy").edges)
-    assert circuit(2) == {("input", "m1"), ("m1", "logits")}
-    assert circuit(4) == {("input", "m1"), ("m1", "logits"), ("m0", "logits"), ("input", "m0")}
-    dangling = select(scores, spec, edges=5, how="greedy")
-    assert dangling.provenance["pruned"] == [["a0.h1", "m1"]]
+    scores = SimpleNamespace(edges=edges, sources=sources, readers=readers, spec=spec)
+    circuit = select(scores, edges=5)
+    assert set(circuit.edges) == set(strengths) - {("a0.h1", "m1")}
+    assert circuit.provenance["pruned"] == [["a0.h1", "m1"]]
 
 
-def test_whole_mlps_and_edge_typed_masks(family, scored):
-    scores, spec = scored[family]
+def test_whole_mlps_own_all_their_neurons(family, scored):
+    _, spec = scored[family]
     assert Circuit(("input", "m1", "logits")).to_mask(spec) == module_mask(spec, mlp=[1])
-    circuit = select(scores, spec, edges=25)
-    typed, whole = circuit.to_mask(spec, by_edge=True), circuit.to_mask(spec)
-    assert typed & whole == typed and typed.count() <= whole.count()
-    everything = [(s, r) for s in scores.sources for r in scores.readers]
-    union = ParameterMask.from_slices(
-        spec, (part for edge in everything for part in edge_slices(spec, edge))
-    )
-    assert union == module_mask(spec, range(spec.n_layers), range(spec.n_layers))
-    assert slices_size(spec, edge_slices(spec, ("a0.h1", "logits"))) == spec.head_dim * spec.d_model
 
 
-@pytest.mark.parametrize("how", ["difference", "ratio", "orthogonalised"])
-def test_selective_scores_prefer_what_only_the_category_uses(how):
-    run = lambda heads: SimpleNamespace(heads=torch.tensor([heads]), neurons=torch.zeros(1, 2))
-    heads, neurons = selective_scores(
-        run([1.0, 4.0, 0.0]), [run([0.0, 4.0, 1.0]), run([0.0, 8.0, 2.0])], how
-    )
-    assert heads[0].argmax() == 0 or how == "ratio"
+def of_heads(heads):
+    return SimpleNamespace(heads=torch.tensor([heads]), neurons=torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("ranking", SELECTIVE)
+def test_selective_rankings_prefer_what_only_the_category_uses(ranking):
+    others = [of_heads([0.0, 4.0, 1.0]), of_heads([0.0, 8.0, 2.0])]
+    heads, neurons = unit_scores(of_heads([1.0, 4.0, 0.0]), others, ranking)
+    assert heads[0].argmax() == 0 or ranking == "ratio"
     assert heads[0, 0] / heads[0, 1].abs().clamp(min=1e-9) > 1 / 4
-    assert heads[0, 2] == pytest.approx(0, abs=1e-6) or how == "orthogonalised"
+    assert heads[0, 2] == pytest.approx(0, abs=1e-6) or ranking == "orthogonalised"
     assert heads.shape == (1, 3) and not neurons.any()
 
 
-def test_selective_scores_of_a_run_against_itself_vanish(scored):
+def test_selective_rankings_of_a_run_against_itself_vanish(scored):
     scores, _ = scored["llama"]
-    for how in ("difference", "orthogonalised"):
-        heads, neurons = selective_scores(scores, [scores], how)
+    for ranking in ("difference", "orthogonalised"):
+        heads, neurons = unit_scores(scores, [scores], ranking)
         assert heads.abs().max() < 1e-5 and neurons.abs().max() < 1e-5
+
+
+def test_selective_rankings_without_others_are_the_plain_means(scored):
+    scores, _ = scored["llama"]
+    assert unit_scores(scores, (), "ratio")[0] is scores.heads
 
 
 def test_save_and_load(tmp_path, scored):
     scores, spec = scored["llama"]
-    circuit = select(scores, spec, edges=15, provenance={"model": "abc"})
+    circuit = select(scores, edges=15)
     loaded = Circuit.load(circuit.save(tmp_path / "c.json"))
     assert loaded == circuit and loaded.provenance == circuit.provenance
     loaded.save(tmp_path / "d.json")
     assert (tmp_path / "c.json").read_bytes() == (tmp_path / "d.json").read_bytes()
 
 
-def test_bad_input_is_one_clear_error(scored, tmp_path):
-    scores, spec = scored["llama"]
-    for arguments, message in (
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
         ({}, "not both or neither"),
         ({"param_budget": 0.1, "edges": 3}, "not both or neither"),
         ({"param_budget": 5}, "fraction"),
         ({"edges": 0}, "at least one edge"),
-        ({"edges": 3, "how": "magic"}, "topn or greedy"),
-    ):
-        with pytest.raises(CdeltaError, match=message):
-            select(scores, spec, **arguments)
-    with pytest.raises(CdeltaError, match="no edges"):
-        select(scores, spec, param_budget=0.1).to_mask(spec, by_edge=True)
-    with pytest.raises(CdeltaError, match="unknown selective score"):
-        selective_scores(scores, [scores], "best")
-    with pytest.raises(CdeltaError, match="at least one other run"):
-        selective_scores(scores, [])
+    ],
+)
+def test_bad_selections_are_one_clear_error(scored, arguments, message):
+    with pytest.raises(CdeltaError, match=message):
+        select(scored["llama"][0], **arguments)
+
+
+def test_a_file_without_a_circuit_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(CdeltaError, match="holds no circuit"):
         Circuit.load(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_a_sample_of_all_pairs_ranks_as_the_scores_do(llama, ranking):
+    scores = attribute(llama, toys.toy_pairs(), metric, steps=1, per_pair=True)
+    other = attribute(llama, toys.toy_pairs(seed=1), metric, steps=1, per_pair=True)
+    sample = of_pairs(scores, torch.arange(scores.n_pairs))
+    for ours, theirs in zip(
+        unit_scores(sample, [other], ranking), unit_scores(scores, [other], ranking)
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_ranking_by_pairs_gives_every_pair_the_same_say(llama):

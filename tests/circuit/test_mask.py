@@ -18,15 +18,8 @@ from cdelta.circuit.controls import (  # fmt: skip
     module_mask,
     random_mask,
 )
-from cdelta.circuit.mask import (
-    ParameterMask,
-    mask_of_units,
-    parse_unit,
-    slices_size,
-    unit_name,
-    unit_slices,
-)
-from cdelta.circuit.selection import budget_order, pack_units
+from cdelta.circuit.mask import ParameterMask, parse_unit, slices_size, unit_name, unit_slices
+from cdelta.circuit.selection import affordable_units, select_units
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 
@@ -94,80 +87,39 @@ def test_count_is_exact_and_embeddings_and_norms_are_untouched(family, specs):
     family=st.sampled_from(toys.FAMILIES),
     budget=st.floats(0.001, 1),
     seed=st.integers(0, 99),
-    fill=st.booleans(),
 )
-def test_never_exceeds_the_budget(specs, family, budget, seed, fill):
+def test_never_exceeds_the_budget(specs, family, budget, seed):
     spec = specs[family]
-    assert (
-        mask_of_units(spec, pack_units(spec, *scores(spec, seed), budget, fill)).fraction <= budget
-    )
+    assert select_units(spec, *scores(spec, seed), budget).to_mask(spec).fraction <= budget
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    family=st.sampled_from(toys.FAMILIES),
-    budgets=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)),
-    seed=st.integers(0, 99),
-)
-def test_masks_grow_with_the_budget(specs, family, budgets, seed):
+def test_the_whole_budget_buys_every_unit(family, specs):
     spec = specs[family]
-    small, large = (
-        mask_of_units(spec, pack_units(spec, *scores(spec, seed), budget))
-        for budget in sorted(budgets)
-    )
-    assert small & large == small
-
-
-def test_prices_add_up_to_the_mask(family, specs):
-    spec = specs[family]
-    ranked = list(budget_order(spec, *scores(spec)))
-    assert sum(price for _, price in ranked) == everything(spec).count()
-    assert len(ranked) == spec.n_layers * (spec.n_heads + spec.d_mlp)
-    for stop in (1, 7, 40):
-        assert mask_of_units(spec, [u for u, _ in ranked[:stop]]).count() == sum(
-            price for _, price in ranked[:stop]
-        )
+    circuit = select_units(spec, *scores(spec), 1.0)
+    assert circuit.to_mask(spec) == everything(spec)
+    assert len(circuit.nodes) == spec.n_layers * (spec.n_heads + spec.d_mlp)
 
 
 def test_units_are_ranked_by_score_per_parameter_still_to_pay(specs):
     spec = specs["llama"]
-    heads, neurons = (
-        torch.zeros(spec.n_layers, spec.n_heads),
-        torch.zeros(spec.n_layers, spec.d_mlp),
-    )
-    head, neuron = (
-        slices_size(spec, unit_slices(spec, ("a", 0, 0))),
-        slices_size(spec, spec.neuron_slices(0, 0)),
-    )
-    heads[1, 2], heads[1, 3], neurons[0, 5], neurons[2, 0] = (
-        2.0 * head,
-        1.5 * head,
-        3.0 * neuron,
-        -1.9 * neuron,
-    )
-    order = [unit for unit, _ in budget_order(spec, heads, neurons)]
-    assert order == [
-        ("m", 0, 5),
-        ("a", 1, 2),
-        ("a", 1, 3),
-        ("m", 2, 0),
-    ]  # a1.h3 is cheaper once a1.h2 has paid for their group
+    heads = torch.zeros(spec.n_layers, spec.n_heads)
+    neurons = torch.zeros(spec.n_layers, spec.d_mlp)
+    head = slices_size(spec, unit_slices(spec, ("a", 0, 0)))
+    neuron = slices_size(spec, spec.neuron_slices(0, 0))
+    heads[1, 2], heads[1, 3] = 2.0 * head, 1.5 * head
+    neurons[0, 5], neurons[2, 0] = 3.0 * neuron, -1.9 * neuron
+    order = affordable_units(spec, heads, neurons, spec.n_params)
+    # a1.h3 is cheaper once a1.h2 has paid for their group
+    assert order == [("m", 0, 5), ("a", 1, 2), ("a", 1, 3), ("m", 2, 0)]
 
 
-def test_fill_uses_what_a_large_unit_leaves(specs):
+def test_smaller_units_use_what_a_large_one_leaves(specs):
     spec = specs["llama"]
-    heads, neurons = (
-        torch.zeros(spec.n_layers, spec.n_heads),
-        torch.zeros(spec.n_layers, spec.d_mlp),
-    )
+    heads = torch.zeros(spec.n_layers, spec.n_heads)
+    neurons = torch.zeros(spec.n_layers, spec.d_mlp)
     heads[0, 0], neurons[0, :3] = 1e6, 1.0
-    budget = 3.5 * slices_size(spec, spec.neuron_slices(0, 0)) / spec.n_params
-    assert pack_units(spec, heads, neurons, budget) == []
-    assert pack_units(spec, heads, neurons, budget, fill=True) == [
-        ("m", 0, 0),
-        ("m", 0, 1),
-        ("m", 0, 2),
-    ]
+    entries = int(3.5 * slices_size(spec, spec.neuron_slices(0, 0)))
+    assert affordable_units(spec, heads, neurons, entries) == [("m", 0, n) for n in range(3)]
 
 
 def test_group_is_counted_once(specs):
@@ -265,8 +217,8 @@ def test_bad_input_is_one_clear_error(specs):
             random_mask(spec, budget, 0)
     heads, neurons = scores(spec)
     with pytest.raises(CdeltaError, match="another model"):
-        pack_units(spec, heads[:, :2], neurons, 0.1)
+        select_units(spec, heads[:, :2], neurons, 0.1)
     with pytest.raises(CdeltaError, match="NaN"):
-        pack_units(spec, heads * float("nan"), neurons, 0.1)
+        select_units(spec, heads * float("nan"), neurons, 0.1)
     with pytest.raises(CdeltaError, match="different models"):
         random_mask(spec, 0.1, 0) | random_mask(specs["qwen3"], 0.1, 0)
