@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 from cdelta.errors import CdeltaError
 
@@ -32,7 +34,10 @@ class McNemar(NamedTuple):
 
 
 def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of the rate k/n (Wilson 1927). `k` need not be whole (a mean over seeds); n = 0 tells nothing: (0, 1)."""
+    """Wilson's score interval of the rate k/n (Wilson 1927).
+
+    `k` need not be whole (a mean over seeds); n = 0 tells nothing: (0, 1).
+    """
     if not 0 <= k <= n:
         raise CdeltaError(f"{k} successes among {n} trials is no rate.")
     if n == 0:
@@ -51,7 +56,10 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Estimate:
-    """Mean and its percentile bootstrap interval. With `groups` (prompt ids, say), whole groups are drawn: rows of one group may depend."""
+    """Mean and its percentile bootstrap interval.
+
+    With `groups` (prompt ids, say), whole groups are drawn: rows of one group may depend.
+    """
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise CdeltaError("no values to average.")
@@ -71,7 +79,9 @@ def bootstrap_ratio(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Estimate:
-    """Σ numerator / Σ denominator of paired measurements, with its percentile bootstrap interval over the pairs."""
+    """Σ numerator / Σ denominator of paired measurements, with its percentile bootstrap interval
+    over the pairs.
+    """
     top, bottom = _paired(numerator, denominator)
     drawn = _draws(len(top), draws, seed)
     return Estimate(top.sum() / bottom.sum(), *_percentiles(drawn @ top / (drawn @ bottom), level))
@@ -90,16 +100,33 @@ def paired_bootstrap(
     return bootstrap_mean(a - b, groups, draws, seed, level)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """McNemar's exact test (binomial on the discordant pairs) of two methods on the same prompts."""
-    a, b = (x.astype(bool) for x in _paired(first, second))
-    n, m = int((a & ~b).sum()), int((~a & b).sum())
-    tail = sum(math.comb(n + m, i) for i in range(min(n, m) + 1))
-    return McNemar(n, m, min(1.0, 2 * tail / 2 ** (n + m)))
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """`paired_bootstrap`; where no prompt differs, resampling has nothing to draw, and the interval
+    is Clopper and Pearson's bound on how many of all prompts may differ all the same.
+    """
+    estimate = paired_bootstrap(first, second)
+    if estimate.low == estimate.high:
+        bound = 1 - ((1 - LEVEL) / 2) ** (1 / len(first))
+        return Estimate(estimate.value, estimate.low - bound, estimate.high + bound)
+    return estimate
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
+    """McNemar's exact test (binomial on the discordant pairs) of two methods on the same prompts.
+
+    Values may be means over seeds: a prompt counts for the side on which its mean is higher (the
+    sign test), so that no seed is voted away.
+    """
+    a, b = _paired(first, second)
+    higher, lower = int((a > b).sum()), int((a < b).sum())
+    p = float(binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
+    return McNemar(higher, lower, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (Holm 1979), in the given order: the chance of any false claim among them stays at the level."""
+    """Holm's adjusted p-values (Holm 1979), in the given order: the chance of any false claim among
+    them stays at the level.
+    """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -112,7 +139,8 @@ def _paired(first: Sequence, second: Sequence) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape or not len(a):
         raise CdeltaError(
-            f"paired comparison needs the same prompts on both sides, at least one: {len(a)} and {len(b)} given."
+            "paired comparison needs the same prompts on both sides, at least one: "
+            f"{len(a)} and {len(b)} given."
         )
     return a, b
 

@@ -1,83 +1,207 @@
-"""Rates with intervals, and what each row is to an edit."""
+"""Tables from rows that were made by hand."""
 
+from __future__ import annotations
+
+import numpy as np
 import pandas as pd
 import pytest
+from rows import ROWS, make
 
-from cdelta.evaluation.rates import curve_bands, kind_of, kind_rates, refusal
+from cdelta.evaluation.rates import Rate, with_pooled
 from cdelta.evaluation.stats import wilson
+from cdelta.evaluation.tables import (
+    diagonal_gap,
+    lengths,
+    matrix,
+    ood,
+    overrefusal,
+    robustness,
+    selectivity,
+    shift,
+    tradeoff,
+    utility,
+    wide_matrix,
+)
 
 
-@pytest.fixture
-def rows():
-    make = lambda role, category, outcome, correct=pd.NA, skill="": dict(
-        role=role, category=category, outcome=outcome, correct=correct, skill=skill
+def test_selectivity_has_the_fixed_columns_and_the_right_rates():
+    table = selectivity(ROWS)
+    assert set(table) >= {"borderline_refusal", "other_borderline", "tokens", "ended_base"}
+    row = table[(table["category"] == "crime") & (table["method"] == "cdelta")].iloc[0]
+    expected = {
+        "target_refusal": 1.0,
+        "benign_refusal": 0.1,
+        "other_refusal": 0.5,
+        "other_base": 0.5,
+        "utility": 0.9,
+        "utility_base": 1.0,
+        "n": 10,
+        "k": 0.5,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert (row["target_low"], row["target_high"]) == wilson(10, 10)
+    base = table[(table["category"] == "crime") & (table["method"] == "base")].iloc[0]
+    assert (base["target_refusal"], base["other_refusal"], base["utility"]) == pytest.approx(
+        (0.2, 0.5, 1.0)
     )
-    return pd.DataFrame([
-        make("target", "crime", "refuse"), make("target", "crime", "comply"), make("target", "hate", "refuse"), make("benign", "crime", "comply"),
-        make("benign", "hate", "comply"), make("other_harm", "weapons", "refuse"), make("borderline", "crime", "comply"),
-        make("utility", "other", "comply", True, "add"), make("utility", "other", "comply", False, "add"),
-    ])  # fmt: skip
 
 
-def test_kinds_of_rows_for_an_edit(rows):
-    assert kind_of(rows, "crime").tolist() == [
-        "target",
-        "target",
-        "other",
-        "benign",
-        "other benign",
-        "refused",
-        "borderline",
-        "skills",
-        "skills",
+def test_seeds_are_averaged_and_do_not_narrow_the_interval():
+    rows = pd.concat([ROWS, make("cdelta", "crime", seed=1, crime_target=0.6)])
+    row = selectivity(rows).query("category == 'crime' and method == 'cdelta'").iloc[0]
+    assert (row["seeds"], row["n"], row["target_refusal"]) == (2, 10, pytest.approx(0.8))
+    assert (row["target_low"], row["target_high"]) == pytest.approx(wilson(8, 10))
+
+
+def test_no_rows_are_no_rate():
+    assert np.isnan(Rate.refusal(ROWS.iloc[:0]).rate)
+
+
+def test_matrix_and_its_diagonal_gap():
+    table = matrix(ROWS)
+    assert list(table) == [
+        "edit_category",
+        "prompt_category",
+        "prompt_kind",
+        "refusal",
+        "low",
+        "high",
+        "n",
+    ]
+    cell = table.set_index(["edit_category", "prompt_category", "prompt_kind"])["refusal"]
+    assert cell["base", "weapons", "refused"] == 1.0
+    assert cell["crime", "crime", "benign"] == pytest.approx(0.1)
+    # diagonal rises: crime .8, hate .7; off: crime->hate 0, hate->crime .1
+    assert diagonal_gap(table) == pytest.approx(0.75 - 0.05)
+
+
+def test_ood_overrefusal_utility_robustness():
+    row = ood(ROWS).query("category == 'crime' and method == 'cdelta'").iloc[0]
+    assert list(ood(ROWS)) == [
+        "category",
+        "method",
+        "ood_set",
+        "refusal",
+        "low",
+        "high",
+        "benign_refusal",
+        "n",
+    ]
+    assert (row["ood_set"], row["refusal"], row["benign_refusal"]) == ("held_out_words", 0.8, 0.0)
+    assert (overrefusal(ROWS)["refusal"] == 0).all() and set(overrefusal(ROWS)["n"]) == {20}
+    skills = utility(ROWS).query("category == 'crime' and method == 'as'").iloc[0]
+    assert (skills["accuracy"], skills["accuracy_base"]) == pytest.approx((0.4, 1.0))
+    attacked = pd.concat(
+        [ROWS, make("cdelta", "crime", crime_target=0.3).assign(attack="benign_finetune")]
+    )
+    table = (
+        robustness(attacked)
+        .query("category == 'crime' and method == 'cdelta'")
+        .set_index("attack")["target_refusal"]
+    )
+    assert table["none"] == 1.0 and table["held_out_words"] == 0.8
+    assert table["benign_finetune"] == pytest.approx(0.3)
+
+
+def test_attacked_rows_stay_out_of_the_other_tables():
+    attacked = pd.concat([ROWS, make("cdelta", "crime").assign(attack="benign_finetune")])
+    pd.testing.assert_frame_equal(selectivity(attacked), selectivity(ROWS))
+    pd.testing.assert_frame_equal(ood(attacked), ood(ROWS))
+
+
+def test_an_attack_on_the_base_counts_for_its_category_only():
+    attacked = pd.concat(
+        [
+            ROWS,
+            make("base", crime_target=0.9).assign(attack="benign_finetune", edit_category="crime"),
+        ]
+    )
+    table = robustness(attacked).query("method == 'base' and attack == 'benign_finetune'")
+    assert table["category"].tolist() == ["crime"] and table["target_refusal"].tolist() == [0.9]
+
+
+def test_the_wide_matrix_puts_edits_against_prompts():
+    wide = wide_matrix(matrix(ROWS), ("crime", "hate"))
+    assert (
+        list(wide.index) == ["base", "crime", "hate"]
+        and list(wide)[:2] == ["crime", "hate"]
+        and "crime borderline" in wide
+    )
+    assert wide.loc["hate", "crime"] == pytest.approx(0.3)
+
+
+def test_shift_is_a_mean_and_a_geometric_mean():
+    rows = pd.DataFrame(
+        {
+            "category": "crime",
+            "method": "as",
+            "seed": [0, 0],
+            "id": ["a", "b"],
+            "kl": [0.1, 0.3],
+            "perplexity": [1.0, 4.0],
+            "perplexity_base": 1.0,
+        }
+    )
+    row = shift(rows).iloc[0]
+    assert (row["kl"], row["perplexity"], row["n"]) == pytest.approx((0.2, 2.0, 2))
+    assert row["low"] <= 0.2 <= row["high"] and len(shift(rows.iloc[:0])) == 0
+
+
+def test_lengths_are_compared_on_the_same_prompts():
+    base = pd.DataFrame(
+        {
+            "category": "",
+            "method": "base",
+            "id": ["a", "b", "c"],
+            "n_tokens": [10, 20, 1000],
+            "finished": [True, True, False],
+        }
+    )
+    edited = base.iloc[:2].assign(category="crime", method="cdelta", n_tokens=[10, 14])
+    row = (
+        lengths(pd.concat([base, edited.assign(finished=False)])).set_index("method").loc["cdelta"]
+    )
+    assert (row["tokens"], row["ratio"], row["n"]) == pytest.approx((12.0, 0.8, 2))
+    assert (row["ended"], row["ended_base"]) == (0, 1)
+    assert row["low"] <= 0.8 <= row["high"] and row["ended_low"] <= -1
+
+
+def test_tradeoff_follows_the_chosen_candidate_and_its_worst_side_effect():
+    row = {
+        "method": "as",
+        "category": "crime",
+        "seed": 0,
+        "benign": 0.0,
+        "other": 0.0,
+        "utility": 1.0,
+        "target": 0.2,
+        "chosen": False,
+        "k": 0.0,
+    }
+    two = row | {"candidate": "layer 2"}
+    costs = {"k": 1.0, "benign": 0.1, "other": 0.2, "utility": 0.7, "target": 1.0}
+    curve = pd.DataFrame(
+        [
+            row | {"candidate": "layer 1"},
+            two,
+            row | {"candidate": "layer 1", "k": 1.0, "benign": 0.9},
+            two | costs | {"chosen": True},
+        ]
+    )
+    table = tradeoff(curve)
+    assert table[["k", "x", "y", "chosen"]].values.tolist() == [
+        [0.0, 0.0, 0.2, False],
+        [1.0, pytest.approx(0.3), 1.0, True],
     ]
 
 
-def test_refusal_rates_leave_skills_out_and_carry_wilson_intervals(rows):
-    table = refusal(rows, ["category", "role"]).set_index(["category", "role"])
-    assert table.loc[("crime", "target"), ["rate", "n"]].tolist() == [0.5, 2]
-    assert tuple(table.loc[("crime", "target"), ["low", "high"]]) == pytest.approx(wilson(1, 2))
-    assert "utility" not in table.index.get_level_values("role")
-
-
-def test_kind_rates_are_refusals_and_the_skills_accuracy(rows):
-    rows = rows.assign(method="cdelta", attack=["int8"] * 8 + ["int4"])
-    table = kind_rates(rows, "crime").set_index(["attack", "kind"])
-    assert {
-        kind: table.loc[("int8", kind), "rate"] for kind in ("target", "benign", "other", "skills")
-    } == {"target": 0.5, "benign": 0, "other": 1, "skills": 1}
-    assert (
-        table.loc[("int4", "skills"), ["rate", "n"]].tolist() == [0, 1]
-        and (table["method"] == "cdelta").all()
+def test_pooled_rates_count_every_prompt():
+    pooled = (
+        with_pooled(ood(ROWS), ["ood_set", "method"], "refusal")
+        .query("category == 'all' and method == 'cdelta'")
+        .iloc[0]
     )
-    shared = rows.iloc[[3]].assign(category="benign")
-    assert kind_of(shared, "hate").tolist() == ["benign"]
-
-
-def test_curve_bands_are_wilson_at_the_number_of_prompts():
-    val = pd.DataFrame(
-        {
-            "category": ["crime"] * 4 + ["hate"] * 6 + ["other"] * 9,
-            "role": ["target"] * 2
-            + ["benign"] * 2
-            + ["target"] * 3
-            + ["benign"] * 3
-            + ["utility"] * 9,
-        }
-    )
-    curve = pd.DataFrame(
-        {
-            "category": "crime",
-            "seed": [0, 1],
-            "k": 1.0,
-            "target": [0.5, 1.0],
-            "benign": 0.0,
-            "other": 0.05,
-            "utility": 1.0,
-        }
-    )
-    bands = curve_bands(curve, val).set_index("kind")
-    assert bands.loc["target", ["rate", "low", "high"]].tolist() == [0.75, *wilson(1.5, 2)]
-    assert bands.loc["skills", ["low", "high"]].tolist() == list(wilson(9, 9)) and bands.loc[
-        "other", ["low", "high"]
-    ].tolist() == [0.05, 0.05]
+    assert (pooled["rate"], pooled["n"]) == (pytest.approx(0.8), 10) and (
+        pooled["low"],
+        pooled["high"],
+    ) == wilson(8, 10), "hate has no such set"
