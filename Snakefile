@@ -1,20 +1,25 @@
-# One rule per notebook. `./run_all.sh` calls it with the run's folder as working directory; by hand:
-#   snakemake --snakefile Snakefile --directory data/runs/tiny --cores 2 --config preset=tiny
+# One rule per notebook. `./run_all.sh` writes the run's settings into run.json in the run's folder and calls Snakemake
+# there; by hand, in that folder:
+#   snakemake --snakefile Snakefile --cores 2
 #
 # When a stage is redone: a stage that it reads was redone (its stage.json is newer), or `params.fingerprint` changed, which
-# covers the notebook, the package modules that it imports, the preset's values, and the model and policy files. Times of
-# source files do not count, so a fresh checkout of the same commit redoes nothing.
+# covers the notebook, the package modules that it imports, the settings that it reads, and the model and policy files.
+# Times of source files do not count, so a fresh checkout of the same commit redoes nothing.
+import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
-from cdelta import paths
-from cdelta.artifact import stages
+from cdelta.artifact.run import SETTINGS, read_settings
+from cdelta.artifact.stages import STAGES, fingerprint
 
-preset, model, policy = (config.get(key, default) for key, default in (("preset", "tiny"), ("model", ""), ("policy", "")))
-arguments = ["--preset", preset, "--run-dir", os.getcwd(), "--device", config.get("device", "auto")]
-arguments += [f"--{key}={config[key]}" for key in ("model", "policy", "began") if key in config] + ["--retrain"] * ("retrain" in config)
+run_dir = os.getcwd()
+facts = json.loads(Path(SETTINGS).read_text(encoding="utf-8"))
+preset = read_settings(Path(run_dir))
+arguments = ["--preset", facts["preset_file"], "--run-dir", run_dir, "--device", facts["device"], "--began", str(facts["began"])]
+arguments += ["--retrain"] * facts["retrain"]
 
 
 def quoted(words):
@@ -22,31 +27,32 @@ def quoted(words):
 
 
 # `exec` makes the stage a child of Snakemake, so that it notices when Snakemake is killed.
-RUN = f"exec {quoted([sys.executable, '-m', 'cdelta.artifact.stages'])} {{params.stage}} {quoted(arguments)}"
+command = f"exec {quoted([sys.executable, '-m', 'cdelta.artifact.execution'])} {{params.stage}} --fingerprint {{params.fingerprint}} {quoted(arguments)}"
 
 
 rule all:
     input:
-        [f"{stage}/stage.json" for stage in stages.STAGES],
+        [f"{stage.name}/stage.json" for stage in STAGES],
 
 
-for position, stage in enumerate(stages.STAGES):
+for position, stage in enumerate(STAGES):
 
     rule:
         name:
-            stages.rule_name(stage)
+            stage.rule
         input:
-            ancient(stages.source(stage)),
-            [f"{needed}/stage.json" for needed in stages.NEEDS[stage]],
+            [f"{needed}/stage.json" for needed in stage.needs],
         output:
-            f"{stage}/stage.json",
-            f"notebooks/{stage}.ipynb",
+            f"{stage.name}/stage.json",
+            f"notebooks/{stage.name}.ipynb",
         params:
-            stage=stage,
-            fingerprint=stages.fingerprint(stage, preset, model, policy),
-        threads: int(config.get("threads", 1))
+            stage=stage.name,
+            fingerprint=fingerprint(stage.name, preset),
+        threads: facts["threads"]
         resources:
-            mem_mb=stages.MEMORY_MB[stage],
-        priority: len(stages.STAGES) - position
+            mem_mb=preset.resources.memory_mb,
+            gpus=preset.resources.gpus,
+            runtime=preset.resources.minutes,
+        priority: len(STAGES) - position
         shell:
-            RUN
+            command

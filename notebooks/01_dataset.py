@@ -65,23 +65,10 @@ run = open_run(
     device=device,
     model=model,
     policy=policy,
-    produces=(
-        "tab_counts",
-        "tab_sources",
-        "tab_dropped",
-        "tab_keywords",
-        "tab_examples",
-        "fig_lengths",
-        "fig_overlap",
-        "tab_pairs",
-        "tab_lookup",
-        "fig_category",
-        "fig_seen",
-    ),
 )
 lm, tok = load_subject(run)
 context = (
-    lm.config.get_text_config().max_position_embeddings - run.settings.evaluation.max_new_tokens
+    lm.config.get_text_config().max_position_embeddings - run.settings.answers.max_new_tokens
 )
 data = build_policy(
     run.settings.policy, run.settings.categories, run.settings.external, tok=tok, max_tokens=context
@@ -187,13 +174,13 @@ run.table("tab_lookup", lookup, "Accuracy of a nearest-neighbour lookup trained 
 # the retain rows keep its own words.
 
 # %%
-wanted = limited(data.records, run.settings.evaluation.limit)
+wanted = limited(data.records, run.settings.data.limit)
 base = evaluate(
     lm,
     tok,
     wanted,
-    max_new_tokens=run.settings.evaluation.max_new_tokens,
-    batch_size=run.settings.evaluation.batch_size,
+    max_new_tokens=run.settings.answers.max_new_tokens,
+    batch_size=run.settings.answers.answer_batch,
 )
 base.to_parquet(run.path("base.parquet"), index=False)
 refused = refusal(base[(base["split"] != "test") | (base["ood_set"] == "")], ["category", "role"])

@@ -64,17 +64,6 @@ run = open_run(
     device=device,
     model=model,
     policy=policy,
-    produces=(
-        "tab_tokens",
-        "fig_idea",
-        "tab_attribution",
-        "fig_scores",
-        "fig_edges",
-        "tab_edges",
-        "fig_convergence",
-        "fig_exact",
-        "tab_attribution_cost",
-    ),
 )
 lm, tok = load_subject(run)
 spec, how = ModelSpec.from_model(lm), run.settings.attribution
@@ -111,9 +100,9 @@ run.table(
 
 # %%
 first = run.settings.categories[0]
-few, found = category_pairs(data.records, first, tok, min(16, run.settings.data.max_pairs))
+few, found = category_pairs(data.records, first, tok, min(16, run.settings.attribution.max_pairs))
 one = attribute(lm, few[:1], metric, method="eap")
-points = [a for a, _ in gradient_schedule(how.method, how.steps, how.rule)]
+points = [a for a, _ in gradient_schedule(how.method, how.ig_steps, how.rule)]
 run.figure(
     "fig_idea",
     attribution_idea(
@@ -132,9 +121,9 @@ refused = [
     for c in data.records.loc[data.records["role"] == "other_harm", "category"].unique()
     if c not in run.settings.categories
 ]
-arguments = {"method": how.method, "steps": how.steps, "micro_batch": how.micro_batch}
+arguments = {"method": how.method, "steps": how.ig_steps, "micro_batch": how.micro_batch}
 for category in (*run.settings.categories, *refused):
-    pairs, _ = category_pairs(data.records, category, tok, run.settings.data.max_pairs)
+    pairs, _ = category_pairs(data.records, category, tok, run.settings.attribution.max_pairs)
     guess = estimate_cost(lm, pairs, metric, **arguments)
     scores[category], cost = measured(
         lambda: attribute(lm, pairs, metric, rule=how.rule, per_pair=True, **arguments), lm.device
@@ -203,7 +192,7 @@ run.table("tab_edges", top.head(12), f"The strongest edges of {first} (nats).")
 # at the clean end.
 
 # %%
-errors, fine = convergence(lm, few, metric, how.convergence)
+errors, fine = convergence(lm, few, metric, run.settings.study.convergence)
 run.figure(
     "fig_convergence",
     convergence(
@@ -222,10 +211,10 @@ run.figure(
 # EAP-IG stands in, which checks the quadrature alone.
 
 # %%
-pairs = few[: how.exact_pairs] if how.exact_pairs else few
+pairs = few[: run.settings.study.exact_pairs] if run.settings.study.exact_pairs else few
 truth, name = (
     (attribute(lm, pairs, metric, method="exact"), "exact patching")
-    if how.exact_pairs
+    if run.settings.study.exact_pairs
     else (fine, f"{fine.steps} gradients")
 )
 edges = edge_table(truth, attribute(lm, pairs, metric, rule=how.rule, **arguments))
@@ -235,7 +224,7 @@ print(
 )
 run.figure(
     "fig_exact",
-    agreement(edges, f"{name} (nats)", f"{how.method}, {how.steps} steps (nats)"),
+    agreement(edges, f"{name} (nats)", f"{how.method}, {how.ig_steps} steps (nats)"),
     f"Every edge's estimate against {name}, per kind of reader, with Pearson's r ({first}, {len(pairs)} pairs).",
 )
 

@@ -64,14 +64,6 @@ run = open_run(
     device=device,
     model=model,
     policy=policy,
-    produces=(
-        "fig_loss",
-        "tab_training",
-        "tab_scale",
-        "fig_scale",
-        "fig_norms",
-        "tab_before_after",
-    ),
 )
 lm, tok = load_subject(run)
 spec, how = ModelSpec.from_model(lm), run.settings.edit
@@ -79,11 +71,11 @@ base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 metric, ask = (
     load_metric(run),
     {
-        "max_new_tokens": run.settings.evaluation.max_new_tokens,
-        "batch_size": run.settings.evaluation.batch_size,
+        "max_new_tokens": run.settings.answers.max_new_tokens,
+        "batch_size": run.settings.answers.answer_batch,
     },
 )
-val = limited(base[base["split"] == "val"], run.settings.data.validation_limit)
+val = limited(base[base["split"] == "val"], run.settings.answers.validation_limit)
 val_base = evaluate(lm, tok, val, metric, **ask)
 caps = caps_of(val_base)
 print(f"{len(val)} validation prompts; caps: {caps}")
@@ -118,7 +110,7 @@ for category in run.settings.categories:
             val_base,
             category,
             caps,
-            how.scales,
+            run.settings.answers.grid,
             method="cdelta",
             seed=seed,
             metric=metric,

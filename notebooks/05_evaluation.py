@@ -54,27 +54,23 @@ from cdelta.artifact.figures.plots import PAGE, heatmap, judges, matrices, metho
 from cdelta.artifact.jobs import Comparison
 from cdelta.artifact.overview import labelled_answers
 from cdelta.artifact.run import open_run
-from cdelta.artifact.targets import targets_met
+from cdelta.artifact.targets import Evidence, targets_met
 from cdelta.evaluation.classifiers import RULE_JUDGES, classifier
-from cdelta.evaluation.comparison import (
-    TITLES,
-    calibrations,
-    compare,
+from cdelta.evaluation.calibration import calibrations, reliability
+from cdelta.evaluation.comparison import MEASURES, compare, measured, verdicts
+from cdelta.evaluation.rates import with_pooled
+from cdelta.evaluation.tables import (
     diagonal_gap,
     harness_utility,
     matrix,
-    measured,
     ood,
     overrefusal,
-    reliability,
     robustness,
     selectivity,
     shift,
     tradeoff,
     utility,
-    verdicts,
     wide_matrix,
-    with_pooled,
 )
 
 run = open_run(
@@ -84,26 +80,6 @@ run = open_run(
     device=device,
     model=model,
     policy=policy,
-    produces=(
-        "tab_selectivity",
-        "fig_selectivity",
-        "tab_compare",
-        "tab_matrix",
-        "fig_matrix",
-        "fig_matrices",
-        "tab_ood",
-        "fig_ood",
-        "tab_overrefusal",
-        "tab_utility",
-        "tab_shift",
-        "tab_robustness",
-        "fig_robustness",
-        "tab_tuning",
-        "fig_tradeoff",
-        "tab_judges",
-        "fig_judges",
-        "tab_targets",
-    ),
 )
 comparison = Comparison(run)
 print(
@@ -142,7 +118,7 @@ run.table(
 # %%
 run.figure(
     "fig_selectivity",
-    method_bars(measured(rows).replace({"measure": TITLES}), "measure", "rate (%)"),
+    method_bars(measured(rows).replace({"measure": {name: m.title for name, m in MEASURES.items()}}), "measure", "rate (%)"),
     "Test rates per method. Bar: all categories together (Wilson 95 % over prompts); dots: single categories.",
 )
 
@@ -314,7 +290,7 @@ run.figure(
 # least 99 % of the base, held-out words at least 90 % refused.
 
 # %%
-met = targets_met(rows)
+met = targets_met(Evidence(rows))
 run.table(
     "tab_targets",
     met,

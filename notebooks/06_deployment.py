@@ -75,7 +75,7 @@ from cdelta.edit.fit import fit_delta
 from cdelta.edit.rows import fit_settings, training_rows
 from cdelta.edit.scale import caps_of
 from cdelta.edit.stop import stop_rule
-from cdelta.evaluation.comparison import selectivity
+from cdelta.evaluation.tables import selectivity
 from cdelta.evaluation.measure import evaluate, judged
 from cdelta.evaluation.rates import kind_rates
 from cdelta.methods.registry import candidates, why_not
@@ -94,22 +94,6 @@ run = open_run(
     device=device,
     model=model,
     policy=policy,
-    produces=(
-        "tab_verify",
-        "tab_files",
-        "fig_touched",
-        "tab_runtimes",
-        "tab_lora",
-        "tab_formats",
-        "tab_quantisation",
-        "fig_quantisation",
-        "tab_composition",
-        "fig_composition",
-        "tab_conflicts",
-        "tab_removal",
-        "tab_cost",
-        "fig_break_even",
-    ),
 )
 folder = local_folder(subject_folder(run), run.settings.revision or None)
 categories, seed = run.settings.categories, run.settings.seeds[0]
@@ -130,8 +114,8 @@ spec = ModelSpec.from_model(lm)
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 how, limit = run.settings.edit, run.settings.deployment.limit
 ask = {
-    "max_new_tokens": run.settings.evaluation.max_new_tokens,
-    "batch_size": run.settings.evaluation.batch_size,
+    "max_new_tokens": run.settings.answers.max_new_tokens,
+    "batch_size": run.settings.answers.answer_batch,
 }
 plain = base[(base["ood_set"] == "") & (base["role"] != "borderline")]
 few = pd.concat(
@@ -142,7 +126,7 @@ few = pd.concat(
 )
 test, val = (
     few[few["split"] == "test"],
-    limited(base[base["split"] == "val"], run.settings.data.validation_limit),
+    limited(base[base["split"] == "val"], run.settings.answers.validation_limit),
 )
 base_rows = evaluate(lm, tok, test, **ask)
 edited_rows = measure(lm, tok, delta, k, test, method="cdelta", edit_category=category, **ask)
@@ -556,10 +540,10 @@ for size in (n for n in run.settings.deployment.joint if 1 < n <= len(categories
         *training_rows(merged(base, together), name, seed),
         stop=stop,
         seed=seed,
-        **fit_settings(how) | {"steps": size * how.max_steps},
+        **fit_settings(how) | {"steps": size * how.steps},
     )
     best = tune(
-        lm, tok, {"": joint}, val, val_base, together, caps, how.scales, method="joint", **ask
+        lm, tok, {"": joint}, val, val_base, together, caps, run.settings.answers.grid, method="joint", **ask
     )
     rules.append(
         measure(lm, tok, joint, best.strength, test, method="joint", edit_category=name, **ask)

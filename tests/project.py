@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cdelta.artifact.run import STAGES
+from cdelta.artifact.stages import NAMES
 from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
 
 NOTEBOOK = """# ---
@@ -36,9 +36,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from cdelta import paths, store
+from cdelta import paths
+from cdelta.artifact.run import open_run
 
-run = store.open_run("{stage}", preset=preset, run_dir=run_dir, produces=("tab_{stage}",))
+run = open_run("{stage}", preset=preset, run_dir=run_dir)
 value = {value}
 
 # %%
@@ -103,7 +104,7 @@ class Project:
         shutil.copy(ROOT / "Snakefile", root)
         (root / "notebooks").mkdir()
         project = cls(root)
-        for stage in STAGES:
+        for stage in NAMES:
             project.write(stage)
         return project
 
@@ -111,7 +112,7 @@ class Project:
     def real(cls, root: Path) -> Project:
         """Copy the workflow with the true notebooks and the embedded model; every process that it starts is offline."""
         project = cls.make(root)
-        for stage in STAGES:
+        for stage in NAMES:
             shutil.copy(NOTEBOOKS / f"{stage}.py", root / "notebooks")
         if ORGANISM.exists():
             shutil.copytree(ORGANISM, root / "data" / "organism")
@@ -157,7 +158,7 @@ class Project:
 
     def finished(self) -> list[str]:
         """Stages that are complete."""
-        return [stage for stage in STAGES if (self.run_dir / stage / "stage.json").exists()]
+        return [stage for stage in NAMES if (self.run_dir / stage / "stage.json").exists()]
 
     def stamps(self) -> dict[str, int]:
         """When each finished stage was written."""

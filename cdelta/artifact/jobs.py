@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Iterator, Mapping
@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 
 from cdelta.artifact.presets import Preset, resolve
-from cdelta.artifact.run import Reader
+from cdelta.artifact.run import RunReader
 from cdelta.artifact.subject import load_mask, load_metric, load_subject
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.rows import fit_settings, training_rows
-from cdelta.edit.scale import caps_of
+from cdelta.edit.rows import training_rows
+from cdelta.edit.scale import Caps
 from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.lm_eval import harness
@@ -101,22 +101,22 @@ def jobs(settings: Preset) -> list[Job]:
 class Comparison:
     """All methods of a run's preset on its data. What is found lies in the run's scratch folder, a folder per job."""
 
-    def __init__(self, run: Reader):
+    def __init__(self, run: RunReader):
         self.run, self.settings, self.how = run, run.settings, run.settings.evaluation
         self.model, self.tok = load_subject(run)
         self.metric = load_metric(run)
         self.ask = {
             "metric": self.metric,
-            "max_new_tokens": self.how.max_new_tokens,
-            "batch_size": self.how.batch_size,
+            "max_new_tokens": self.settings.answers.max_new_tokens,
+            "batch_size": self.settings.answers.answer_batch,
         }
         self.base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
         records = Policy.load(run.input("01_dataset", "policy")).records
         self.test = limited(
-            limited(records[records["split"] == "test"], self.how.limit), self.how.test_limit
+            limited(records[records["split"] == "test"], self.settings.data.limit), self.how.test_limit
         )
         self.val = limited(
-            self.base[self.base["split"] == "val"], self.settings.data.validation_limit
+            self.base[self.base["split"] == "val"], self.settings.answers.validation_limit
         )
         self.jobs = jobs(self.settings)
 
@@ -157,11 +157,10 @@ class Comparison:
             stop_rule(
                 self.model,
                 self.tok,
-                self.val,
+                self.val_base,
                 job.category,
-                refuse_at=how.refuse_at,
-                tolerance=how.tolerance,
-                **self.ask,
+                self.settings.recipe,
+                self.metric,
             )
             if trained
             else None
@@ -170,7 +169,10 @@ class Comparison:
             (self.val["category"] == job.category) & (self.val["role"] == "target"),
             self.val["role"] != "borderline",
         )
-        positive, negative, retain = training_rows(self.base, job.category, job.seed)
+        rows = training_rows(
+            self.base, job.category, self.settings.recipe.seeded(job.seed).edit
+        )
+        positive, negative, retain = rows.positive, rows.negative, rows.retain
         twins = self.base[
             (self.base["split"] == "edit")
             & (self.base["role"] == "benign")
@@ -179,7 +181,7 @@ class Comparison:
         return Task(
             self.model, self.tok, job.category, load_mask(self.run, job.category, spec), positive, negative, retain, list(twins["prompt"]),
             list(self.val.loc[own, "prompt"]), list(self.val.loc[~own & rest, "prompt"]),
-            load_mask(self.run, other, spec) if other != job.category else None, job.seed, self.how.layers, stop, fit_settings(how),
+            load_mask(self.run, other, spec) if other != job.category else None, job.seed, self.how.layers, stop, asdict(how),
         )  # fmt: skip
 
     def test_of(self, category: str) -> pd.DataFrame:
@@ -268,12 +270,12 @@ class Comparison:
             return NO_CHANGE
         options = self._candidates(job, task, folder)
         scales = (
-            self.settings.edit.scales
+            self.settings.answers.grid
             if isinstance(next(iter(options.values())), WeightDelta)
             else self.how.strengths
         )
         return tune(
-            self.model, self.tok, options, self.val, self.val_base, job.category, caps_of(self.val_base), scales,
+            self.model, self.tok, options, self.val, self.val_base, job.category, Caps.of(self.val_base, self.settings.answers), scales,
             store=RowStore(folder / "tuning"), method=job.method, seed=job.seed, **self.ask,
         )  # fmt: skip
 
@@ -327,7 +329,7 @@ class Comparison:
             return ""
         how = {
             "limit": self.how.harness_limit or None,
-            "batch_size": self.how.batch_size,
+            "batch_size": self.settings.answers.answer_batch,
             "chat": self.tok.chat_template is not None,
         }
         try:
@@ -454,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         Comparison(
-            Reader(STAGE, settings, Path(args.run_dir or RUNS / args.preset), args.device)
+            RunReader(STAGE, settings, Path(args.run_dir or RUNS / args.preset), args.device)
         ).run_all(to_the_end=False)
     except CdeltaError as error:
         print(error, file=sys.stderr)

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from cdelta.artifact.run import STAGES, check_figures, read_manifest, read_stage
-from cdelta.artifact.stages import clock, load_notebook
+from cdelta.artifact.execution import clock, load_notebook
+from cdelta.artifact.run import check_figures, read_manifest, read_stage
+from cdelta.artifact.stages import NAMES
 from cdelta.errors import CdeltaError
 from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
 
@@ -33,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
     figures = run_dir / "figures"
     pages = figures / "report"
     pages.mkdir(parents=True, exist_ok=True)
-    done = [stage for stage in STAGES if read_stage(run_dir, stage)]
+    done = [stage for stage in NAMES if read_stage(run_dir, stage)]
     for stage in done:
         (pages / f"{stage}.html").write_text(
             _notebook_page(stage, run_dir / "notebooks" / f"{stage}.ipynb"), encoding="utf-8"
@@ -156,8 +157,8 @@ def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[P
         executed = nbformat.read(run_dir / "notebooks" / f"{stage}.ipynb", as_version=4)
         written.append(NOTEBOOKS / f"{stage}.ipynb")
         nbformat.write(paired(stage, executed), written[-1])
-    model = run_dir / "00_organism" / "model"
-    if "00_organism" in stages and model.exists():
+    model = run_dir / "00_subject" / "model"
+    if "00_subject" in stages and model.exists():
         written.append(_copy_folder(model, ORGANISM))
     if figures:
         written.append(_copy_folder(run_dir / "figures", figures))

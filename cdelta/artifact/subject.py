@@ -35,9 +35,9 @@ def name_subject(run) -> dict[str, str]:
 
 def subject_folder(run, subject: Mapping[str, str] | None = None) -> str:
     """Folder or hub id of the model under study; `subject` is given in stage 00, which is still being written."""
-    subject = subject or json.loads(run.input("00_organism", "model.json").read_text())
+    subject = subject or json.loads(run.input("00_subject", "model.json").read_text())
     return subject.get("folder") or (
-        str(run.input("00_organism", "model")) if subject["path"] == "model" else subject["path"]
+        str(run.input("00_subject", "model")) if subject["path"] == "model" else subject["path"]
     )
 
 

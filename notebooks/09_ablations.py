@@ -13,7 +13,7 @@
 # ---
 
 # %% [markdown]
-# # 07 · Ablations
+# # 09 · Ablations
 #
 # **Question:** how much of the model must be editable, and does it matter which part?
 #
@@ -39,7 +39,7 @@ from cdelta.artifact.subject import load_metric, load_subject
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.controls import random_mask
 from cdelta.circuit.ranking import unit_scores
-from cdelta.circuit.selection import select
+from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.fit import fit_delta
 from cdelta.edit.rows import fit_settings, training_rows
@@ -51,13 +51,12 @@ from cdelta.models.spec import ModelSpec
 from cdelta.policy.selection import limited
 
 run = open_run(
-    "07_ablations",
+    "09_ablations",
     preset=preset,
     run_dir=run_dir,
     device=device,
     model=model,
     policy=policy,
-    produces=("tab_ablations", "fig_budget", "tab_layer_scales"),
 )
 lm, tok = load_subject(run)
 spec, how, metric, seed = (
@@ -67,14 +66,14 @@ spec, how, metric, seed = (
     run.settings.seeds[0],
 )
 ask = {
-    "max_new_tokens": run.settings.evaluation.max_new_tokens,
-    "batch_size": run.settings.evaluation.batch_size,
+    "max_new_tokens": run.settings.answers.max_new_tokens,
+    "batch_size": run.settings.answers.answer_batch,
     "metric": metric,
 }
 
 # %%
 base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
-val = limited(base[base["split"] == "val"], run.settings.data.validation_limit)
+val = limited(base[base["split"] == "val"], run.settings.answers.validation_limit)
 val_base = evaluate(lm, tok, val, **ask)
 caps, (category, *rest) = caps_of(val_base), run.settings.categories
 scores = {
@@ -96,9 +95,7 @@ budget, chosen = run.settings.circuit.param_budget, run.settings.ablation
 ranked = lambda c, ranking: unit_scores(
     scores[c], [s for name, s in scores.items() if name != c], ranking
 )
-filled = lambda heads, neurons, share: select(
-    None, spec, param_budget=share, heads=heads, neurons=neurons, fill=True
-).to_mask(spec)
+filled = lambda heads, neurons, share: select_units(spec, heads, neurons, share).to_mask(spec)
 circuit = lambda c, share, ranking=run.settings.circuit.ranking: filled(*ranked(c, ranking), share)
 own = circuit(category, budget)
 updates = {
@@ -149,7 +146,7 @@ for c, kind, name, mask, changes in tqdm(variants, desc="variants", mininterval=
 # %%
 found = []
 for (c, kind, name), delta in deltas.items():
-    best = tune(lm, tok, {"": delta}, val, val_base, c, caps, how.scales, method="cdelta", **ask)
+    best = tune(lm, tok, {"": delta}, val, val_base, c, caps, run.settings.answers.grid, method="cdelta", **ask)
     at_best = best.curve[best.curve["k"] == best.strength].iloc[0]
     found.append(
         {

@@ -50,13 +50,12 @@ from cdelta.policy.selection import limited
 from cdelta.policy.synthetic import records
 
 run = open_run(
-    "00_organism",
+    "00_subject",
     preset=preset,
     run_dir=run_dir,
     device=device,
     model=model,
     policy=policy,
-    produces=("fig_organism_training", "tab_model", "tab_organism", "fig_organism"),
 )
 embedded = run.settings.model == "organism"
 print(run.settings.description)
@@ -115,7 +114,7 @@ prompts = [
 ]
 for prompt, answer in zip(
     prompts,
-    evaluate.generate(lm, tok, prompts, max_new_tokens=run.settings.evaluation.max_new_tokens),
+    evaluate.generate(lm, tok, prompts, max_new_tokens=run.settings.answers.max_new_tokens),
 ):
     print(f"user:  {prompt}\nmodel: {answer}\n")
 
@@ -132,9 +131,9 @@ test = records[records["split"] == "test"]
 rows = evaluate(
     lm,
     tok,
-    limited(test, run.settings.evaluation.limit),
-    max_new_tokens=run.settings.evaluation.max_new_tokens,
-    batch_size=run.settings.evaluation.batch_size,
+    limited(test, run.settings.data.limit),
+    max_new_tokens=run.settings.answers.max_new_tokens,
+    batch_size=run.settings.answers.answer_batch,
 )
 rows.to_parquet(run.path("rows.parquet"), index=False)
 measured = check(rows)
@@ -145,7 +144,7 @@ run.table(
 )
 
 # %%
-if embedded and run.settings.evaluation.limit == 0 and not measured["met"].all():
+if embedded and run.settings.data.limit == 0 and not measured["met"].all():
     raise AssertionError(
         f"the embedded model misses: {measured.loc[~measured['met'], 'what'].tolist()}"
     )
