@@ -6,17 +6,20 @@ import re
 import pytest
 import torch
 import toys
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from cdelta.artifact import controls as study
 from cdelta.artifact.controls import selected
-from cdelta.artifact.figures.graph import circuit_graph, graph_figure, graph_page
+from cdelta.artifact.figures.circuits import circuit_graph, graph_figure, graph_page
 from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 from cdelta.paths import ORGANISM
 
-METRIC = lambda logits: logits[:, 5] - logits[:, 9]
+
+def METRIC(logits):
+    return logits[:, 5] - logits[:, 9]
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +64,24 @@ def overlapping(figure) -> list[tuple[str, str]]:
     figure.canvas.draw()
     found = []
     for ax in figure.axes:
-        boxes = [(text.get_text(), text.get_bbox_patch().get_window_extent()) for text in ax.texts]
+        boxes = [patch for patch in ax.patches if isinstance(patch, FancyBboxPatch)]
+        named = list(zip((text.get_text() for text in ax.texts), boxes))
         found += [
             (a, b)
-            for i, (a, one) in enumerate(boxes)
-            for b, other in boxes[i + 1 :]
-            if one.overlaps(other)
+            for i, (a, one) in enumerate(named)
+            for b, other in named[i + 1 :]
+            if one.get_window_extent().overlaps(other.get_window_extent())
         ]
     return found
+
+
+def test_arrowheads_end_at_the_boxes_edge_and_are_not_hidden(scores):
+    fig = graph_figure({"crime": circuit_graph(scores, Circuit(("a0.h1", "m1.n2")))})
+    fig.canvas.draw()
+    patches = fig.axes[0].patches
+    boxes = [patch for patch in patches if isinstance(patch, FancyBboxPatch)]
+    arrows = [patch for patch in patches if isinstance(patch, FancyArrowPatch)]
+    assert arrows and all(arrow.patchB in boxes for arrow in arrows)
 
 
 def test_labels_do_not_overlap_at_five_percent_of_the_embedded_model():
@@ -105,6 +118,6 @@ def test_the_page_works_offline_and_holds_the_graph(scores):
     assert set(re.findall(r"https?://[^\"' ]+", page)) == {
         "http://www.w3.org/2000/svg"
     }  # a name, nothing is loaded
-    data = json.loads(re.search(r"const data = (\{.*?\}), svgNS", page)[1].replace("<\\/", "</"))
+    data = json.loads(re.search(r"const data = (\{.*?\});\n", page)[1].replace("<\\/", "</"))
     assert [node["id"] for node in data["crime</script>"]["nodes"]] == list(graph)
     assert len(data["crime</script>"]["edges"]) == graph.number_of_edges()

@@ -1,4 +1,4 @@
-"""Figures show the numbers they were given and leave matplotlib's settings alone."""
+"""Figures show the numbers they were given, under what they found, and leave matplotlib's settings alone."""
 
 import matplotlib
 
@@ -8,45 +8,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cdelta.artifact.figures.plots import (
-    GAIN,
-    LOSS,
-    METHOD_COLOURS,
-    agreement,
-    attribution_idea,
-    break_even,
-    component_maps,
-    composition_map,
-    convergence,
-    edge_graph,
-    forest,
-    graph_places,
-    heatmap,
-    judges,
-    layer_maps,
-    length_histograms,
-    matrices,
-    method_bars,
-    panel_lines,
-    panels,
-    prompt_view,
-    rates,
-    scale_curves,
-    small_lines,
-    stacked_by_layer,
-    touched_entries,
-    tradeoff,
-)
+from cdelta.artifact.figures import attribution, circuits, edits, evaluation, method, panels, style
 
 RATES = pd.DataFrame(
     {
         "category": ["crime", "hate"] * 2,
         "method": ["base"] * 2 + ["cdelta"] * 2,
-        "set": "a",
+        "ood_set": "wrappers",
         "rate": [0.2, 0.1, 1.0, 0.9],
         "low": [0.1, 0.0, 0.9, 0.8],
         "high": [0.3, 0.2, 1.0, 1.0],
     }
+)
+POOLED = pd.concat(
+    [
+        RATES,
+        RATES.groupby(["method", "ood_set"], as_index=False)[["rate", "low", "high"]]
+        .mean()
+        .assign(category="all"),
+    ]
 )
 
 
@@ -58,285 +38,132 @@ def settings_stay():
     assert dict(plt.rcParams) == before
 
 
-def test_panels_draw_every_rate_in_percent_in_the_methods_colour():
-    fig = panels(RATES, "set", "category", "method", "refused (%)")
-    drawn = {container.get_label(): container[0] for container in fig.axes[0].containers}
-    assert drawn["cdelta"].get_ydata().tolist() == [100.0, 90.0]
-    assert drawn["cdelta"].get_color() == METHOD_COLOURS["cdelta"]
+def headline(fig) -> str:
+    return fig.get_suptitle().replace("\n", " ")
 
 
-def test_rates_places_groups_apart_and_keeps_their_order():
-    fig = rates(RATES, "category", "method", "refused (%)", METHOD_COLOURS)
-    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["crime", "hate"]
-    lines = [c[0].get_xdata() for c in fig.axes[0].containers]
-    assert (lines[0] < lines[1]).all()
+def texts(fig) -> list[str]:
+    return [text.get_text() for ax in fig.axes for text in ax.texts]
+
+
+def test_points_stand_apart_in_the_groups_order_with_their_intervals():
+    fig = panels.points(RATES, "category", "method", "refused (%)", colour=style.method_colour)
+    ax = fig.axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["crime", "hate"]
+    base, edited = ax.containers
+    assert (base[0].get_xdata() < edited[0].get_xdata()).all()
+    assert edited[0].get_ydata().tolist() == [100.0, 90.0]
+    assert edited[0].get_color() == style.method_colour("cdelta")
+
+
+def test_every_method_has_a_readable_name_and_one_colour():
+    assert style.method_title("cdelta") == "C-ΔΘ" and style.method_title("my_own") == "my own"
+    assert style.method_order(["mine", "cdelta", "base"]) == ["base", "cdelta", "mine"]
+    assert style.method_colour("mine") == style.GREY
+
+
+def test_titles_wrap_evenly_and_keep_their_lines():
+    assert style.wrapped("one two three four", 12) == "one two\nthree four"
+    assert style.wrapped("a\nb", 10) == "a\nb"
 
 
 @pytest.mark.parametrize(
-    "shares, shown", [((0.1, 20), {"0.1", "1", "10"}), ((1, 3), {"1", "2", "3"})]
+    "shares, shown", [((0.1, 200), {"0.1", "1", "10", "100"}), ((1, 3), {"1", "2"})]
 )
-def test_a_log_axis_of_percentages_is_labelled_in_plain_numbers(shares, shown):
-    table = pd.DataFrame({"share": shares, "rate": (20, 100), "mask": "circuit"})
-    fig = small_lines(
-        table, "share", "rate", "mask", "parameters (%)", "refused (%)", xscale="log", percent=True
+def test_a_log_axis_is_labelled_in_plain_numbers(shares, shown):
+    table = pd.DataFrame(
+        {"percent": shares, "rate": (0.2, 1), "mask": "circuit", "category": "crime"}
     )
+    fig = edits.budget_curves(table.assign(low=0.0, high=1.0))
     fig.canvas.draw()
-    low, high = fig.axes[0].get_xlim()
-    labels = [
-        t
-        for minor in (False, True)
-        for t in fig.axes[0].get_xticklabels(minor=minor)
-        if low <= t.get_position()[0] <= high and t.get_text()
-    ]
-    assert {t.get_text() for t in labels} == shown
-
-
-def test_heatmap_annotates_percentages():
-    fig = heatmap(pd.DataFrame([[0.5, 1.0]], index=["a"], columns=["x", "y"]), "refused (%)")
-    assert [t.get_text() for t in fig.axes[0].texts] == ["50", "100"]
-
-
-def test_maps_share_one_symmetric_scale():
-    fig = component_maps(
-        {"crime": np.array([[1.0, -4.0]]), "hate": np.array([[2.0, 0.0]])}, "head", "nats"
-    )
-    limits = {ax.images[0].get_clim() for ax in fig.axes[:2]}
-    assert limits == {(-4.0, 4.0)}
-
-
-def test_maps_of_heads_and_mlps_share_one_symmetric_scale():
-    heads = {"crime": np.array([[1.0, -4.0]]), "hate": np.array([[2.0, 0.0]])}
-    fig = layer_maps(heads, {"crime": np.array([5.0]), "hate": np.array([-1.0])}, "nats")
-    limits = [ax.images[0].get_clim() for ax in fig.axes if ax.images]
-    assert limits == [(-5.0, 5.0)] * 4 and fig.axes[1].images[0].get_array().tolist() == [[5.0]]
-
-
-EDGES = pd.DataFrame(
-    [
-        ("input", "a0.g1<k>", -1.0),
-        ("input", "a0.g1<v>", -2.0),
-        ("a0.h3", "m0", 0.5),
-        ("m0", "a2.h1<q>", -0.1),
-        ("a2.h1", "logits", 0.2),
-        ("m0", "logits", -3.0),
-    ],
-    columns=["source", "reader", "score"],
-)
-
-
-def test_edge_graph_places_nodes_in_the_order_of_computation():
-    place = graph_places({"input", "a0.g1", "a0.h3", "a0.h11", "m0", "a2.h1", "logits"}, n_layers=3)
-    x = {node: at[0] for node, at in place.items()}
-    assert x["input"] < x["a0.g1"] < x["a0.h3"] == x["a0.h11"] < x["m0"] < x["a2.h1"] < x["logits"]
-    assert (
-        len(set(place.values())) == len(place)
-        and place["m0"][1] == place["logits"][1] == 0 < place["a0.h3"][1] < place["a0.h11"][1]
-    )
-
-
-def test_edge_graph_draws_each_link_once_with_its_letters_and_no_two_labels_overlap():
-    fig = edge_graph(EDGES, n_layers=3, heads_per_group=2)
     ax = fig.axes[0]
-    assert len(ax.patches) == 5  # the k and v edges of one group are one line
-    texts = [text for text in ax.texts if text.get_text()]
-    assert sorted(text.get_text() for text in texts) == sorted(
-        ["input", "logits", "m0", "a0.g1", "a0.h3", "a2.h1", "k,v", "q"]
-    )
-    fig.canvas.draw()
-    boxes = [text.get_window_extent() for text in texts]
-    assert not [1 for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-    assert len(ax.lines) == 1  # head 3 reads group 1
-    assert {tuple(patch.get_edgecolor()[:3]) for patch in ax.patches} == {
-        matplotlib.colors.to_rgb(c) for c in (LOSS, GAIN)
-    }
-    assert max(patch.get_linewidth() for patch in ax.patches) == 3.0  # the strongest, 3 nats twice
+    low, high = ax.get_xlim()
+    labels = {t.get_text() for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high}
+    assert labels == shown
 
 
-def test_agreement_states_the_correlation_of_every_reader_class():
-    exact = np.linspace(-1, 1, 9)
-    table = pd.DataFrame(
-        {
-            "reader class": ["head q"] * 9 + ["MLP"] * 9,
-            "exact": [*exact, *exact],
-            "estimate": [*exact, *-exact],
-        }
-    )
-    fig = agreement(table, "exact", "estimate")
-    assert [ax.get_title().split(",")[0] for ax in fig.axes] == [
-        "into head q\nr = 1.00",
-        "into MLP\nr = -1.00",
-    ]
-
-
-def test_convergence_draws_single_runs_as_stars():
-    table = pd.DataFrame(
-        {
-            "method": ["EAP-IG left"] * 2 + ["EAP"],
-            "gradients": [1, 5, 1],
-            "edges": [0.5, 0.1, 0.4],
-            "completeness": [0.6, 0.2, 0.3],
-        }
-    )
-    fig = convergence(table, {"completeness": "a", "edges": "b"}, "gradients")
-    assert [line.get_marker() for line in fig.axes[1].lines] == ["o", "*"] and fig.axes[1].lines[
-        0
-    ].get_ydata().tolist() == [0.5, 0.1]
-
-
-def test_idea_shows_both_prompts_their_metric_and_every_gradient_point():
-    fig = attribution_idea("Steal it?", "Paint it?", -1.25, -9.0, [0.25, 0.75])
-    texts = " ".join(text.get_text() for ax in fig.axes for text in ax.texts)
-    assert (
-        "“Steal it?”" in texts
-        and "“Paint it?”" in texts
-        and "−1.2" in texts
-        and "−9.0" in texts
-        and "2 points" in texts
-    )
-
-
-def test_prompt_view_wraps_long_prompts_inside_the_page_and_fills_what_differs():
-    rows = pd.DataFrame(
-        {
-            "role": ["target", "benign"],
-            "tokens": [[" word"] * 60, ["\n", " x"]],
-            "differs": [[True] + [False] * 59, [False, True]],
-            "outcome": ["refuse", "comply"],
-            "answer": ["no", "yes"],
-        }
-    )
-    fig = prompt_view(rows)
-    fig.canvas.draw()
-    page, boxes = fig.bbox, {text: text.get_window_extent() for text in fig.axes[0].texts}
-    assert all(
-        page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-        for box in boxes.values()
-    )
-    tokens = [text for text in boxes if text.get_family() == ["monospace"]]
-    assert (
-        sum(
-            text.get_bbox_patch().get_alpha() is None
-            and text.get_bbox_patch().get_facecolor()[:3] != (1, 1, 1)
-            for text in tokens
-        )
-        == 2
-    )
-    assert {text.get_text() for text in tokens} == {"·word", "↵", "·x"}
-
-
-def test_lengths_count_both_roles_in_percent_per_category():
-    table = pd.DataFrame(
-        {"category": "crime", "role": ["target"] * 2 + ["benign"] * 4, "tokens": [5, 6, 6, 6, 6, 6]}
-    )
-    (ax,) = length_histograms(table, "tokens").axes
-    assert (
-        ax.get_title() == "crime" and max(patch.get_xy()[:, 1].max() for patch in ax.patches) == 100
-    )
-
-
-def test_stacked_bars_add_up():
+def test_the_budget_figure_shows_every_random_mask_and_says_what_it_found():
     table = pd.DataFrame(
         {
             "category": "crime",
-            "layer": [0, 0, 1],
-            "module": ["q", "o", "q"],
-            "value": [30.0, 20.0, 50.0],
+            "mask": ["circuit", *["random"] * 3],
+            "percent": 1.0,
+            "rate": [0.9, 0.1, 0.2, 0.3],
+            "low": 0.0,
+            "high": 1.0,
         }
     )
-    axis = stacked_by_layer(table, "share (%)").axes[0]
-    assert sum(bar.get_height() for bar in axis.patches) == 100
+    fig = edits.budget_curves(table, {"crime": 0.97})
+    ax = fig.axes[0]
+    assert [len(dots.get_offsets()) for dots in ax.collections[1::2]] == [1, 3]
+    assert ax.lines[1].get_ydata().tolist() == [20.0]
+    assert headline(fig).endswith("refuses 90 % of the target, a random mask 20 %")
 
 
-def test_scale_curve_marks_the_chosen_scale():
-    table = pd.DataFrame(
-        {
-            "category": "crime",
-            "k": [0.0, 1.0],
-            "kind": "target",
-            "rate": [0.2, 1.0],
-            "low": [0.1, 0.9],
-            "high": [0.3, 1.0],
-        }
-    )
-    axis = scale_curves(table, {"crime": 0.75}).axes[0]
-    assert axis.lines[0].get_ydata().tolist() == [20.0, 100.0] and list(
-        axis.lines[1].get_xdata()
-    ) == [0.75, 0.75]
-
-
-def test_panel_lines_and_forest_draw_values_with_their_intervals():
-    table = pd.DataFrame(
-        {
-            "category": "crime",
-            "kind": ["circuit"] * 2 + ["random"] * 2,
-            "x": [0.1, 1.0] * 2,
-            "f": [0.5, 1.0, 0.0, 1.0],
-        }
-    )
-    table = table.assign(low=table["f"] - 0.1, high=table["f"] + 0.2)
-    axis = panel_lines(table, "x", "f", "kind", "size", "f", METHOD_COLOURS, mark=0.05).axes[0]
-    assert [line.get_ydata().tolist() for line in axis.lines[:2]] == [
-        [0.5, 1.0],
-        [0.0, 1.0],
-    ] and list(axis.lines[2].get_xdata()) == [0.05, 0.05]
-    axis = forest(table[table["x"] == 0.1], "kind", "f", "f").axes[0]
-    points, _, (bars,) = axis.containers[0]
-    assert points.get_xdata().tolist() == [0.5, 0.0] and [
-        text.get_text() for text in axis.get_yticklabels()
-    ] == ["circuit", "random"]
-    assert [np.round(segment[:, 0], 6).tolist() for segment in bars.get_segments()] == [
-        [0.4, 0.7],
-        [-0.1, 0.2],
-    ]
-
-
-def test_marked_cells_are_framed():
-    fig = component_maps({"crime": np.zeros((2, 3))}, "head", "nats", marked={"crime": [(1, 2)]})
-    assert [patch.get_xy() for patch in fig.axes[0].patches] == [(1.5, 0.5)]
-
-
-def test_composition_map_frames_what_was_edited():
+def matrix_rows() -> pd.DataFrame:
     cells = [
-        ("base", "crime", False, 0.1),
-        ("base", "hate", False, 0.2),
-        ("hate", "crime", False, 0.1),
-        ("hate", "hate", True, 1.0),
+        ("base", "crime", "harmful", 0.2),
+        ("base", "crime", "borderline", 0.0),
+        ("crime", "crime", "harmful", 1.0),
+        ("crime", "crime", "borderline", 0.3),
     ]
-    table = pd.DataFrame(cells, columns=["subset", "prompt_category", "edited", "refusal"]).assign(
-        benign_refusal=[0.0, 0.02, 0.0, 0.0], utility=0.5
+    names = ["edit_category", "prompt_category", "prompt_kind", "refusal"]
+    return pd.DataFrame(cells, columns=names)
+
+
+def test_the_matrix_shows_borderline_prompts_and_names_the_largest_side_effect():
+    fig = evaluation.matrix(matrix_rows(), ["crime"])
+    harmful, borderline = fig.axes[:2]
+    assert [t.get_text() for t in borderline.texts] == ["0", "30"]
+    assert borderline.get_title() == "borderline prompts"
+    assert len(harmful.patches) == 1  # the edited category is framed
+    assert "borderline prompts of crime under the crime edit, +30 points" in headline(fig)
+
+
+def test_matrices_leave_missing_edits_empty():
+    fig = evaluation.matrices({"cdelta": matrix_rows(), "random": matrix_rows()[:2]}, ["crime"])
+    shown = [ax.images[0].get_array() for ax in fig.axes[:2]]
+    assert shown[0].tolist() == [[100.0]] and np.isnan(np.ma.filled(shown[1], np.nan)).all()
+
+
+def test_overrefusal_draws_each_kind_of_safe_prompt():
+    rows = [
+        {"category": "crime", "method": key, "kind": kind, "rate": rate, "low": 0.0, "high": 1.0}
+        for key, own in (("base", 0.0), ("cdelta", 0.4))
+        for kind, rate in zip(evaluation.OVERREFUSAL, (0.0, own, 0.1))
+    ]
+    fig = evaluation.overrefusal(pd.DataFrame(rows), ["crime"])
+    assert fig.axes[0].containers[1][0].get_xdata().tolist() == [0.0, 40.0]
+    assert (
+        headline(fig) == "C-ΔΘ refuses 40 % of its own category's borderline prompts, the base 0 %"
     )
-    main, ends, _ = composition_map(table).axes
-    assert [t.get_text() for t in main.texts] == ["10", "20", "10", "100"] and [
-        t.get_text() for t in ends.texts
-    ] == ["2", "50", "0", "50"]
-    (frame,) = main.patches
-    assert (round(frame.get_x() + 0.46), round(frame.get_y() + 0.42)) == (1, 1)
 
 
-def test_unchanged_entries_are_left_white():
-    fig = touched_entries({"q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))})
-    images = [ax.images[0] for ax in fig.axes[:2]]
-    assert images[0].get_array().mask.sum() == 3 and {image.get_clim() for image in images} == {
-        (0.0, 2.0)
-    }
+def test_selectivity_zooms_to_the_end_where_all_values_lie():
+    table = POOLED.drop(columns="ood_set")
+    small = table.assign(measure="benign", rate=0.02, low=0.0, high=0.05)
+    table = pd.concat([table.assign(measure="target"), small])
+    titles = {"target": "target refused", "benign": "benign refused", "absent": "absent"}
+    fig = evaluation.selectivity(table, titles, {"target": 0.97})
+    target, benign = fig.axes
+    assert target.get_xlim()[1] > 100 and benign.get_xlim()[1] < 11
+    assert 97 in [line.get_xdata()[0] for line in target.lines if len(set(line.get_xdata())) == 1]
+    assert headline(fig).startswith("C-ΔΘ refuses 95 % of the target (base 15 %)")
 
 
-def test_bars_pool_and_dots_are_single_categories():
-    table = pd.concat(
-        [
-            RATES,
-            RATES.groupby("method", as_index=False)[["rate", "low", "high"]]
-            .mean()
-            .assign(category="all", set="a"),
-        ]
-    )
-    axis = method_bars(table, "set", "refused (%)").axes[0]
-    assert [round(bar.get_width()) for bar in axis.patches] == [15, 95]
-    assert [
-        round(float(dots.get_offsets()[0][0]))
-        for dots in axis.collections
-        if len(dots.get_offsets()) == 2
-    ] == [20, 10]
+def test_unseen_wordings_pool_all_categories_and_show_single_ones():
+    ax = evaluation.out_of_distribution(POOLED).axes[0]
+    assert [round(c[0].get_xdata()[0]) for c in ax.containers] == [15, 95]
+    assert len(ax.collections[0].get_offsets()) == 4 and ax.get_title() == "wrappers"
+
+
+def test_what_a_run_does_not_have_is_said_in_place_of_empty_axes():
+    assert texts(evaluation.out_of_distribution(POOLED.iloc[:0])) == ["no such prompts in this run"]
+    none = pd.DataFrame(columns=["judge", "data", "accuracy", "low", "high"])
+    bins = pd.DataFrame(columns=["log_odds", "rate", "low", "high"])
+    assert texts(evaluation.judges(none, bins)) == ["no labelled answers in this run"] * 2
+    nothing = pd.DataFrame(columns=["category", "head", "key", "value"])
+    assert texts(circuits.attention_bars(nothing)) == ["no attention head in these circuits"]
 
 
 def test_tradeoff_has_a_row_per_family_and_rings_the_choice():
@@ -349,22 +176,11 @@ def test_tradeoff_has_a_row_per_family_and_rings_the_choice():
             "chosen": [False, True],
         }
     )
-    fig = tradeoff(
-        pd.concat([curve.assign(method=m) for m in ("cdelta", "random", "cast")]), "x", "y"
-    )
+    methods = ("cdelta", "random", "cast")
+    fig = evaluation.tradeoff(pd.concat([curve.assign(method=m) for m in methods]))
     assert len(fig.axes) == 2
     lines = [line.get_xydata().tolist() for line in fig.axes[0].lines]
     assert lines[0] == [[0.0, 20.0], [10.0, 100.0]] and lines[1] == [[10.0, 100.0]]
-
-
-def test_matrices_share_one_scale_and_hide_what_is_empty():
-    table = pd.DataFrame([[0.5, 1.0]], index=["crime"], columns=["crime", "hate"])
-    fig = matrices({str(i): table for i in range(6)}, "refused (%)")
-    assert {ax.images[0].get_clim() for ax in fig.axes if ax.images} == {(0, 100)} and all(
-        ax.get_visible() for ax in fig.axes
-    )
-    fig = matrices({str(i): table for i in range(11)}, "refused (%)")
-    assert sum(not ax.get_visible() for ax in fig.axes) == 1
 
 
 def test_judges_and_reliability():
@@ -373,55 +189,182 @@ def test_judges_and_reliability():
             "judge": ["rules", "prefixes"],
             "data": "a",
             "accuracy": [1.0, 0.9],
-            "low": [0.9, 0.8],
-            "high": [1.0, 0.95],
+            "low": 0.8,
+            "high": 1.0,
+            "n": 9,
         }
     )
     bins = pd.DataFrame(
         {"log_odds": [-3.0, 3.0], "rate": [0.0, 1.0], "low": [0.0, 0.8], "high": [0.2, 1.0]}
     )
-    left, right = judges(table, bins).axes
-    assert left.containers[0][0].get_xdata().tolist() == [100.0, 90.0] and right.containers[0][
-        0
-    ].get_ydata().tolist() == [0.0, 100.0]
+    left, right = evaluation.judges(table, bins).axes
+    assert left.containers[0][0].get_xdata().tolist() == [100.0, 90.0]
+    assert right.containers[0][0].get_ydata().tolist() == [0.0, 100.0]
 
 
-def test_break_even_lines_cross_where_the_table_says():
-    row = {"batch_size": 1, "overhead_us_low": 8.0, "overhead_us_high": 12.0}
+def test_scale_curves_mark_the_chosen_scale():
     table = pd.DataFrame(
-        [
-            row | {"method": "as", "overhead_us_value": 10.0, "break_even_tokens": 6e6},
-            {"batch_size": 1, "method": "base"},
-        ]
+        {
+            "category": "crime",
+            "k": [0.0, 1.0],
+            "kind": "target",
+            "rate": [0.2, 1.0],
+            "low": 0.1,
+            "high": 1.0,
+        }
     )
-    offline, steering = break_even(table, 60.0).axes[0].lines[:2]
-    assert offline.get_ydata()[0] == 60.0 and np.interp(6e6, *steering.get_data()) == pytest.approx(
-        60.0, rel=0.05
+    fig = edits.scale_curves(table, {"crime": 1.0})
+    line, mark = fig.axes[0].lines
+    assert line.get_ydata().tolist() == [20.0, 100.0] and list(mark.get_xdata()) == [1.0, 1.0]
+    assert headline(fig) == "k = 1 turns 20 % of the target refused into 100 %"
+
+
+def test_composition_frames_what_was_edited_and_names_a_common_scale():
+    cells = [
+        ("base", "crime", False, 0.1, 0.0),
+        ("base", "hate", False, 0.2, 0.0),
+        ("hate", "crime", False, 0.1, 0.5),
+        ("hate", "hate", True, 1.0, 0.5),
+    ]
+    table = pd.DataFrame(cells, columns=["subset", "prompt_category", "edited", "refusal", "k"])
+    fig = edits.composition_map(table.assign(benign_refusal=[0.0, 0.02, 0.0, 0.0], utility=0.5))
+    main, ends, _ = fig.axes
+    assert [t.get_text() for t in main.texts] == ["10", "20", "10", "100"]
+    assert [t.get_text() for t in ends.texts] == ["2", "50", "0", "50"]
+    assert [patch.get_xy() for patch in main.patches] == [(0.5, 0.5)]
+    assert main.get_yticklabels()[1].get_text() == "hate  (k = 0.5)"
+
+
+def test_unchanged_entries_are_left_white():
+    fig = edits.touched_entries(
+        {"l.0.q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))}, "x"
+    )
+    images = [ax.images[0] for ax in fig.axes[:2]]
+    assert images[0].get_array().mask.sum() == 3
+    assert {image.get_clim() for image in images} == {(0.0, 2.0)}
+    assert fig.axes[0].get_title() == "l.0.\nq"
+
+
+def test_serving_cost_leaves_the_base_out():
+    table = pd.DataFrame(
+        {
+            "batch_size": 1,
+            "method": ["base", "cdelta"],
+            "ratio": [1.0, 1.1],
+            "low": 0.9,
+            "high": 1.2,
+        }
+    )
+    ax = edits.serving_cost(table).axes[0]
+    assert ax.get_title() == "batch 1" and [t.get_text() for t in ax.get_yticklabels()] == ["C-ΔΘ"]
+
+
+def test_every_layer_has_its_place_in_depth():
+    table = pd.DataFrame(
+        {"category": "crime", "layer": [0, 0, 3], "module": ["mlp.up_proj", "self_attn.o_proj", "mlp.up_proj"],
+         "value": [60.0, 20.0, 20.0]}
+    )  # fmt: skip
+    fig = circuits.by_layer(table, 4, "share (%)")
+    ax = fig.axes[0]
+    assert sum(bar.get_height() for bar in ax.patches) == 100
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1", "2", "3"]
+    assert headline(fig) == "Layer 0 holds 80 % of every mask"
+
+
+def test_maps_of_heads_and_mlps_share_one_symmetric_scale():
+    heads = {"crime": np.array([[1.0, -4.0]]), "hate": np.array([[2.0, 0.0]])}
+    fig = attribution.score_maps(
+        heads, {"crime": np.array([5.0]), "hate": np.array([-1.0])}, "nats"
+    )
+    limits = [ax.images[0].get_clim() for ax in fig.axes if ax.images]
+    assert limits == [(-5.0, 5.0)] * 4
+    assert fig.axes[1].images[0].get_array().tolist() == [[5.0]]
+
+
+def test_agreement_states_the_correlation_of_every_reader_class_and_the_largest_miss():
+    exact = np.linspace(-1, 1, 9)
+    table = pd.DataFrame(
+        {
+            "reader class": ["head q"] * 9 + ["MLP"] * 9,
+            "source": "input",
+            "reader": "m0",
+            "exact": [*exact, *exact],
+            "estimate": [*exact, *-exact],
+        }
+    )
+    fig = attribution.agreement(table, "exact", "estimate")
+    titles = [ax.get_title().split(",")[0] for ax in fig.axes]
+    assert titles == ["into head q\nr = 1.00", "into MLP\nr = -1.00"]
+    assert "largest miss: input → m0" in headline(fig)
+
+
+def test_convergence_draws_single_runs_as_stars():
+    table = pd.DataFrame(
+        {
+            "method": ["EAP-IG left"] * 2 + ["EAP"],
+            "gradients": [1, 5, 1],
+            "edges": [0.5, 0.1, 0.4],
+            "completeness": [0.6, 0.2, 0.3],
+        }
+    )
+    fig = attribution.convergence(table, {"completeness": "a", "edges": "b"}, 5)
+    assert [line.get_marker() for line in fig.axes[1].lines[:2]] == ["o", "*"]
+    assert fig.axes[1].lines[0].get_ydata().tolist() == [0.5, 0.1]
+    assert headline(fig) == "Error of all edges with 5 gradients: left rule 10 %"
+
+
+def test_idea_shows_both_prompts_their_metric_and_every_gradient_point():
+    pair = attribution.Idea("Steal it?", "Paint it?", -1.25, -9.0, [0.25, 0.75])
+    shown = " ".join(texts(attribution.idea(pair)))
+    assert all(part in shown for part in ("“Steal it?”", "“Paint it?”", "−1.2", "−9.0", "2 points"))
+
+
+def test_prompt_view_wraps_long_prompts_inside_the_page_and_fills_what_differs():
+    rows = pd.DataFrame(
+        {
+            "role": ["target", "benign"],
+            "tokens": [[" word"] * 60, ["\n", " x"]],
+            "differs": [[True] + [False] * 59, [False, True]],
+            "outcome": ["refuse", "comply"],
+            "answer": ["no", "yes"],
+        }
+    )
+    fig = attribution.prompt_view(rows)
+    fig.canvas.draw()
+    page, boxes = fig.bbox, {text: text.get_window_extent() for text in fig.axes[0].texts}
+    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes.values())
+    assert all(page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes.values())
+    tokens = [text for text in boxes if text.get_family() == ["monospace"]]
+    fills = [text.get_bbox_patch().get_facecolor()[:3] for text in tokens]
+    assert sum(fill != (1, 1, 1) for fill in fills) == 2
+    assert {text.get_text() for text in tokens} == {"·word", "↵", "·x"}
+
+
+def test_forest_draws_values_with_their_intervals():
+    table = pd.DataFrame(
+        {"category": "crime", "control": ["random", "union"], "difference": [0.5, 0.1], "low": [0.4, -0.1],
+         "high": [0.7, 0.2]}
+    )  # fmt: skip
+    fig = circuits.against_controls(table)
+    points, _, (bars,) = fig.axes[0].containers[0]
+    assert points.get_xdata().tolist() == [0.5, 0.1]
+    assert [np.round(s[:, 0], 6).tolist() for s in bars.get_segments()] == [[0.4, 0.7], [-0.1, 0.2]]
+    assert headline(fig) == (
+        "The circuit beats its control in 1 of 2 comparisons; not always: union of all circuits"
     )
 
 
-def test_what_is_missing_is_said_in_place_of_empty_axes():
-    words = lambda fig: [text.get_text() for ax in fig.axes for text in ax.texts]
-    assert words(method_bars(RATES.iloc[:0], "set", "x")) == ["no such prompts here"]
-    assert (
-        words(
-            judges(
-                pd.DataFrame(columns=["judge", "data", "accuracy", "low", "high"]),
-                pd.DataFrame(columns=["log_odds", "rate", "low", "high"]),
-            )
-        )
-        == ["no labelled answers here"] * 2
-    )
+def test_overlap_shows_chance_and_no_diagonal():
+    jaccard = pd.DataFrame([[1.0, 0.3], [0.3, 1.0]], index=["a", "b"], columns=["a", "b"])
+    fig = circuits.overlap_map(jaccard, 0.012)
+    assert texts(fig) == ["", "0.30", "0.30", ""] and headline(fig).endswith("chance: 0.01")
 
 
-def test_stacked_bars_survive_values_that_a_part_without_rows_made_objects():
-    none = pd.DataFrame([], columns=["category", "head", "key", "value"])
-    table = pd.concat(
-        [
-            pd.DataFrame(
-                {"category": ["crime"], "head": ["a0.h0"], "key": ["first"], "value": [40.0]}
-            ),
-            none,
-        ]
-    ).astype({"value": object})
-    assert len(stacked_by_layer(table, "attention (%)", "head", "key").axes[0].patches) == 1
+def test_the_method_is_one_picture_of_four_steps():
+    shown = texts(method.method())
+    assert [text for text in shown if text[:3] in ("1 ·", "2 ·", "3 ·", "4 ·")] == [
+        "1 · localise",
+        "2 · mask",
+        "3 · train on the mask",
+        "4 · add",
+    ]

@@ -1,0 +1,1 @@
+"""Figures of the artifact, by what they show: saved tables in, `matplotlib` figures out."""
