@@ -1,4 +1,6 @@
-"""TODO models.families."""
+"""The supported architectures: where each keeps its parts. A new family is one entry of
+`FAMILIES`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from cdelta.errors import CdeltaError
 @dataclass(frozen=True)
 class Family:
     """Where one architecture keeps its parts. Paths are relative to a block, except `blocks` and
-    `final_norm`."""
+    `final_norm`.
+    """
 
     blocks: str = "model.layers"
     final_norm: str = "model.norm"
@@ -75,6 +78,16 @@ UNSUPPORTED_MARKS = {
 }
 """Configuration fields that, when set, say why an architecture is not supported."""
 
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "n_embd",
+    "n_layer",
+)
+"""Configuration fields that no model can have at zero."""
+
 
 class UnsupportedArchitecture(CdeltaError):
     """The model's parts are not where any supported family keeps them."""
@@ -82,18 +95,42 @@ class UnsupportedArchitecture(CdeltaError):
     def __init__(self, model_type: str, reason: str):
         supported = ", ".join(sorted(FAMILIES))
         super().__init__(
-            f"{model_type!r} is not supported ({reason}): use a model of one of these types: {supported}."
+            f"{model_type!r} is not supported ({reason}): use a model of one of these types: "
+            f"{supported}."
         )
 
 
 def check_supported(config) -> str:
     """The family of a configuration. Raises `UnsupportedArchitecture` saying why there is none."""
-    kind = config.model_type
+    return check_config(config.to_dict())
+
+
+def check_config(values: Mapping, source: object = "the model") -> str:
+    """The family of what config.json holds, before anything is built from it.
+
+    Raises `UnsupportedArchitecture` saying why there is none, or `CdeltaError` if the weights are
+    quantised or the file is no configuration.
+    """
+    kind = values.get("model_type") if isinstance(values, Mapping) else None
+    if not isinstance(kind, str) or not kind:
+        raise CdeltaError(f"{source}: config.json names no model_type: copy it again.")
+    text = values.get("text_config")
+    fields = {**values, **text} if isinstance(text, Mapping) else values
     for mark, reason in UNSUPPORTED_MARKS.items():
-        if getattr(config.get_text_config(), mark, None):
+        if fields.get(mark):
             raise UnsupportedArchitecture(kind, reason)
     if kind not in FAMILIES:
         raise UnsupportedArchitecture(kind, "no entry in cdelta.models.FAMILIES")
+    for size in SIZES:
+        if isinstance(fields.get(size), int) and fields[size] < 1:
+            raise CdeltaError(f"{source}: config.json says {size}={fields[size]}: copy it again.")
+    if fields.get("quantization_config"):
+        how = fields["quantization_config"]
+        method = how.get("quant_method", "") if isinstance(how, Mapping) else ""
+        raise CdeltaError(
+            f"{source}: its weights are quantised ({method or 'quantization_config'}), and only "
+            f"plain ones can be edited: use the unquantised checkpoint."
+        )
     return kind
 
 

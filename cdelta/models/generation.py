@@ -28,6 +28,20 @@ PENALTIES: Mapping[str, tuple[Any, str]] = {
 """Fields of generation_config.json that change greedy answers: the value that changes nothing, and
 the processor that applies it."""
 
+UNSUPPORTED_PENALTIES = (
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "sequence_bias",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+)
+"""Further such fields, which nothing here applies."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -209,6 +223,13 @@ def checkpoint_penalties(model) -> dict[str, Any]:
     config = model.generation_config
     found = {name: getattr(config, name, None) for name in PENALTIES}
     return {name: value for name, value in found.items() if value and value != PENALTIES[name][0]}
+
+
+def unsupported_penalties(model) -> dict[str, Any]:
+    """Fields of generation_config.json that change greedy answers elsewhere and never here."""
+    config = model.generation_config
+    found = {name: getattr(config, name, None) for name in UNSUPPORTED_PENALTIES}
+    return {name: value for name, value in found.items() if value}
 
 
 def penalty_processor(model) -> Process | None:

@@ -43,7 +43,6 @@ class Block:
     mlp_norm: nn.Module
     qkv: tuple[nn.Module, ...]
     o: nn.Module
-    mlp_in: tuple[nn.Module, ...]
     down: nn.Module
     attn_post: nn.Module | None
     mlp_post: nn.Module | None
@@ -74,10 +73,13 @@ class ModelSpec:
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> ModelSpec:
         """Read sizes off `model`. Raises `UnsupportedArchitecture` with the reason and the
-        supported families."""
+        supported families.
+        """
         family = check_supported(model.config)
         layout = FAMILIES[family]
         blocks = find_module(model, layout.blocks, family)
+        if not len(blocks):
+            raise UnsupportedArchitecture(family, "it has no layers")
         first = {path: find_module(blocks[0], path, family) for path in block_paths(layout)}
         o, down = first[layout.o], first[layout.down]
         conv1d = isinstance(o, Conv1D)
@@ -109,7 +111,7 @@ class ModelSpec:
         shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
         return cls(**dict(values) | {"shapes": shapes, "layout": FAMILIES[values["family"]]})
 
-    # ------------------------------------------------------------------ units -> slices of stored parameters
+    # --- units -> slices of stored parameters
 
     def head_slices(self, layer: int, head: int) -> tuple[Slice, ...]:
         """Query rows (and bias) and output columns of one head."""
@@ -130,10 +132,12 @@ class ModelSpec:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Stored shape of a parameter. Raises `CdeltaError` naming a parameter that the model does
-        not have."""
+        not have.
+        """
         if name not in self.shapes:
             raise CdeltaError(
-                f"the {self.family} model has no parameter {name!r}: was the mask made for another model?"
+                f"the {self.family} model has no parameter {name!r}: was the mask made for another "
+                "model?"
             )
         return self.shapes[name]
 
@@ -141,7 +145,7 @@ class ModelSpec:
         """The kv group that `head` reads."""
         return head * self.n_kv // self.n_heads
 
-    # ------------------------------------------------------------------ modules of a given model
+    # --- modules of a given model
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """The modules of every block of `model`, first to last."""
@@ -153,12 +157,13 @@ class ModelSpec:
 
     def qkv_parts(self) -> tuple[tuple[str, int, int, int], ...]:
         """For q, k and v: (letter, index into `Block.qkv`, first output row, number of heads or
-        groups)."""
+        groups).
+        """
         units = {"q": self.n_heads, "k": self.n_kv, "v": self.n_kv}
         parts = {letter: self._qkv_part(letter) for letter in units}
         return tuple((x, self.layout.qkv.index(parts[x][0]), parts[x][1], units[x]) for x in units)
 
-    # ------------------------------------------------------------------ inside
+    # --- inside
 
     def _block(self, module: nn.Module) -> Block:
         get, layout = module.get_submodule, self.layout
@@ -168,7 +173,6 @@ class ModelSpec:
             mlp_norm=get(layout.mlp_norm),
             qkv=tuple(map(get, layout.qkv)),
             o=get(layout.o),
-            mlp_in=tuple(map(get, layout.mlp_in)),
             down=get(layout.down),
             attn_post=get(layout.attn_post) if layout.attn_post else None,
             mlp_post=get(layout.mlp_post) if layout.mlp_post else None,
@@ -208,7 +212,8 @@ class ModelSpec:
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Every block has the sizes of the first, and every projection plain weights of the size
-        its units need."""
+        its units need.
+        """
         expected = self._expected_outputs()
         for block in model.get_submodule(self.layout.blocks):
             for path, sizes in expected.items():

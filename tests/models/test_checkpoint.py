@@ -53,13 +53,13 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     with pytest.raises(CdeltaError, match="config.json says"):
-        Checkpoint(path).key_of
+        Checkpoint(path).check()
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(CdeltaError, match="weights and config.json disagree"):
-        Checkpoint(path).key_of
+        Checkpoint(path).check()
     (path / "model.safetensors").unlink()
     with pytest.raises(CdeltaError, match="no safetensors weights"):
-        Checkpoint(path).shards
+        Checkpoint(path).check()
 
 
 def test_integer_tensors_are_refused(tmp_path):

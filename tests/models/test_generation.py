@@ -20,7 +20,8 @@ def METRIC(logits):
 
 
 def with_frequent_end(family):
-    """Some tokens that the model likes to write end an answer, so that rows end at different lengths."""
+    """Some tokens that the model likes to write end an answer, so that rows end at different
+    lengths."""
     model = toy(family, seed=1)
     free = model.generate(
         torch.arange(2, 26)[:, None],
