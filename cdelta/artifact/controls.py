@@ -1,136 +1,113 @@
-"""What notebook 03 measures of the circuits: controls, stability, overlap, and what their parts do. DataFrames out, no files.
+"""What notebook 03 measures of circuits: is the ranking behind a mask better than others, and how
+much of the metric does the edited circuit itself carry? DataFrames out, no files.
 
-Circuits here are of units (heads, neurons), the kind that masks are made of.
+Circuits here are of units (heads, neurons), the kind that masks are made of, under the ranking that
+the run's masks are selected by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
-from cdelta.attribution.passes import batches, input_device, run
+from cdelta.attribution.batch import batches, input_device, run
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.controls import gradient_scores, layer_matched, magnitude_scores, random_scores
 from cdelta.circuit.effects import leave_one_out
-from cdelta.circuit.faithfulness import FRACTIONS, OUTSIDE, Curve, curves, evaluate, unit_circuits
-from cdelta.circuit.selection import select_units
+from cdelta.circuit.faithfulness import (
+    FRACTIONS,
+    OUTSIDE,
+    Curve,
+    curves,
+    edge_circuits,
+    evaluate,
+    unit_circuits,
+)
+from cdelta.circuit.ranking import UnitScores, of_pairs, shares, unit_scores
 from cdelta.evaluation.stats import bootstrap_ratio
 from cdelta.models.hooks import trainable
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
-
-UnitScores = tuple["Float[Tensor, 'layer head']", "Float[Tensor, 'layer neuron']"]
 CONTROLS = {
     "random": "units in random order",
-    "random_layer": "random units, in every layer as many heads and neurons as the circuit of that size",
+    "random_layer": "random units, as many heads and neurons per layer as in the circuit",
     "magnitude": "units by the sum of their |weights|",
-    "gradient": "units by the sum of |gradient x weight|, of the metric on the clean prompts",
+    "gradient": "units by the sum of |gradient × weight|, of the metric on the clean prompts",
     "other_circuit": "another category's circuit",
-    "union": "the union of all categories' circuits, of the same size: units by their largest share of any category's scores",
+    "union": "all categories' circuits together: units by their largest share of any one's scores",
 }
 """Rankings of units that a circuit must beat; all are cut at the same sizes."""
+BETTER = 1e-3
+"""A control restores more where its f is larger by more than this."""
 
 
-# ---------------------------------------------------------------------- scores of samples of pairs
+# ---------------------------------------------------------------------- rankings of drawn pairs
 
 
-def mean_scores(scores: Scores, rows: np.ndarray | None = None) -> UnitScores:
-    """Head and neuron scores as means over the pairs `rows` (with repetitions; all of them, if not given)."""
-    if rows is None:
-        return scores.heads, scores.neurons
-    weight = torch.from_numpy(np.bincount(rows, minlength=scores.n_pairs) / len(rows)).float()
-    return torch.tensordot(weight, scores.pair_heads, 1), torch.tensordot(
-        weight, scores.pair_neurons, 1
-    )
+def redrawn(scores: Scores, rng: np.random.Generator) -> Scores:
+    """Scores of as many pairs, drawn with replacement."""
+    return of_pairs(scores, torch.from_numpy(rng.integers(0, scores.n_pairs, scores.n_pairs)))
 
 
-def resampled(n: int, rng: np.random.Generator) -> np.ndarray:
-    """n rows of n, drawn with replacement."""
-    return rng.integers(0, n, n)
+def ranked(scores: Mapping[str, Scores], category: str, ranking: str) -> UnitScores:
+    """The category's unit scores, held against all others' where the ranking does so."""
+    others = [other for name, other in scores.items() if name != category]
+    return unit_scores(scores[category], others, ranking)
 
 
-def flat(scores: UnitScores) -> np.ndarray:
-    """|score| of every unit."""
-    return torch.cat([part.flatten() for part in scores]).abs().numpy()
-
-
-def share(scores: UnitScores) -> UnitScores:
-    """|score| over the sum of all units', so that categories compare."""
-    total = sum(part.abs().sum() for part in scores)
-    return tuple(part.abs() / total.clamp(min=1e-30) for part in scores)
+def union_of(rankings: Sequence[UnitScores]) -> UnitScores:
+    """Every unit's largest share of any ranking's scores."""
+    largest = torch.stack([shares(units.flat()) for units in rankings]).amax(0)
+    return rankings[0].like(largest)
 
 
 # ---------------------------------------------------------------------- controls
 
 
-def metric_gradients(model, pairs: PromptPairs, metric, rows: int = 32) -> dict[str, Tensor]:
-    """Gradient of the metric, summed over the clean prompts, with respect to every parameter."""
-    with trainable(model) as parameters:
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        for batch in batches(pairs, rows, input_device(model)):
-            value = run(model, batch.clean, batch, metric).sum()
-            for name, gradient in zip(
-                total, torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            ):
-                total[name] += 0 if gradient is None else gradient
-    return total
+@dataclass(frozen=True)
+class Settings:
+    """How circuits are compared with their controls."""
 
-
-def control_circuits(
-    spec: ModelSpec,
-    scores: Mapping[str, UnitScores],
-    category: str,
-    seed: int,
-    draws: int,
-    fixed: Mapping[str, UnitScores],
-    fractions: Sequence[float],
-) -> dict[str, list[Circuit]]:
-    """One seed's series of circuits: the category's, and those of every control, by name (``random 0``, ... where there are several).
-
-    Args:
-        scores: of every category, from this seed's pairs. Of the others, each seed takes the next.
-        draws: random masks, and as many layer-matched ones.
-        fixed: rankings that no seed moves (magnitude, gradient).
-    """
-    own = unit_circuits(spec, *scores[category], fractions)
-    draw = lambda i: 1000 * seed + i
-    matched = lambda i: [
-        c if f == 1 or not c.nodes else Circuit(layer_matched(c.to_mask(spec), spec, draw(i)).units)
-        for c, f in zip(own, fractions)
-    ]
-    rankings = {f"random {i}": random_scores(spec, draw(i)) for i in range(draws)} | dict(fixed)
-    others = [name for name in scores if name != category]
-    if others:
-        rankings["other_circuit"] = scores[others[seed % len(others)]]
-        rankings["union"] = tuple(
-            torch.stack(parts).amax(0) for parts in zip(*map(share, scores.values()))
-        )
-    series = {name: unit_circuits(spec, *ranking, fractions) for name, ranking in rankings.items()}
-    return {"circuit": own} | {f"random_layer {i}": matched(i) for i in range(draws)} | series
+    ranking: str = "pairs"
+    """The one that the masks are selected by."""
+    seeds: int = 3
+    """Samples of pairs, each with a circuit of its own."""
+    draws: int = 2
+    """Random masks, and as many layer-matched ones, per sample."""
+    fractions: tuple[float, ...] = FRACTIONS
+    """Sizes of the circuits."""
+    rows: int = 64
+    """Rows in one forward pass."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One category: (name, seed) -> curve on the held-out pairs, and how many units each series' circuits share with the category's own."""
+    """One category: curves on held-out pairs, and what every circuit shares with the category's."""
 
     curves: Mapping[tuple[str, int], Curve]
+    """(name, seed) -> curve; names are ``circuit``, and a control's key with a draw's number."""
     shared: Mapping[tuple[str, int], tuple[float, ...]]
-    """Jaccard at every fraction."""
+    """(name, seed) -> Jaccard at every fraction."""
 
     @property
     def first(self) -> Curve:
         """Any of the curves: fractions, clean and corrupted runs are the same in all."""
         return next(iter(self.curves.values()))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The samples of pairs."""
+        return sorted({seed for _, seed in self.curves})
 
     @property
     def kinds(self) -> list[str]:
@@ -141,137 +118,222 @@ class Compared:
     def mean(
         self, kind: str, what: Callable[[Curve], Tensor], seed: int | None = None
     ) -> np.ndarray:
-        """Mean of a curve's quantity over all draws and seeds (or one) of a kind."""
+        """Mean of a curve's quantity over all draws and seeds (or one) of a kind.
+
+        Rankings that no seed moves were run once, and stand for every seed.
+        """
         chosen = [
             what(curve)
-            for (name, s), curve in self.curves.items()
-            if name.split()[0] == kind and seed in (None, s)
+            for (name, own), curve in self.curves.items()
+            if name.split()[0] == kind and seed in (None, own)
         ]
-        return (
-            torch.stack(chosen).mean(0).numpy() if chosen else self.mean(kind, what)
-        )  # fixed rankings are there once
+        return torch.stack(chosen).mean(0).numpy() if chosen else self.mean(kind, what)
+
+    def area(self, kind: str, seed: int | None = None) -> np.ndarray:
+        """Area under the curve of every pair (not yet divided by the pairs' effect)."""
+        return self.mean(kind, lambda curve: curve.pair_areas, seed)
 
 
-def compare_controls(model, held_out: Mapping[str, PromptPairs], discover: Mapping[str, PromptPairs], metric, scores: Mapping[str, Scores],
-                     seeds: int, draws: int, fractions: Sequence[float] = FRACTIONS, rows: int = 64) -> dict[str, Compared]:  # fmt: skip
-    """Every category's circuit and its controls.
+def compare_controls(
+    model,
+    held_out: Mapping[str, PromptPairs],
+    discover: Mapping[str, PromptPairs],
+    metric,
+    scores: Mapping[str, Scores],
+    how: Settings,
+) -> dict[str, Compared]:
+    """Every category's circuit and its controls, on the held-out pairs.
 
-    Every seed draws its own pairs (as many as there are, with replacement) for the scores, its own random masks and another other
-    category. Magnitude and gradient (on all pairs) do not depend on a seed and are run once, as seed 0.
+    Every seed draws its own pairs (as many as there are, with replacement) for the scores, its own
+    random masks and another other category. Magnitude and gradient do not depend on a seed and are
+    run once, as seed 0. `scores` may hold further categories, which selective rankings use.
     """
     spec, found = ModelSpec.from_model(model), {}
-    samples = [
-        {
-            c: mean_scores(s, resampled(s.n_pairs, np.random.default_rng((seed, i))))
-            for i, (c, s) in enumerate(scores.items())
-        }
-        for seed in range(seeds)
-    ]
+    samples = [_sample(scores, held_out, how.ranking, seed) for seed in range(how.seeds)]
     for category, pairs in held_out.items():
-        gradient = gradient_scores(model, spec, metric_gradients(model, discover[category], metric))
-        fixed = {"magnitude": magnitude_scores(model, spec), "gradient": gradient}
+        gradients = metric_gradients(model, discover[category], metric)
+        fixed = {
+            "magnitude": magnitude_scores(model, spec),
+            "gradient": gradient_scores(model, spec, gradients),
+        }
         series = {}
         for seed, sample in enumerate(samples):
-            circuits = control_circuits(
-                spec, sample, category, seed, draws, fixed if seed == 0 else {}, fractions
-            )
-            series |= {(name, seed): chain for name, chain in circuits.items()}
+            still = {} if seed else fixed
+            for name, circuits in control_circuits(spec, sample, category, seed, still, how).items():
+                series[name, seed] = circuits
         shared = {
-            (name, seed): tuple(map(Circuit.jaccard, chain, series["circuit", seed]))
-            for (name, seed), chain in series.items()
+            (name, seed): tuple(map(Circuit.jaccard, circuits, series["circuit", seed]))
+            for (name, seed), circuits in series.items()
         }
-        found[category] = Compared(
-            curves(model, pairs, metric, series, fractions, rows=rows), shared
-        )
+        measured = curves(model, pairs, metric, series, how.fractions, rows=how.rows)
+        found[category] = Compared(measured, shared)
     return found
 
 
-def control_table(found: Mapping[str, Compared], size: float = 0.05) -> pd.DataFrame:
-    """The circuit's CPR minus every control's, with its 95 % paired bootstrap interval over held-out pairs (means over draws and seeds).
+def _sample(
+    scores: Mapping[str, Scores], categories: Mapping, ranking: str, seed: int
+) -> dict[str, UnitScores]:
+    """Rankings of one sample of every category's pairs."""
+    drawn = {
+        name: redrawn(own, np.random.default_rng((seed, i)))
+        for i, (name, own) in enumerate(scores.items())
+    }
+    return {category: ranked(drawn, category, ranking) for category in categories}
 
-    ``worst seed``: the smallest difference of a single seed. ``beats``: the interval lies above zero. Two columns show why: the units that
-    control and circuit share (Jaccard) at the fraction next to `size`, and the fractions at which the control restores more. ``f KL`` of
-    both, at the same fraction: `Runs.faithfulness_kl`.
+
+def control_circuits(
+    spec: ModelSpec,
+    rankings: Mapping[str, UnitScores],
+    category: str,
+    seed: int,
+    fixed: Mapping[str, UnitScores],
+    how: Settings,
+) -> dict[str, list[Circuit]]:
+    """One seed's circuits: the category's, and those of every control (``random 0``, ... where
+    there are several).
+
+    Args:
+        rankings: of every category, from this seed's pairs. Of the others, each seed takes the next.
+        fixed: rankings that no seed moves (magnitude, gradient).
     """
-    rows = []
-    for category, compared in found.items():
-        effect, fractions = compared.first.runs.effect.numpy(), compared.first.fractions
-        area = lambda kind, seed=None: compared.mean(kind, lambda curve: curve.pair_areas, seed)
-        f = {
-            kind: compared.mean(kind, lambda curve: curve.runs.faithfulness)
-            for kind in compared.kinds
-        }
-        near = int(np.abs(np.array(fractions) - size).argmin())
-        f_kl = {
-            kind: compared.mean(kind, lambda curve: curve.runs.faithfulness_kl)[near]
-            for kind in compared.kinds
-        }
-        for kind in compared.kinds[1:]:
-            difference = bootstrap_ratio(area("circuit") - area(kind), effect)
-            single = [
-                (area("circuit", seed) - area(kind, seed)).sum() / effect.sum()
-                for seed in sorted({seed for _, seed in compared.curves})
-            ]
-            shared = [
-                values[near]
-                for (name, _), values in compared.shared.items()
-                if name.split()[0] == kind
-            ]
-            better = [
-                f"{fraction:g}"
-                for fraction, mine, theirs in zip(fractions, f["circuit"], f[kind])
-                if theirs > mine + 1e-3
-            ]
-            rows.append({"category": category, "control": kind, "draws": len(shared), "CPR circuit": area("circuit").sum() / effect.sum(),
-                         "CPR control": area(kind).sum() / effect.sum(), "difference": difference.value, "low": difference.low, "high": difference.high,
-                         "worst seed": min(single), "beats": difference.low > 0, f"shared at {fractions[near]:g}": np.mean(shared),
-                         "f KL circuit": f_kl["circuit"], "f KL control": f_kl[kind], "control better at": ", ".join(better) or "-"})  # fmt: skip
-    return pd.DataFrame(rows)
+    own = unit_circuits(spec, *rankings[category], how.fractions)
+    draws = [1000 * seed + i for i in range(how.draws)]
+    found = {"circuit": own}
+    for i, draw in enumerate(draws):
+        found[f"random_layer {i}"] = _layer_matched(spec, own, how.fractions, draw)
+    controls = {f"random {i}": random_scores(spec, draw) for i, draw in enumerate(draws)}
+    controls |= fixed
+    others = [name for name in rankings if name != category]
+    if others:
+        controls["other_circuit"] = rankings[others[seed % len(others)]]
+        controls["union"] = union_of(list(rankings.values()))
+    for name, ranking in controls.items():
+        found[name] = unit_circuits(spec, *ranking, how.fractions)
+    return found
+
+
+def _layer_matched(
+    spec: ModelSpec, circuits: Sequence[Circuit], fractions: Sequence[float], draw: int
+) -> list[Circuit]:
+    """Random circuits with every circuit's counts per layer; empty and whole ones as they are."""
+    return [
+        circuit
+        if fraction == 1 or not circuit.nodes
+        else Circuit(layer_matched(circuit.to_mask(spec), spec, draw).units)
+        for circuit, fraction in zip(circuits, fractions)
+    ]
+
+
+def metric_gradients(model, pairs: PromptPairs, metric, rows: int = 32) -> dict[str, Tensor]:
+    """Gradient of the metric, summed over the clean prompts, with respect to every parameter."""
+    with trainable(model) as parameters:
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        for batch in batches(pairs, rows, input_device(model)):
+            value = run(model, batch.clean, batch, metric).sum()
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(total, found):
+                total[name] += 0 if gradient is None else gradient
+    return total
+
+
+def control_table(found: Mapping[str, Compared], size: float = 0.05) -> pd.DataFrame:
+    """The circuit's CPR minus every control's, with its 95 % paired bootstrap interval over
+    held-out pairs (means over draws and seeds).
+
+    ``worst seed``: the smallest difference of a single seed. ``beats``: the interval lies above
+    zero. Two columns show why: the units that control and circuit share (Jaccard) at the fraction
+    next to `size`, and the fractions at which the control restores more. ``f KL`` of both, at the
+    same fraction: `Runs.faithfulness_kl`.
+    """
+    return pd.DataFrame(
+        [
+            {"category": category, "control": kind, **_control_row(compared, kind, size)}
+            for category, compared in found.items()
+            for kind in compared.kinds[1:]
+        ]
+    )
+
+
+def _control_row(compared: Compared, kind: str, size: float) -> dict[str, object]:
+    effect = compared.first.runs.effect.numpy()
+    fractions = compared.first.fractions
+    near = int(np.abs(np.array(fractions) - size).argmin())
+    own, control = compared.area("circuit"), compared.area(kind)
+    difference = bootstrap_ratio(own - control, effect)
+    single = [
+        (compared.area("circuit", seed) - compared.area(kind, seed)).sum() / effect.sum()
+        for seed in compared.seeds
+    ]
+    overlaps = [values[near] for (n, _), values in compared.shared.items() if n.split()[0] == kind]
+    f = {key: compared.mean(key, _faithfulness) for key in ("circuit", kind)}
+    better = [
+        f"{fraction:g}"
+        for fraction, mine, theirs in zip(fractions, f["circuit"], f[kind])
+        if theirs > mine + BETTER
+    ]
+    return {
+        "draws": len(overlaps),
+        "CPR circuit": own.sum() / effect.sum(),
+        "CPR control": control.sum() / effect.sum(),
+        "difference": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+        "worst seed": min(single),
+        "beats": difference.low > 0,
+        f"shared at {fractions[near]:g}": np.mean(overlaps),
+        "f KL circuit": compared.mean("circuit", _faithfulness_kl)[near],
+        "f KL control": compared.mean(kind, _faithfulness_kl)[near],
+        "control better at": ", ".join(better) or "-",
+    }
+
+
+def _faithfulness(curve: Curve) -> Tensor:
+    return curve.runs.faithfulness
+
+
+def _faithfulness_kl(curve: Curve) -> Tensor:
+    return curve.runs.faithfulness_kl
 
 
 def verdict(table: pd.DataFrame) -> str:
     """In words: which controls the circuits beat, and about every other one what its row says."""
     lost = table[~table["beats"]]
-    beaten = f"{len(table) - len(lost)} of {len(table)} comparisons: the circuit's CPR is above the control's, with an interval that excludes zero."
-    shared = next(column for column in table if column.startswith("shared at"))
-    where = lambda row: (
-        "it restores more at no size"
-        if row["control better at"] == "-"
-        else f"it restores more at the sizes {row['control better at']}"
+    beaten = (
+        f"{len(table) - len(lost)} of {len(table)} comparisons: the circuit's CPR is above the "
+        "control's, with an interval that excludes zero."
     )
-    return "\n".join(
-        [
-            beaten,
-            *(
-                f"NOT beaten: {row['control']} in {row['category']}: CPR {row['CPR control']:.3f} against {row['CPR circuit']:.3f}, difference {row['difference']:.3f} "
-                f"[{row['low']:.3f}, {row['high']:.3f}]. Why: its units overlap the circuit's by {row[shared]:.2f} (Jaccard, {shared}), and {where(row)}."
-                for row in lost.to_dict("records")
-            ),
-        ]
+    return "\n".join([beaten, *map(_not_beaten, lost.to_dict("records"))])
+
+
+def _not_beaten(row: Mapping[str, object]) -> str:
+    shared = next(name for name in row if name.startswith("shared at"))
+    sizes = row["control better at"]
+    where = "at no size" if sizes == "-" else f"at the sizes {sizes}"
+    return (
+        f"Not beaten: {row['control']} in {row['category']}: CPR {row['CPR control']:.3f} against "
+        f"{row['CPR circuit']:.3f}, difference {row['difference']:.3f} "
+        f"[{row['low']:.3f}, {row['high']:.3f}]. Its units overlap the circuit's by "
+        f"{row[shared]:.2f} (Jaccard, {shared}), and it restores more {where}."
     )
 
 
 def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
-    """f at every fraction, mean over draws and seeds, with its 95 % bootstrap interval over pairs: rows ``category, kind, fraction, f, low, high``."""
+    """f at every fraction, mean over draws and seeds, with its 95 % bootstrap interval over pairs:
+    rows ``category, kind, fraction, f, low, high``.
+    """
     rows = []
     for category, compared in found.items():
         effect = compared.first.runs.effect.numpy()
         for kind in compared.kinds:
-            for fraction, values in zip(
-                compared.first.fractions, compared.mean(kind, lambda curve: curve.runs.restored)
-            ):
+            restored = compared.mean(kind, lambda curve: curve.runs.restored)
+            for fraction, values in zip(compared.first.fractions, restored):
                 f = bootstrap_ratio(values, effect, draws=1000)
-                rows.append(
-                    {
-                        "category": category,
-                        "kind": kind,
-                        "fraction": fraction,
-                        "f": f.value,
-                        "low": f.low,
-                        "high": f.high,
-                    }
-                )
+                row = {"category": category, "kind": kind, "fraction": fraction}
+                rows.append(row | {"f": f.value, "low": f.low, "high": f.high})
     return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------- the edited circuit itself
 
 
 def faithfulness_row(
@@ -279,43 +341,54 @@ def faithfulness_row(
     pairs: PromptPairs,
     metric,
     circuit: Circuit,
-    curve: Curve,
-    by_edge: Curve,
-    few: int,
-    left_out: int,
+    units: UnitScores,
+    scores: Scores,
+    study,
     rows: int = 64,
 ) -> dict[str, float]:
-    """One circuit's numbers: CPR and CMD of its ranking, f of the circuit itself under every kind of ablation, KL, completeness, minimality.
+    """One circuit's numbers on held-out pairs.
 
-    ``KL (nats)``: of the circuit's next-token distribution from the model's, and ``f KL`` on the scale of f (`Runs.faithfulness_kl`).
-    ``rest``: f of the model without the circuit (0: the circuit is complete). ``idle units``: share of single units (at most `left_out`,
-    evenly from all) whose removal from the circuit's own run does not lower the metric, on the first `few` pairs.
+    ``CPR, CMD`` of its ranking (`units`), and of circuits of edges (``CPR edges``, on
+    `study.edge_pairs` pairs); ``f`` of the circuit itself with its interval, and under the other
+    kinds of ablation; ``KL (nats)`` of its next-token distribution from the model's, and ``f KL``
+    on the scale of f; ``rest``: f of the model without the circuit (0: the circuit is complete);
+    ``idle units``: share of single units (at most `study.left_out`, evenly from all) whose removal
+    from the circuit's own run does not lower the metric, on the first `study.again_pairs` pairs.
     """
-    f = {
-        outside: evaluate(model, pairs, metric, [circuit], outside, rows=rows).faithfulness.item()
+    spec, fractions = scores.spec, study.fractions
+    series = {"units": unit_circuits(spec, *units, fractions)}
+    by_unit = curves(model, pairs, metric, series, fractions, rows=rows)["units"]
+    series, few = {"edges": edge_circuits(scores, spec, fractions)}, pairs[: study.edge_pairs]
+    by_edge = curves(model, few, metric, series, fractions, rows=rows)["edges"]
+    runs = {
+        outside: evaluate(model, pairs, metric, [circuit], outside, rows=rows)
         for outside in OUTSIDE
     }
-    whole = evaluate(model, pairs, metric, [circuit], rows=rows)
+    whole = runs["corrupted"]
     interval = bootstrap_ratio(whole.restored[0].numpy(), whole.effect.numpy())
-    tried = circuit.nodes[:: -(-len(circuit.nodes) // left_out) or 1]
-    rest = evaluate(model, pairs, metric, [circuit], ablate=True, rows=rows).faithfulness.item()
-    falls = leave_one_out(
-        model, pairs[:few], metric, circuit, {node: Circuit((node,)) for node in tried}, rows=rows
-    )
+    rest = evaluate(model, pairs, metric, [circuit], ablate=True, rows=rows)
+    return {
+        "CPR": by_unit.cpr,
+        "CMD": by_unit.cmd,
+        "CPR edges": by_edge.cpr,
+        "CMD edges": by_edge.cmd,
+        "f": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "f zero": runs["zero"].faithfulness.item(),
+        "f mean": runs["mean"].faithfulness.item(),
+        "KL (nats)": whole.kl_circuits.mean().item(),
+        "f KL": whole.faithfulness_kl.item(),
+        "rest": rest.faithfulness.item(),
+        "idle units": _idle(model, pairs[: study.again_pairs], metric, circuit, study, rows),
+    }
+
+
+def _idle(model, pairs: PromptPairs, metric, circuit: Circuit, study, rows: int) -> float:
+    step = -(-len(circuit.nodes) // study.left_out) or 1
+    single = {node: Circuit((node,)) for node in circuit.nodes[::step]}
+    falls = leave_one_out(model, pairs, metric, circuit, single, rows=rows)
+    whole = evaluate(model, pairs, metric, [circuit], rows=rows)
     sign = np.sign(whole.effect.mean().item())
-    idle = (
-        float(np.mean([sign * fall.mean().item() <= 0 for fall in falls.values()]))
-        if falls
-        else 0.0
-    )
-    return {"CPR": curve.cpr, "CMD": curve.cmd, "CPR edges": by_edge.cpr, "CMD edges": by_edge.cmd, "f": interval.value, "low": interval.low, "high": interval.high,
-            "f zero": f["zero"], "f mean": f["mean"], "KL (nats)": whole.kl_circuits.mean().item(), "f KL": whole.faithfulness_kl.item(),
-            "rest": rest, "idle units": idle}  # fmt: skip
-
-
-# ---------------------------------------------------------------------- stability and overlap
-
-
-def selected(spec: ModelSpec, scores: UnitScores, budget: float) -> Circuit:
-    """The units that the budget buys, as notebook 03 selects them."""
-    return select_units(spec, *scores, budget)
+    idle = [sign * fall.mean().item() <= 0 for fall in falls.values()]
+    return float(np.mean(idle)) if idle else 0.0

@@ -1,4 +1,4 @@
-"""Exact patching: one edge or unit at a time carries the corrupted run's value. Literal and slow: the oracle."""
+"""Exact patching: one edge or unit at a time carries the corrupted run's value. The slow oracle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Callable, Iterator
 
 import torch
 
-from cdelta.attribution.passes import Batch, SourceDifferences, Writer, run, writers
+from cdelta.attribution.batch import Batch, run
+from cdelta.attribution.differences import SourceDifferences
+from cdelta.attribution.linear import Writer, writers
 from cdelta.models.hooks import after, before, hooked
 
 if TYPE_CHECKING:
@@ -24,12 +26,14 @@ Hooks = Callable[["Float[Tensor, 'row pos d']"], list]
 def patch_all(
     model, differences: SourceDifferences, batch: Batch, metric, edges, heads, neurons
 ) -> None:
-    """Add the change of the metric, patched minus clean, to `edges` (summed over rows), `heads` and `neurons`."""
+    """Add the change of the metric, patched minus clean, to `edges` (summed over rows), `heads`
+    and `neurons`.
+    """
     patch = partial(patched_changes, model, batch, metric, differences.metric_clean)
     for upstream, column, hooks in readers(model, differences):
         edges[:upstream, column] += patch(differences.dense[:upstream], hooks).sum(-1)
     for layer, block in enumerate(differences.blocks):
-        attn, mlp = writers(differences.spec, block)
+        attn, mlp = writers(differences.spec, block).values()
         outputs = differences.dense[differences.wiring.heads(layer)]
         heads[:, layer] += patch(outputs, partial(write_more, attn)).T
         changes = patch(neuron_outputs(differences, layer, mlp), partial(write_more, mlp)).T
@@ -44,7 +48,9 @@ def patched_changes(
     differences: Float[Tensor, "u n d"],
     hooks: Hooks,
 ) -> Float[Tensor, "u row"]:
-    """Change of every row's metric when `hooks` adds each of `differences` in its own forward pass."""
+    """Change of every row's metric when `hooks` adds each of `differences` in its own forward
+    pass.
+    """
     rows = len(batch.rows)
     changes = []
     for chunk in differences.split(max(1, ROWS // rows)):
@@ -57,7 +63,9 @@ def patched_changes(
 
 
 def readers(model, differences: SourceDifferences) -> Iterator[tuple[int, int, Hooks]]:
-    """For every reader: (number of upstream sources, column in edges, hooks that shift what it alone reads)."""
+    """For every reader: (number of upstream sources, column in edges, hooks that shift what it
+    alone reads).
+    """
     spec, wiring = differences.spec, differences.wiring
     for layer, block in enumerate(differences.blocks):
         upstream, column = (
@@ -83,7 +91,9 @@ def read_shifted(norm, shift: Float[Tensor, "row pos d"]) -> list:
 
 
 def project_shifted(norm, projection, rows: slice, shift: Float[Tensor, "row pos d"]) -> list:
-    """Hooks: the named output rows of the projection are computed from x + shift, the others from x."""
+    """Hooks: the named output rows of the projection are computed from x + shift, the others from
+    x.
+    """
     seen = {}
 
     def replace_rows(out):

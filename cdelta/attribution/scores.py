@@ -1,9 +1,11 @@
-"""Which edges, heads and neurons cause a metric: EAP, EAP-IG and exact patching on Hugging Face models.
+"""Which edges, heads and neurons cause a metric: EAP, EAP-IG and exact patching on Hugging Face
+models.
 
-An edge's score estimates how the metric changes when that edge alone carries the corrupted run's value:
-S(u→v) = mean_t Σ_n (out_u(corr) − out_u(clean))·g_v(t), with g_v(t) the metric's gradient at reader v's own copy of the
-residual stream, before its norm, on the path x(t) = x_corr + a_t (x_clean − x_corr) from block 0 on. All scores are
-means over pairs, in the metric's unit. (EAP: Syed et al. 2310.10348; EAP-IG: Hanna et al. 2403.17806.)
+An edge's score estimates how the metric changes when that edge alone carries the corrupted run's
+value: S(u→v) = mean_t Σ_n (out_u(corr) − out_u(clean))·g_v(t), with g_v(t) the metric's gradient
+at reader v's own copy of the residual stream, before its norm, on the path x(t) = x_corr + a_t
+(x_clean − x_corr) from block 0 on. All scores are means over pairs, in the metric's unit. (EAP:
+Syed et al. 2310.10348; EAP-IG: Hanna et al. 2403.17806.)
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +21,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from cdelta.attribution.cost import Cost, check_memory, memory_needed, passes
+from cdelta.attribution.batch import Batch, batches, input_device
+from cdelta.attribution.cost import (
+    STEPS_AT_ONCE,
+    Cost,
+    check_memory,
+    fitting_micro_batch,
+    memory_needed,
+    passes,
+)
+from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.exact import patch_all
+from cdelta.attribution.gradients import GradientPass, Schedule
 from cdelta.attribution.metrics import Metric, SequenceMetric
-from cdelta.attribution.passes import Batch, GradientPass, SourceDifferences, batches, input_device
 from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.models.hooks import frozen
@@ -42,7 +54,9 @@ TENSORS = ("edges", "heads", "neurons", "kv", "pair_heads", "pair_neurons")
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Attribution scores, means over pairs, in the metric's unit; signs as in the module's docstring."""
+    """Attribution scores, means over pairs, in the metric's unit; signs as in the module's
+    docstring.
+    """
 
     edges: Float[Tensor, "source reader"]
     heads: Float[Tensor, "layer head"]
@@ -82,7 +96,7 @@ class Scores:
 
     @property
     def completeness_error(self) -> float:
-        """|Σ_v S(input→v) − (m_corr − m_clean)| over |m_corr − m_clean|: the quadrature's error, 0 with enough steps."""
+        """|Σ_v S(input→v) − (m_corr − m_clean)| / |m_corr − m_clean|: 0 with enough steps."""
         difference = self.metric_corrupted - self.metric_clean
         return abs(self.edges[0].sum().item() - difference) / max(abs(difference), 1e-12)
 
@@ -120,87 +134,105 @@ def attribute(
     method: str = "eap-ig",
     steps: int = 5,
     rule: str = "midpoint",
-    micro_batch: int = 8,
+    micro_batch: int | str = 8,
     per_pair: bool = False,
     progress: bool = False,
 ) -> Scores:
-    """Edge, head, neuron and kv-group scores of `metric` on `pairs`. The model is left as it was, also on errors.
+    """Edge, head, neuron and kv-group scores of `metric` on `pairs`; the model is left as it was.
 
     Args:
-        model: a Hugging Face causal LM of a supported family, in eval mode; may be spread over devices by accelerate.
-        metric: Float[row, vocab] logits at each row's last token -> Float[row]; or a `SequenceMetric`.
-        method: "eap-ig"; "eap" (gradient at the clean run only); "clean-corrupted" (mean of the gradients at both
-            ends); or "exact" (patch one edge at a time: the slow oracle, one forward pass per edge and unit).
-        steps, rule: of "eap-ig": number of gradient steps and where each is taken ("midpoint", "left", "right").
-        micro_batch: pairs in memory at a time; memory grows with it, scores do not depend on it.
-        per_pair: also keep every pair's head and neuron scores (for the bootstrap).
+        model: a Hugging Face causal LM of a supported family, in eval mode; may be spread over
+            devices by accelerate.
+        metric: Float[row, vocab] logits at each row's last token -> Float[row]; or a
+            `SequenceMetric`.
+        method: "eap-ig"; "eap" (gradient at the clean run only); "clean-corrupted" (mean of the
+            gradients at both ends); or "exact" (patch one edge at a time: the slow oracle, one
+            forward pass per edge and unit).
+        steps, rule: of "eap-ig": number of gradient steps and where each is taken ("midpoint",
+            "left", "right").
+        micro_batch: pairs in memory at a time, all their steps (at most `cost.STEPS_AT_ONCE`) in
+            one pass; "auto" takes as many as `cost.AUTO_SHARE` of the free memory holds. Memory
+            grows with it, scores do not depend on it.
+        per_pair: also keep every pair's head and neuron scores (for ranking by pairs, bootstrap).
         progress: show a bar with the time left.
 
-    Raises `CdeltaError` on unknown words, on a model in training mode, on test-split pairs, and before a run that would
-    not fit into memory; `UnsupportedArchitecture` on other models.
+    Raises `CdeltaError` on unknown words, on a model in training mode, on test-split pairs, and
+    before a run that would not fit into memory; `UnsupportedArchitecture` on other models.
     """
     refuse_test(pairs, "attribution")
     schedule = gradient_schedule(method, steps, rule)
     if model.training:
         raise CdeltaError(
-            "the model is in training mode, where dropout makes scores random: call model.eval() first."
+            "the model is in training mode, where dropout makes scores random: "
+            "call model.eval() first."
         )
-    spec = ModelSpec.from_model(model)
+    spec, device = ModelSpec.from_model(model), input_device(model)
     rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
-    totals = Totals(spec, len(pairs), len(rows), per_pair, wide_dtype(model))
-    todo = batches(rows, micro_batch, input_device(model))
-    check_memory(memory_needed(model, spec, todo, len(schedule)), input_device(model), micro_batch)
-    with (
-        frozen(model),
-        tqdm(
-            total=len(todo) * (2 + len(schedule)), disable=not progress, desc=method, unit="pass"
-        ) as bar,
-    ):
+    todo = batches_that_fit(model, spec, rows, len(schedule), micro_batch, device)
+    totals = Totals(model, spec, len(pairs), len(rows), per_pair)
+    bar = tqdm(total=len(todo), disable=not progress, desc=method, unit="batch")
+    with frozen(model), bar:
         for batch in todo:
-            totals.add(model, batch, metric, schedule, bar)
-    return totals.scores(method, steps if method == "eap-ig" else len(schedule), rule, pairs.hash())
+            totals.add(model, batch, metric, schedule)
+            bar.update()
+    used_steps = steps if method == "eap-ig" else len(schedule)
+    return totals.scores(method, used_steps, rule, pairs.hash())
+
+
+def batches_that_fit(
+    model, spec: ModelSpec, rows: PromptPairs, steps: int, micro_batch: int | str, device
+) -> list[Batch]:
+    """The run's batches. Raises `CdeltaError`, naming a micro-batch that fits, where they do
+    not.
+    """
+    if micro_batch == "auto":
+        micro_batch = fitting_micro_batch(model, spec, rows, steps, device)
+    todo = batches(rows, micro_batch, device)
+    check_memory(memory_needed(model, spec, todo, steps), device, micro_batch)
+    return todo
 
 
 def estimate_cost(
-    model, pairs: PromptPairs, metric, method: str = "eap-ig", steps: int = 5, micro_batch: int = 8
+    model,
+    pairs: PromptPairs,
+    metric,
+    method: str = "eap-ig",
+    steps: int = 5,
+    micro_batch: int | str = 8,
 ) -> Cost:
-    """Seconds and peak memory that `attribute` with these arguments would take; runs one gradient step of one micro-batch to find out.
+    """Seconds and peak memory that `attribute` would take; runs one micro-batch to find out.
 
-    Of "exact" only the memory is predicted (its seconds count the two runs for the differences alone). Raises `CdeltaError`
-    as `attribute` does where it would not fit.
+    Of "exact" only the memory is predicted (its seconds count the two runs for the differences
+    alone). Raises `CdeltaError` as `attribute` does where it would not fit.
     """
-    spec, steps = ModelSpec.from_model(model), len(gradient_schedule(method, steps, "midpoint"))
+    spec, schedule = ModelSpec.from_model(model), gradient_schedule(method, steps, "midpoint")
     rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
-    todo = batches(rows, micro_batch, input_device(model))
-    needed = memory_needed(model, spec, todo, steps)
-    check_memory(needed, input_device(model), micro_batch)
-    largest, tokens = (
-        max(todo, key=lambda batch: batch.mask.numel()),
-        sum(batch.mask.numel() for batch in todo),
-    )
-    one_step = step_seconds(
-        model, Totals(spec, len(rows), len(rows), False, wide_dtype(model)), largest, metric
-    )
-    return Cost(
-        one_step * passes(spec, steps) / passes(spec, 1) * tokens / largest.mask.numel(), needed
-    )
+    steps, device = len(schedule), input_device(model)
+    todo = batches_that_fit(model, spec, rows, steps, micro_batch, device)
+    largest = max(todo, key=lambda batch: batch.mask.numel())
+    tokens = sum(batch.mask.numel() for batch in todo)
+    totals = Totals(model, spec, len(rows), len(rows), per_pair=False)
+    tried = schedule[:STEPS_AT_ONCE] or [(0.5, 1.0)]
+    seconds = batch_seconds(model, totals, largest, metric, tried)
+    seconds *= passes(spec, steps) / passes(spec, len(tried))
+    return Cost(seconds * tokens / largest.mask.numel(), memory_needed(model, spec, todo, steps))
 
 
-def step_seconds(model, totals: Totals, batch: Batch, metric) -> float:
-    """Seconds of a micro-batch with one gradient step, after one to warm up."""
-    seconds = []
-    with frozen(model), tqdm(disable=True) as bar:
+def batch_seconds(model, totals: Totals, batch: Batch, metric, schedule: Schedule) -> float:
+    """Seconds of a micro-batch, after one to warm up."""
+    with frozen(model):
         for _ in range(2):
             start = time.perf_counter()
-            totals.add(
-                model, batch, metric, [(0.5, 1.0)], bar
-            )  # ends by copying to the CPU, so a GPU is done as well
-            seconds.append(time.perf_counter() - start)
-    return seconds[1]
+            totals.add(model, batch, metric, schedule)
+            totals.edges.sum().item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+    return seconds
 
 
-def gradient_schedule(method: str, steps: int, rule: str) -> list[tuple[float, float]]:
-    """(a_t, weight) of every gradient step; empty for "exact". Raises `CdeltaError` on unknown words."""
+def gradient_schedule(method: str, steps: int, rule: str) -> Schedule:
+    """(a_t, weight) of every gradient step; empty for "exact". Raises `CdeltaError` on unknown
+    words.
+    """
     if method not in METHODS:
         raise CdeltaError(
             f"unknown attribution method {method!r}: use one of {', '.join(METHODS)}."
@@ -215,83 +247,66 @@ def gradient_schedule(method: str, steps: int, rule: str) -> list[tuple[float, f
 
 
 class Totals:
-    """Running sums over micro-batches; `scores` turns them into means over pairs."""
+    """Running sums over micro-batches, on the model's first device; `scores` makes them means."""
 
-    def __init__(
-        self, spec: ModelSpec, n_pairs: int, n_rows: int, per_pair: bool, dtype: torch.dtype
-    ):
-        zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)
-        wiring = Wiring(spec)
+    def __init__(self, model, spec: ModelSpec, n_pairs: int, n_rows: int, per_pair: bool):
+        wiring, device = Wiring(spec), input_device(model)
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self.zeros = partial(torch.zeros, dtype=dtype, device=device)
         self.spec, self.n_pairs, self.per_pair = spec, n_pairs, per_pair
         self.rows_per_pair = n_rows // n_pairs
-        self.edges = zeros(len(wiring.sources), len(wiring.readers))
-        self.heads = zeros(n_pairs, spec.n_layers, spec.n_heads)
-        self.neurons = zeros(n_pairs if per_pair else 1, spec.n_layers, spec.d_mlp)
-        self.metric_clean = self.metric_corrupted = 0.0
+        self.edges = self.zeros(len(wiring.sources), len(wiring.readers))
+        self.heads = self.zeros(n_pairs, spec.n_layers, spec.n_heads)
+        self.neurons = self.zeros(n_pairs if per_pair else 1, spec.n_layers, spec.d_mlp)
+        self.metrics = self.zeros(2)
+        self.gradients = GradientPass(model, spec)
 
-    def add(
-        self, model, batch: Batch, metric, schedule: list[tuple[float, float]], bar: tqdm
-    ) -> None:
-        """One micro-batch: the two runs for the differences, then the gradient steps, or exact patching."""
+    def add(self, model, batch: Batch, metric, schedule: Schedule) -> None:
+        """One micro-batch: both runs for the differences, then gradients or exact patching."""
         differences = SourceDifferences(model, self.spec, batch, metric)
-        self.metric_clean += differences.metric_clean.sum().item()
-        self.metric_corrupted += differences.metric_corrupted.sum().item()
-        bar.update(2)
-        sums = self._batch_sums(batch, differences.dense.device)
+        for side, values in enumerate((differences.metric_clean, differences.metric_corrupted)):
+            self.metrics[side] += values.sum().to(self.metrics.device)
+        rows = len(batch.rows)
+        heads = self.zeros(rows, *self.heads.shape[1:])
+        neurons = self.zeros(rows if self.per_pair else 1, *self.neurons.shape[1:])
         if not schedule:
-            patch_all(model, differences, batch, metric, *sums)
-        gradients = GradientPass(differences, model, *sums)
-        for alpha, weight in schedule:
-            gradients.run(alpha, weight, batch, metric)
-            bar.update()
-        self._collect(batch, *sums)
+            patch_all(model, differences, batch, metric, self.edges, heads, neurons)
+        for first in range(0, len(schedule), STEPS_AT_ONCE):
+            steps = schedule[first : first + STEPS_AT_ONCE]
+            self.gradients.run(differences, batch, metric, steps, self.edges, heads, neurons)
+        owners = torch.tensor(batch.rows, device=heads.device) // self.rows_per_pair
+        self.heads.index_add_(0, owners, heads)
+        self.neurons.index_add_(0, owners if self.per_pair else owners[:1] * 0, neurons)
 
     def scores(self, method: str, steps: int, rule: str, pairs_hash: str) -> Scores:
-        """Means over pairs."""
-        edges = self.edges * Wiring(self.spec).edges() / self.n_pairs
-        keep = dict(pair_heads=self.heads, pair_neurons=self.neurons) if self.per_pair else {}
+        """Means over pairs, on the CPU."""
+        edges = self.edges.cpu() * Wiring(self.spec).edges() / self.n_pairs
+        heads, neurons = self.heads.cpu(), self.neurons.cpu()
+        clean, corrupted = (self.metrics / self.n_pairs).tolist()
         return Scores(
             edges=edges,
-            heads=self.heads.mean(0),
-            neurons=self.neurons.sum(0) / self.n_pairs,
+            heads=heads.mean(0),
+            neurons=neurons.sum(0) / self.n_pairs,
             kv=kv_scores(self.spec, edges),
             spec=self.spec,
             method=method,
             steps=steps,
             rule=rule,
             n_pairs=self.n_pairs,
-            metric_clean=self.metric_clean / self.n_pairs,
-            metric_corrupted=self.metric_corrupted / self.n_pairs,
+            metric_clean=clean,
+            metric_corrupted=corrupted,
             pairs_hash=pairs_hash,
-            **keep,
+            pair_heads=heads if self.per_pair else None,
+            pair_neurons=neurons if self.per_pair else None,
         )
-
-    def _batch_sums(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        rows = len(batch.rows)
-        zeros = lambda *shape: torch.zeros(*shape, dtype=self.edges.dtype, device=device)
-        neuron_rows = rows if self.per_pair else 1
-        heads = zeros(rows, *self.heads.shape[1:])
-        return zeros(*self.edges.shape), heads, zeros(neuron_rows, *self.neurons.shape[1:])
-
-    def _collect(self, batch: Batch, edges: Tensor, heads: Tensor, neurons: Tensor) -> None:
-        owners = torch.tensor(batch.rows) // self.rows_per_pair
-        self.edges += edges.cpu()
-        self.heads.index_add_(0, owners, heads.cpu())
-        self.neurons.index_add_(0, owners if self.per_pair else owners[:1] * 0, neurons.cpu())
 
 
 def kv_scores(
     spec: ModelSpec, edges: Float[Tensor, "source reader"]
 ) -> Float[Tensor, "layer kv_group"]:
     """Sum of all edges into each group's keys and values."""
-    into = edges.sum(0)
+    into, wiring = edges.sum(0), Wiring(spec)
     layers = [
-        into[Wiring(spec).attention_readers(layer)][spec.n_heads :]
-        for layer in range(spec.n_layers)
+        into[wiring.attention_readers(layer)][spec.n_heads :] for layer in range(spec.n_layers)
     ]
     return torch.stack(layers).unflatten(-1, (2, spec.n_kv)).sum(1)
-
-
-def wide_dtype(model) -> torch.dtype:
-    """Dtype of the sums."""
-    return torch.float64 if model.dtype == torch.float64 else torch.float32

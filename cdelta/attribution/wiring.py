@@ -1,4 +1,4 @@
-"""TODO attribution.wiring."""
+"""Names and order of sources and readers, and which edges there are between them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# ---------------------------------------------------------------------- names and order of sources and readers
-
-
 @dataclass(frozen=True)
 class Wiring:
-    """Order of sources (input, then per layer its heads and MLP) and readers (per layer q, k, v, MLP; then logits)."""
+    """Order of sources and readers.
+
+    Sources: the input, then per layer its heads and its MLP. Readers: per layer q, k, v and MLP,
+    then the logits.
+    """
 
     spec: ModelSpec
 
     @property
     def sources(self) -> tuple[str, ...]:
-        layers = range(self.spec.n_layers)
-        per_layer = lambda i: [f"a{i}.h{h}" for h in range(self.spec.n_heads)] + [f"m{i}"]
-        return ("input", *(name for i in layers for name in per_layer(i)))
+        """Names of all sources."""
+        names = ["input"]
+        for layer in range(self.spec.n_layers):
+            names += [f"a{layer}.h{head}" for head in range(self.spec.n_heads)] + [f"m{layer}"]
+        return tuple(names)
 
     @property
     def readers(self) -> tuple[str, ...]:
-        return (
-            *(name for i in range(self.spec.n_layers) for name in self._layer_readers(i)),
-            "logits",
-        )
+        """Names of all readers."""
+        layers = range(self.spec.n_layers)
+        return (*(name for layer in layers for name in self._layer_readers(layer)), "logits")
 
     def heads(self, layer: int) -> slice:
         """Sources: the heads of a layer."""
@@ -65,7 +67,7 @@ class Wiring:
         return slice(start, start + 1)
 
     def upstream(self, layer: int, of: str) -> int:
-        """How many sources (they are the first ones) write before the layer's "attention" or "mlp" reads."""
+        """How many sources (the first ones) write before the layer's "attention" or "mlp" reads."""
         return self.heads(layer).start if of == "attention" else self.heads(layer).stop
 
     def edges(self) -> Bool[Tensor, "source reader"]:
@@ -79,7 +81,7 @@ class Wiring:
 
     @property
     def readers_per_layer(self) -> int:
-        """q of every head, k and v of every group, and the MLP."""
+        """How many readers a layer has: q of every head, k and v of every group, and the MLP."""
         return self.spec.n_heads + 2 * self.spec.n_kv + 1
 
     def _layer_readers(self, layer: int) -> list[str]:

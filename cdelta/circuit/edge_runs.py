@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Sequence
 
 import torch
 
-from cdelta.attribution.passes import (
-    Batch,
-    compute_dtype,
-    in_out,
-    norm_scale,
-    per_unit,
-    run,
-    wide,
-    writers,
-)
+from cdelta.attribution.batch import Batch, compute_dtype, run
+from cdelta.attribution.linear import in_out, norm_scale, per_unit, wide, writers
 from cdelta.attribution.wiring import Wiring
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.unit_runs import Written, unmeasured
@@ -107,7 +99,7 @@ class EdgePass:
 
     def _layer_hooks(self, layer: int) -> list:
         block = self.blocks[layer]
-        attn, mlp = writers(self.spec, block)
+        attn, mlp = writers(self.spec, block).values()
         keep = self.seen.__setitem__
         post = [] if attn.post is None else [before(attn.post, partial(keep, "post"))]
         return [

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Mapping
 
 import torch
 
+from cdelta.attribution.batch import batches, input_device
+from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.exact import patched_changes, read_shifted
+from cdelta.attribution.linear import writers
 from cdelta.attribution.metrics import Metric
-from cdelta.attribution.passes import SourceDifferences, batches, input_device, writers
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.faithfulness import ROWS, evaluate
 from cdelta.circuit.unit_runs import kept_channels
@@ -85,7 +87,7 @@ def written_by(
     dense = differences.dense
     shift = torch.zeros(n, *dense.shape[1:], dtype=differences.dtype, device=dense.device)
     for layer, block in enumerate(differences.blocks):
-        for kind, writer in zip(("attn", "mlp"), writers(differences.spec, block)):
+        for kind, writer in writers(differences.spec, block).items():
             chosen = keep[kind, layer].to(shift.device, shift.dtype)
             used = chosen.any(-1)
             channels = chosen[used][:, None] * differences.inputs[kind, layer]

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 import torch
 
+from cdelta.attribution.batch import Batch, batches, input_device, run, seen_by
+from cdelta.attribution.linear import wide
 from cdelta.attribution.metrics import Metric, SequenceMetric, WithKL, after_prompt
-from cdelta.attribution.passes import Batch, batches, input_device, run, seen_by, wide
 from cdelta.attribution.wiring import Wiring
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.edge_runs import EdgeRuns

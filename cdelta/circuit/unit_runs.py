@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Mapping, Sequence
 
 import torch
 
-from cdelta.attribution.passes import Batch, run
+from cdelta.attribution.batch import Batch, run
 from cdelta.circuit.circuit import Circuit, node_units
 from cdelta.models.hooks import before, hooked
 from cdelta.models.spec import ModelSpec

@@ -1,4 +1,5 @@
-"""Attribution on a small random instance of every family, held against exact patching and against identities."""
+"""Attribution on a small random instance of every family, held against exact patching and against
+identities."""
 
 import copy
 import json
@@ -12,8 +13,9 @@ import transformers as hf
 from toys import save_toy, toy, toy_pairs
 from transformers import AutoTokenizer
 
+from cdelta.attribution.batch import make_batch
+from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.metrics import SequenceMetric
-from cdelta.attribution.passes import SourceDifferences, make_batch
 from cdelta.attribution.scores import METHODS, Scores, attribute
 from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, TestSplitError
@@ -45,7 +47,8 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def close_pairs(model, distance: float) -> PromptPairs:
-    """Bring token 95 to within `distance` (in units of its size) of token 94; pairs that differ by that token only."""
+    """Bring token 95 to within `distance` (in units of its size) of token 94; pairs that differ
+    by that token only."""
     embedding = model.get_input_embeddings().weight
     nudge = torch.randn(
         embedding.shape[1], generator=torch.Generator().manual_seed(1), dtype=embedding.dtype
@@ -109,7 +112,8 @@ def test_exact_patching_equals_a_literal_single_patch(llama):
 
 
 def test_all_edges_of_a_source_patched_together_are_its_head_score(llama):
-    """Exact head scores: the same as writing the corrupted head output, all of it, into the residual stream."""
+    """Exact head scores: the same as writing the corrupted head output, all of it, into the
+    residual stream."""
     pairs = toy_pairs(n=1)
     z = []
     o = llama.model.layers[1].self_attn.o_proj
@@ -126,7 +130,8 @@ def test_all_edges_of_a_source_patched_together_are_its_head_score(llama):
 
 
 def test_follows_exact_patching_in_every_edge_class(family, record_property):
-    """Pearson per class of readers, where clean and corrupted are near but the model is no longer linear."""
+    """Pearson per class of readers, where clean and corrupted are near but the model is no longer
+    linear."""
     model = toy(family)
     pairs = close_pairs(model, distance=0.1)
     ig, exact = (attribute(model, pairs, metric, method=m, steps=10) for m in ("eap-ig", "exact"))
@@ -170,7 +175,7 @@ def test_source_differences_sum_to_the_residual_difference(family):
     spec = ModelSpec.from_model(model)
     residual = []
     handle = spec.final_norm(model).register_forward_pre_hook(
-        lambda m, args: residual.append(args[0].flatten(0, 1))
+        lambda m, args: residual.extend(args[0].flatten(0, 1).chunk(2))
     )
     differences = SourceDifferences(model, spec, batch, metric)
     handle.remove()
@@ -207,7 +212,7 @@ def test_only_edges_that_exist_have_scores(family):
 def test_names_are_those_of_the_design(llama):
     scores = attribute(llama, toy_pairs(n=1), metric, method="eap")
     assert scores.sources[:7] == ("input", "a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0", "a1.h0")
-    first = "a0.h0<q> a0.h1<q> a0.h2<q> a0.h3<q> a0.g0<k> a0.g1<k> a0.g0<v> a0.g1<v> m0 a1.h0<q>".split()
+    first = ["a0.h0<q>", "a0.h1<q>", "a0.h2<q>", "a0.h3<q>", "a0.g0<k>", "a0.g1<k>", "a0.g0<v>", "a0.g1<v>", "m0", "a1.h0<q>"]
     assert list(scores.readers[:10]) == first and scores.readers[-1] == "logits"
     assert scores.edges.shape == (len(scores.sources), len(scores.readers))
 
@@ -297,7 +302,7 @@ def test_bf16_model_ranks_edges_as_fp32_does(family):
 
 @pytest.mark.parametrize("method", ["eap-ig", "exact"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("at_call", [1, 2, 4])
+@pytest.mark.parametrize("at_call", [1, 2])
 def test_hooks_are_removed_and_parameters_as_before_after(llama, error, at_call, method):
     model = copy.deepcopy(llama).requires_grad_(True)
     calls = []
@@ -318,7 +323,7 @@ def test_interrupt_inside_the_backward_pass_leaves_no_hooks(llama, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cdelta.attribution.passes.GradientPass._mlp", interrupt)
+    monkeypatch.setattr("cdelta.attribution.gradients.GradientPass._mlp", interrupt)
     with pytest.raises(KeyboardInterrupt):
         attribute(llama, toy_pairs(), metric)
     assert no_hooks(llama)
@@ -389,7 +394,8 @@ def test_progress_names_the_method(llama, capsys):
 
 
 def test_equals_transformer_bridge_edge_attribution(checkpoint):
-    """TransformerLens's own edge EAP (one gradient at its corrupted run, positions apart) on a copy of a small GPT-2."""
+    """TransformerLens's own edge EAP (one gradient at its corrupted run, positions apart) on a
+    copy of a small GPT-2."""
     bridge_tools = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -426,7 +432,8 @@ def bridge_name(node) -> str:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_equals_the_reference_eap_ig(name):
-    """Frozen numbers of hannamw/EAP-IG (left rule, k and v per query head) on our seeded toys, grouped queries too."""
+    """Frozen numbers of hannamw/EAP-IG (left rule, k and v per query head) on our seeded toys,
+    grouped queries too."""
     fixture = json.loads(REFERENCE.read_text())["models"][name]
     model, pairs = (
         toy(name, seed=fixture["seed"]),
@@ -446,7 +453,8 @@ def test_equals_the_reference_eap_ig(name):
 
 
 def grouped(reader: str, spec: ModelSpec) -> str:
-    """Our name of a reader of the reference: its k and v readers per head fall together per kv group."""
+    """Our name of a reader of the reference: its k and v readers per head fall together per kv
+    group."""
     if reader[-3:] not in ("<k>", "<v>"):
         return reader
     layer, head = reader[:-3].split(".h")
@@ -470,7 +478,8 @@ def test_offloaded_model_gives_the_same_scores(name, where, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_model_spread_by_a_device_map_gives_the_same_scores(name, tmp_path):
-    """As ``device_map="auto"`` leaves a model that does not fit: some blocks stay, one lies on the disk until it is called."""
+    """As ``device_map="auto"`` leaves a model that does not fit: some blocks stay, one lies on
+    the disk until it is called."""
     pytest.importorskip("accelerate")
     whole, _ = load_model(save_toy(tmp_path / "model", name), dtype="float32", device="cpu")
     blocks = ModelSpec.from_model(whole).layout.blocks

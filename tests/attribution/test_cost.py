@@ -1,4 +1,5 @@
-"""Predictions of memory are held against what autograd keeps; a run that would not fit is refused."""
+"""Predictions of memory are held against what autograd keeps; a run that would not fit is
+refused."""
 
 import copy
 import time
@@ -8,8 +9,14 @@ import torch
 from toys import toy, toy_pairs
 
 from cdelta.attribution import cost
-from cdelta.attribution.cost import graph_per_token, measured, memory_needed
-from cdelta.attribution.passes import batches
+from cdelta.attribution.batch import batches
+from cdelta.attribution.cost import (
+    STEPS_AT_ONCE,
+    fitting_micro_batch,
+    graph_per_token,
+    measured,
+    memory_needed,
+)
 from cdelta.attribution.scores import attribute, estimate_cost
 from cdelta.errors import CdeltaError
 from cdelta.memory import free_memory, resident_bytes
@@ -23,7 +30,8 @@ def metric(logits):
 
 
 def kept_by_autograd(model, rows: int, positions: int) -> int:
-    """Bytes of the distinct tensors that one differentiable forward pass saves, parameters left out."""
+    """Bytes of the distinct tensors that one differentiable forward pass saves, parameters left
+    out."""
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -71,20 +79,38 @@ def test_a_run_that_does_not_fit_is_refused_with_a_remedy(llama, monkeypatch):
         attribute(llama, toy_pairs(8), metric)
 
 
+def test_auto_takes_the_most_pairs_within_its_share_of_the_free_memory(llama, monkeypatch):
+    spec, pairs = ModelSpec.from_model(llama), toy_pairs(8)
+    one = memory_needed(llama, spec, batches(pairs, 1, CPU), steps=5)
+    for free, expected in ((6.1 * one, 3), (0, 1), (1000 * one, 8), (None, 8)):
+        monkeypatch.setattr(cost, "free_memory", lambda device, free=free: free)
+        assert fitting_micro_batch(llama, spec, pairs, 5, CPU) == expected
+    monkeypatch.setattr(cost, "AUTO_TOKENS", 5 * 7 * 2)
+    assert fitting_micro_batch(llama, spec, pairs, 5, CPU) == 2
+    auto, given = (attribute(llama, pairs, metric, micro_batch=size) for size in ("auto", 2))
+    assert torch.equal(auto.edges, given.edges)
+
+
+def test_memory_grows_with_the_steps_in_a_pass_only(llama):
+    spec, todo = ModelSpec.from_model(llama), batches(toy_pairs(4), 4, CPU)
+    needed = [memory_needed(llama, spec, todo, steps) for steps in (1, STEPS_AT_ONCE, 64)]
+    assert needed[0] < needed[1] == needed[2]
+
+
 def test_seconds_grow_with_pairs_and_steps(llama, monkeypatch):
-    monkeypatch.setattr("cdelta.attribution.step_seconds", lambda *_: 1.0)
-    seconds = lambda n, steps: (
-        estimate_cost(llama, toy_pairs(n), metric, steps=steps, micro_batch=4).seconds
-    )
-    assert seconds(4, 1) == 1.0 and seconds(8, 5) == pytest.approx(2 * seconds(4, 5))
-    assert (
-        seconds(4, 5) - seconds(4, 4) == pytest.approx(seconds(4, 2) - seconds(4, 1))
-        and seconds(4, 2) < 2
-    )
+    monkeypatch.setattr("cdelta.attribution.scores.batch_seconds", lambda *_: 1.0)
+
+    def seconds(n: int, steps: int) -> float:
+        return estimate_cost(llama, toy_pairs(n), metric, steps=steps, micro_batch=4).seconds
+
+    assert seconds(4, 1) == seconds(4, 5) == 1.0
+    assert seconds(8, 5) == pytest.approx(2 * seconds(4, 5))
+    assert 1.5 < seconds(4, 2 * STEPS_AT_ONCE) < 2
 
 
 def medium():
-    """Large enough that the work, not Python's, takes the time, and that memory is more than noise."""
+    """Large enough that the work, not Python's, takes the time, and that memory is more than
+    noise."""
     return toy(
         "llama",
         hidden_size=256,
@@ -96,7 +122,8 @@ def medium():
 
 
 def test_the_estimate_is_within_half_of_what_is_then_measured(monkeypatch):
-    """Seconds of the processor, which other work on the machine does not stretch as it does the clock's."""
+    """Seconds of the processor, which other work on the machine does not stretch as it does the
+    clock's."""
     monkeypatch.setattr("time.perf_counter", time.process_time)
     model, pairs = medium(), toy_pairs(48, length=48)
     kw = dict(steps=3, micro_batch=16)

@@ -8,16 +8,11 @@ import pytest
 import torch
 import toys
 
+from cdelta.attribution.batch import batches, make_batch, run
+from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.exact import readers
+from cdelta.attribution.linear import norm_scale, writers
 from cdelta.attribution.metrics import SequenceMetric
-from cdelta.attribution.passes import (
-    SourceDifferences,
-    batches,
-    make_batch,
-    norm_scale,
-    run,
-    writers,
-)
 from cdelta.attribution.scores import attribute
 from cdelta.attribution.wiring import Wiring
 from cdelta.circuit.circuit import Circuit
@@ -118,7 +113,7 @@ def outputs(model, spec, ids, batch, hooks, look=metric):
     keep = lambda key, x: seen.__setitem__(key, x)
     watched = [before(blocks[0].module, partial(keep, "input"))]
     for layer, block in enumerate(blocks):
-        attn, mlp = writers(spec, block)
+        attn, mlp = writers(spec, block).values()
         watched += [
             before(attn.projection, partial(keep, ("z", layer))),
             before(attn.out, partial(keep, ("post", layer))),
@@ -128,7 +123,7 @@ def outputs(model, spec, ids, batch, hooks, look=metric):
         value = run(model, ids, batch, look)
     found.append(seen["input"])
     for layer, block in enumerate(blocks):
-        attn, z = writers(spec, block)[0], seen["z", layer]
+        attn, z = writers(spec, block)["attn"], seen["z", layer]
         z = z if attn.post is None else z * norm_scale(attn.post, seen["post", layer])
         found += [
             *(

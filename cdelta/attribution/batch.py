@@ -1,0 +1,87 @@
+"""Batches of prompt pairs, and what a metric sees of a run on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cdelta.models.chat import left_pad, positions
+from cdelta.policy.pairs import PromptPairs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded rows of pairs: clean and corrupted ids share the mask and the positions."""
+
+    clean: Int[Tensor, "row pos"]
+    corrupted: Int[Tensor, "row pos"]
+    mask: Int[Tensor, "row pos"]
+    rows: tuple[int, ...]
+    """Index of each row among the pairs given."""
+
+    def repeat(self, times: int) -> Batch:
+        """All rows `times` over."""
+        ids = (tensor.repeat(times, 1) for tensor in (self.clean, self.corrupted, self.mask))
+        return Batch(*ids, self.rows * times)
+
+    def both_sides(self) -> Batch:
+        """The clean rows, then the corrupted rows, as one batch's clean side."""
+        ids = torch.cat([self.clean, self.corrupted])
+        return Batch(ids, ids, self.mask.repeat(2, 1), self.rows * 2)
+
+
+def batches(pairs: PromptPairs, size: int, device: torch.device) -> list[Batch]:
+    """Micro-batches of at most `size` pairs, of similar length so that little is padding."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs.clean[i]))
+    return [make_batch(pairs, order[i : i + size], device) for i in range(0, len(order), size)]
+
+
+def make_batch(pairs: PromptPairs, rows: list[int], device: torch.device) -> Batch:
+    """Pad the named rows on the left to the longest of them."""
+    clean, mask = left_pad([pairs.clean[row] for row in rows], 0, device)
+    corrupted, _ = left_pad([pairs.corrupted[row] for row in rows], 0, device)
+    return Batch(clean, corrupted, mask, tuple(rows))
+
+
+def run(model, ids: Int[Tensor, "row pos"], batch: Batch, metric) -> Float[Tensor, "row"]:
+    """The metric's value per row."""
+    return metric(*seen_by(metric, model, ids, batch))
+
+
+def seen_by(metric, model, ids: Int[Tensor, "row pos"], batch: Batch) -> tuple[Tensor, ...]:
+    """What the metric is called with.
+
+    Logits are computed only where it looks: at its last `kept` positions, one if it does not say.
+    """
+    kept = getattr(metric, "kept", 1)
+    logits = model(
+        input_ids=ids,
+        attention_mask=batch.mask,
+        position_ids=positions(batch.mask),
+        use_cache=False,
+        logits_to_keep=kept,
+    ).logits
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (logits, ids[:, -kept:].to(logits.device)) if kept > 1 else (logits[:, -1],)
+
+
+def input_device(model) -> torch.device:
+    """Where the embedding runs."""
+    embedding = model.get_input_embeddings()
+    # accelerate writes 0, "cpu" or a device
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)
+
+
+def compute_dtype(model) -> torch.dtype:
+    """Dtype of differences and reader gradients: the model's, but fp32 for half precision on a
+    CPU.
+    """
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and input_device(model).type == "cpu" else model.dtype
