@@ -50,7 +50,8 @@ def load_notebook(stage: str) -> NotebookNode:
 
 def check_parameters(stage: str, names: Iterable[str]) -> None:
     """Raise `CdeltaError` for a parameter that the notebook's tagged cell does not declare;
-    papermill would only warn."""
+    papermill would only warn.
+    """
     cells = load_notebook(stage).cells
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     statements = [node for cell in tagged for node in ast.parse(cell.source).body]
@@ -64,7 +65,8 @@ def check_parameters(stage: str, names: Iterable[str]) -> None:
 
 def use_own_kernel(folder: Path) -> None:
     """Make the kernel name ``python3`` mean this interpreter and this copy of the package, whatever
-    else is installed."""
+    else is installed.
+    """
     from ipykernel.kernelspec import get_kernel_dict
 
     # no file in the home folder, no chatter
@@ -136,7 +138,8 @@ def clock(seconds: float) -> str:
 
 def watch(label: str, started: float, began: float) -> None:
     """Start a thread that reports progress, and that ends this process and its kernel when the
-    parent is gone."""
+    parent is gone.
+    """
 
     def loop(parent: int) -> None:
         reported = time.time()

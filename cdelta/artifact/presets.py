@@ -117,6 +117,9 @@ class Evaluation:
     labels: str = ""
     """Folder of XSTest's labelled completions; empty: they are downloaded where that is
     possible."""
+    data: str = ""
+    """Folder with local copies of the data sets that lm-evaluation-harness reads; empty: it
+    downloads them."""
     harness_tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness."""
     harness_limit: int = 100
@@ -242,8 +245,9 @@ def preset_names() -> list[str]:
 @cache
 def load_preset(name: str) -> Preset:
     """The preset of a file. Raises `CdeltaError` for an unknown name and a wrong field."""
+    values = _values(name)
     try:
-        return changed(Preset(), {**_values(name), "name": name})
+        return changed(Preset(), {**values, "name": name})
     except CdeltaError as error:
         raise CdeltaError(f"preset '{name}': {error}") from error
 
@@ -317,15 +321,16 @@ def _with_external(known: Iterable[str], given: Iterable[str]) -> tuple[str, ...
 
 def _is_file(policy: str) -> bool:
     """Whether a policy is a user's own file, and no named source."""
-    return policy not in ("synthetic", "cast") and "=" not in policy.rpartition("/")[0][:8]
+    return policy not in ("synthetic", "cast") and not policy.startswith("cast=")
 
 
 def file_categories(path: str) -> tuple[str, ...]:
-    """The categories of a user's policy file, in its order."""
-    from cdelta.policy.user_file import read_user_file
+    """The categories of a user's policy file, in its order; a file without the column holds one
+    category, named as the file is."""
+    from cdelta.policy.user_file import read_user_rows
 
-    rows = read_user_file(Path(path))
-    return tuple(dict.fromkeys(rows["category"]))
+    rows = read_user_rows(path, Path(path).stem)
+    return tuple(dict.fromkeys(row["category"] for row in rows if row["role"] == "target"))
 
 
 def as_dict(preset: Preset) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def read_settings(folder: Path) -> Preset | None:
 
 class RunReader:
     """What a stage has before it: its frozen `settings`, the run's `folder`, the artifacts of
-    earlier stages, and a scratch folder."""
+    earlier stages, and a scratch folder.
+    """
 
     def __init__(self, stage: str, settings: Preset, folder: Path, device: str = "auto"):
         self.stage, self.preset, self.folder = stage, settings, folder.resolve()
@@ -143,7 +144,8 @@ class Run(RunReader):
 
     def path(self, name: str) -> Path:
         """Where to write the artifact `name` of this stage; its parent folder exists. Moves with
-        `finish`."""
+        `finish`.
+        """
         self._check_current()
         path = self._work / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,8 @@ class Run(RunReader):
 
     def page(self, id: str, page: str, caption: str) -> None:
         """Save an HTML page that needs no other file under `id`, record it in the manifest and name
-        its place."""
+        its place.
+        """
         (path,) = self._files(id, "html")
         path.write_text(page, encoding="utf-8")
         self._record(id, "page", (path,), caption)
@@ -299,7 +302,8 @@ def read_stage(run_dir: Path, stage: str) -> dict[str, Any] | None:
 
 def check_figures(run_dir: Path) -> None:
     """Raise `CdeltaError` unless the figures folder holds exactly what its finished stages wrote,
-    byte for byte."""
+    byte for byte.
+    """
     figures = run_dir / "figures"
     items = read_manifest(figures)["items"]
     finished = [facts for name in NAMES if (facts := read_stage(run_dir, name))]
@@ -325,7 +329,8 @@ def check_figures(run_dir: Path) -> None:
 
 def commit() -> str:
     """The repository's commit, short, with ``+changes`` if tracked files differ from it;
-    ``unknown`` outside of git."""
+    ``unknown`` outside of git.
+    """
     command = ["git", "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+changes"]
     if not shutil.which("git"):
         return "unknown"

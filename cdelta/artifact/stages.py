@@ -92,7 +92,8 @@ def with_needed(names: Iterable[str]) -> list[str]:
 
 class VisibleSettings:
     """A preset as one stage sees it: reading what the stage does not declare is an error, so that
-    the fingerprint covers all that decides its outcome."""
+    the fingerprint covers all that decides its outcome.
+    """
 
     ALWAYS = ("name", "description", "threads", "resources")
 
@@ -118,6 +119,8 @@ def fingerprint(stage: str, preset: Preset) -> str:
     nor who reads the result counts.
     """
     found = find_stage(stage)
+    if not found.source.exists():
+        raise CdeltaError(f"there is no notebook {found.source}: restore it from git.")
     values = {name: value for name, value in as_dict(preset).items() if name in found.reads}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in [found.source, *imported_modules(found.source)]:

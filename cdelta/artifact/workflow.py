@@ -1,5 +1,6 @@
 """`./run_all.sh`: choose the stages, let Snakemake run them, show time and memory, write the
-report."""
+report.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from cdelta.artifact.presets import Preset, load_preset, resolve
 from cdelta.artifact.stages import NAMES, STAGES, find_stage, fingerprint, with_needed
 from cdelta.errors import CdeltaError
 from cdelta.paths import CACHE, FIGURES, ROOT, RUNS
+from cdelta.settings import changed
 
 FOLDERS = {"or-bench-hard": "or_bench"}
 """Test sets whose local folder is called otherwise than they are."""
@@ -47,13 +49,15 @@ class Plan:
     @property
     def threads(self) -> int:
         """CPU threads of a stage: the preset's, and all for training the embedded model, whose
-        batches are large."""
+        batches are large.
+        """
         asked = 0 if self.retrain else self.settings.threads
         return asked or max(1, (os.cpu_count() or 1) // self.jobs)
 
     def write(self) -> None:
         """Put the settings where Snakefile and stages read them, and take over what the preset's
-        own run has already done."""
+        own run has already done.
+        """
         from cdelta.artifact.run import reuse_stages, write_settings
 
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -87,25 +91,35 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 def _settings(args: argparse.Namespace) -> Preset:
     """The preset with what the command line changes of it."""
-    policy, external, overrides = args.policy, list(args.external), list(args.overrides)
+    policy, local = args.policy, {}
     if args.data:
-        folder = Path(args.data).expanduser()
-        if not folder.is_dir():
-            raise CdeltaError(f"--data {args.data}: there is no such folder.")
-        preset = load_preset(args.preset)
-        named = [text.partition("=")[0] for text in preset.external]
-        external = [f"{n}={p}" for n in named if (p := _local(folder, n))] + external
-        if not policy and preset.policy == "cast" and (folder / "cast").is_dir():
-            policy = f"cast={folder / 'cast'}"
-        overrides.insert(0, f"data.folder='''{folder.resolve()}'''")
-    return resolve(
+        local = _local_data(args)
+        policy = policy or local.pop("policy", "")
+    external = [*local.get("external", ()), *args.external]
+    settings = resolve(
         args.preset,
         _absolute_model(args.model),
         _absolute("--policy", policy),
-        overrides,
+        args.overrides,
         [_absolute("--external", text) for text in external],
         args.name,
     )
+    return changed(settings, {"evaluation": local.get("evaluation", {})})
+
+
+def _local_data(args: argparse.Namespace) -> dict:
+    """What a folder of local copies has for this preset: ``policy, external, evaluation``."""
+    folder = Path(args.data).expanduser().resolve()
+    if not folder.is_dir():
+        raise CdeltaError(f"--data {args.data}: there is no such folder.")
+    preset = load_preset(args.preset)
+    names = [text.partition("=")[0] for text in preset.external]
+    found = {"external": [f"{n}={p}" for n in names if (p := _local(folder, n))]}
+    if preset.policy == "cast" and (folder / "cast").is_dir():
+        found["policy"] = f"cast={folder / 'cast'}"
+    labels = folder / "xstest_completions"
+    found["evaluation"] = {"data": str(folder), "labels": str(labels) if labels.is_dir() else ""}
+    return found
 
 
 def _local(folder: Path, name: str) -> Path | None:
@@ -211,7 +225,8 @@ def check_notebooks(plan: Plan, names: Sequence[str]) -> None:
 
 def run(plan: Plan, record: bool = False) -> int:
     """Run what is not up to date, then table, report and, if asked, the copy into the
-    repository."""
+    repository.
+    """
     from cdelta.artifact.report import write_report
 
     todo = pending(plan)
@@ -300,7 +315,7 @@ def open_lab(arguments: Sequence[str]) -> int:
 
 
 def run_tests(arguments: Sequence[str]) -> int:
-    """pytest in this environment; its toy models are fastest on one thread."""
+    """Pytest in this environment; its toy models are fastest on one thread."""
     given = [word for word in arguments if word != "--all"]
     speed = [] if "--all" in arguments or "-m" in given else ["-m", "not slow"]
     command = [sys.executable, "-m", "pytest", "-q", *speed, *(given or [str(ROOT / "tests")])]

@@ -1,105 +1,130 @@
+"""The list of stages: order, what they read, and when they must run again."""
+
 import ast
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from cdelta.artifact import stages
-from cdelta.artifact.presets import TINY, changed
-from cdelta.artifact.run import STAGES
+from cdelta.artifact.execution import PARAMETERS, check_parameters, clock
+from cdelta.artifact.presets import Preset, load_preset, resolve
 from cdelta.artifact.stages import (
-    NEEDS,
-    PARAMETERS,
-    check_parameters,
-    clock,
+    NAMES,
+    RECIPE,
+    STAGES,
+    VisibleSettings,
     content,
+    find_stage,
     fingerprint,
     imported_modules,
-    source,
     with_needed,
 )
 from cdelta.errors import CdeltaError
 from cdelta.paths import ROOT
+from cdelta.settings import changed
 
 
-def test_every_stage_needs_earlier_stages_only():
-    assert list(NEEDS) == list(STAGES)
-    assert all(needed < stage for stage, needs in NEEDS.items() for needed in needs)
+def prints(preset):
+    return {name: fingerprint(name, preset) for name in NAMES}
+
+
+def differing(before, after):
+    return [name for name in NAMES if before[name] != after[name]]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
+def test_a_stage_reads_earlier_stages_and_fields_that_exist(stage):
+    assert all(needed in NAMES and needed < stage.name for needed in stage.needs)
+    assert set(stage.reads) <= {field.name for field in fields(Preset)}
 
 
 def test_needed_stages_come_with_their_own_needs_in_order():
-    assert with_needed(["02_attribution"]) == ["00_organism", "01_dataset", "02_attribution"]
-    assert with_needed(["06_deployment"]) == [
-        s for s in STAGES if s[:2] in ("00", "01", "02", "03", "04", "06")
-    ]
+    assert with_needed(["02_attribution"]) == list(NAMES[:3])
+    assert with_needed(["06_deployment"]) == [*NAMES[:5], "06_deployment"]
     assert with_needed([]) == []
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("text", ["2", "02", "attribution", "02_attribution"])
+def test_a_stage_has_a_number_and_a_name(text):
+    assert find_stage(text).name == "02_attribution"
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
 def test_every_artifact_that_a_notebook_reads_is_of_a_declared_stage(stage):
     """Literal ``run.input("NN_stage", ...)`` calls, so that Snakemake knows the true order."""
-    calls = [
-        node
-        for node in ast.walk(ast.parse(source(stage).read_text()))
-        if isinstance(node, ast.Call)
-    ]
+    nodes = ast.walk(ast.parse(stage.source.read_text()))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     inputs = [
-        c.args[0].value
-        for c in calls
-        if isinstance(c.func, ast.Attribute)
-        and c.func.attr == "input"
-        and isinstance(c.args[0], ast.Constant)
+        call.args[0].value
+        for call in calls
+        if call.func.attr == "input" and isinstance(call.args[0], ast.Constant)
     ]
-    assert set(inputs) <= set(NEEDS[stage])
+    assert set(inputs) <= set(stage.needs)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
+def test_every_setting_that_a_notebook_reads_is_declared(stage):
+    for node in ast.walk(ast.parse(stage.source.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "run.settings":
+            parts = RECIPE if node.attr == "recipe" else (node.attr,)
+            assert set(parts) <= {*stage.reads, *VisibleSettings.ALWAYS}, node.attr
+
+
+def test_reading_what_a_stage_does_not_declare_is_an_error():
+    settings = VisibleSettings(load_preset("tiny"), "04_edit")
+    assert settings.edit.lr == 3e-3 and settings.recipe.edit.lr == 3e-3 and settings.name == "tiny"
+    with pytest.raises(CdeltaError, match="04_edit does not declare that it reads serving"):
+        _ = settings.serving
+    with pytest.raises(CdeltaError, match="reads circuit, edit"):
+        _ = VisibleSettings(load_preset("tiny"), "01_dataset").recipe
+    with pytest.raises(AttributeError):
+        _ = settings.nothing
 
 
 def test_imported_modules_are_found_through_others_but_presets_are_not(tmp_path):
     notebook = tmp_path / "notebook.py"
     notebook.write_text(
-        "from cdelta.policy import synthetic\nfrom cdelta import store\n\ndef late():\n    import cdelta.models\n"
+        "from cdelta.policy import synthetic\nfrom cdelta.artifact import run\n\n"
+        "def late():\n    import cdelta.models.spec\n"
     )
     found = {str(path.relative_to(ROOT / "cdelta")) for path in imported_modules(notebook)}
-    assert {
-        "policy/__init__.py",
-        "policy/synthetic.py",
-        "store.py",
-        "models.py",
-        "errors.py",
-        "paths.py",
-    } <= found
-    assert "presets.py" not in found and "workflow.py" not in found
+    assert {"policy/synthetic.py", "artifact/run.py", "models/spec.py", "errors.py"} <= found
+    assert not {"artifact/presets.py", "artifact/workflow.py"} & found
 
 
-def test_the_fingerprint_covers_notebook_settings_model_and_policy(tmp_path):
-    model, policy = tmp_path / "model", tmp_path / "cast.json"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    policy.write_text("[]")
-    prints = lambda stage: fingerprint(stage, "smoke-cast", str(model), f"cast={policy}")
-    before = {stage: prints(stage) for stage in STAGES}
-    assert len(set(before.values())) == len(STAGES) and before == {
-        stage: prints(stage) for stage in STAGES
-    }
-    assert fingerprint("02_attribution", "smoke") != fingerprint("02_attribution", "tiny")
-    (model / "config.json").write_text('{"new": 1}')
-    assert [stage for stage in STAGES if prints(stage) != before[stage]] == ["00_organism"]
-    policy.write_text("[1]")
-    assert [stage for stage in STAGES if prints(stage) != before[stage]] == [
-        "00_organism",
-        "01_dataset",
-    ]
-
-
-def test_the_fingerprint_covers_external_test_sets(tmp_path, monkeypatch):
-    extra = tmp_path / "xstest.csv"
-    extra.write_text("a")
-    monkeypatch.setattr(
-        stages, "resolve", lambda *args: changed(TINY, {"external": [f"xstest={extra}"]})
+@pytest.mark.parametrize(
+    ("override", "again"),
+    [
+        ("serving.repeats=3", ["08_cost"]),
+        ("ablation.layer_limit=3", ["09_ablations"]),
+        ("evaluation.test_limit=3", ["05_evaluation", "08_cost"]),
+        ("threads=2", []),
+        ("organism.steps=3", ["00_subject"]),
+        ("study.pairs=3", ["02_attribution", "03_circuit"]),
+    ],
+)
+def test_a_field_redoes_the_stages_that_read_it(override, again):
+    assert (
+        differing(prints(resolve("tiny")), prints(resolve("tiny", overrides=[override]))) == again
     )
-    before = {stage: fingerprint(stage, "tiny") for stage in STAGES}
+
+
+def test_the_fingerprint_covers_model_policy_and_test_sets(tmp_path):
+    model, policy, extra = tmp_path / "model", tmp_path / "cast.json", tmp_path / "x.csv"
+    model.mkdir()
+    for path in (model / "config.json", policy, extra):
+        path.write_text("{}")
+    chosen = {"external": [f"xstest={extra}"]}
+    preset = changed(resolve("smoke-cast", str(model), f"cast={policy}"), chosen)
+    before = prints(preset)
+    assert len(set(before.values())) == len(NAMES) and before == prints(preset)
+    (model / "config.json").write_text('{"new": 1}')
+    assert differing(before, prints(preset)) == ["00_subject"]
+    policy.write_text("[1]")
+    assert differing(before, prints(preset)) == ["00_subject", "01_dataset"]
+    before = prints(preset)
     extra.write_text("b")
-    assert [stage for stage in STAGES if fingerprint(stage, "tiny") != before[stage]] == [
-        "01_dataset"
-    ]
+    assert differing(before, prints(preset)) == ["01_dataset"]
 
 
 def test_content_of_files_folders_and_of_nothing(tmp_path):
@@ -113,10 +138,8 @@ def test_content_of_files_folders_and_of_nothing(tmp_path):
 
 
 def test_an_unknown_parameter_is_named_with_the_known_ones():
-    check_parameters("00_organism", (*PARAMETERS, "retrain"))
-    with pytest.raises(
-        CdeltaError, match="02_attribution has no parameter retrain: it has preset, run_dir"
-    ):
+    check_parameters("00_subject", (*PARAMETERS, "retrain"))
+    with pytest.raises(CdeltaError, match="02_attribution has no parameter retrain: it has preset"):
         check_parameters("02_attribution", ["retrain"])
 
 

@@ -1,3 +1,5 @@
+"""A run's artifacts: what is visible when, and what the manifest holds."""
+
 import json
 
 import matplotlib
@@ -5,9 +7,19 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from cdelta.artifact import run as store
-from cdelta.artifact.report import _item
-from cdelta.artifact.run import Reader, check_figures, discard, open_run, read_manifest, read_stage
+from cdelta.artifact.presets import resolve
+from cdelta.artifact.run import (
+    FINGERPRINT,
+    RunReader,
+    check_figures,
+    discard,
+    open_run,
+    read_manifest,
+    read_settings,
+    read_stage,
+    reuse_stages,
+    write_settings,
+)
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, locked
 
@@ -15,12 +27,12 @@ matplotlib.use("Agg")
 TABLE = pd.DataFrame({"a_b": [1.23456789, 2.0], "text": ["50 %", "x & y"]})
 
 
-def open_stage(folder, stage="02_attribution", produces=(), **kw):
-    return open_run(stage, preset="smoke", run_dir=str(folder), produces=produces, **kw)
+def open_stage(folder, stage="02_attribution", **kw):
+    return open_run(stage, preset="smoke", run_dir=str(folder), **kw)
 
 
 def finish_table(folder, stage="02_attribution", id="tab_a", table=TABLE):
-    run = open_stage(folder, stage, (id,))
+    run = open_stage(folder, stage)
     run.table(id, table, "A caption")
     run.finish()
 
@@ -32,7 +44,7 @@ def make_figure():
 
 
 def test_nothing_is_visible_before_finish_and_everything_after(tmp_path):
-    run = open_stage(tmp_path, produces=("fig_a",))
+    run = open_stage(tmp_path)
     run.path("scores/crime.txt").write_text("1")
     run.figure("fig_a", make_figure(), "A figure")
     assert not (tmp_path / "02_attribution").exists() and not (tmp_path / "figures").exists()
@@ -56,7 +68,7 @@ def test_the_manifest_has_the_fixed_form(tmp_path):
     manifest = json.loads((tmp_path / "figures" / "manifest.json").read_text())
     assert set(manifest) == {"preset", "commit", "items"} and manifest["preset"] == "smoke"
     (item,) = manifest["items"]
-    assert set(item) == {"id", "kind", "notebook", "files", "sha256", "caption"}
+    assert set(item) == {"id", "kind", "notebook", "files", "sha256", "title", "caption"}
     assert (item["id"], item["kind"], item["notebook"], item["caption"]) == (
         "tab_a",
         "table",
@@ -85,18 +97,14 @@ def test_tables_keep_full_precision_and_are_booktabs(tmp_path):
     assert r"\toprule" in tex and r"a\_b" in tex and r"50 \%" in tex and "1.235" in tex
 
 
-def test_a_page_is_an_item_like_others_and_shown_in_the_report(tmp_path, capsys):
-    run = open_stage(tmp_path, produces=("page_a",))
+def test_a_page_is_an_item_like_others(tmp_path, capsys):
+    run = open_stage(tmp_path)
     run.page("page_a", "<!DOCTYPE html><title>x</title>", "Click <here>.")
     run.finish()
     check_figures(tmp_path)
     (item,) = read_manifest(tmp_path / "figures")["items"]
-    assert (item["kind"], item["files"]) == (
-        "page",
-        ["page_a.html"],
-    ) and "figures/page_a.html" in capsys.readouterr().out
-    shown = _item(tmp_path / "figures", item)
-    assert '<iframe src="page_a.html"' in shown and "Click &lt;here&gt;." in shown
+    assert (item["kind"], item["files"]) == ("page", ["page_a.html"])
+    assert "figures/page_a.html" in capsys.readouterr().out
 
 
 def test_an_index_with_a_meaning_is_written(tmp_path):
@@ -104,9 +112,14 @@ def test_an_index_with_a_meaning_is_written(tmp_path):
     assert (tmp_path / "figures" / "tab_a.csv").read_text().startswith("text,a_b\n50 %,")
 
 
+def test_an_index_without_a_name_is_not(tmp_path):
+    finish_table(tmp_path, table=TABLE[TABLE["a_b"] > 1.5])
+    assert (tmp_path / "figures" / "tab_a.csv").read_text() == "a_b,text\n2.0,x & y\n"
+
+
 def test_figures_are_the_same_bytes_every_time_and_embed_editable_fonts(tmp_path):
     for folder in ("one", "two"):
-        run = open_stage(tmp_path / folder, produces=("fig_a",))
+        run = open_stage(tmp_path / folder)
         run.figure("fig_a", make_figure(), "A figure")
         run.finish()
     pdf, png = (
@@ -120,25 +133,13 @@ def test_figures_are_the_same_bytes_every_time_and_embed_editable_fonts(tmp_path
     assert b"CreationDate" not in pdf[0] and b"/Type3" not in pdf[0]
 
 
-@pytest.mark.parametrize(
-    ("produces", "message"),
-    [(("tab_a", "fig_b"), "did not produce fig_b"), ((), "did not declare tab_a")],
-)
-def test_missing_and_undeclared_items_stop_the_stage(tmp_path, produces, message):
-    run = open_stage(tmp_path, produces=produces)
-    run.table("tab_a", TABLE, "A caption")
-    with pytest.raises(CdeltaError, match=message):
-        run.finish()
-    assert not (tmp_path / "02_attribution").exists() and not (tmp_path / "figures").exists()
-
-
 def test_an_id_is_used_once(tmp_path):
-    run = open_stage(tmp_path, produces=("tab_a",))
+    run = open_stage(tmp_path)
     run.table("tab_a", TABLE, "A caption")
     with pytest.raises(CdeltaError, match="'tab_a' was saved before"):
         run.table("tab_a", TABLE, "again")
     run.finish()
-    other = open_stage(tmp_path, "03_circuit", ("tab_a",))
+    other = open_stage(tmp_path, "03_circuit")
     other.table("tab_a", TABLE, "of another stage")
     with pytest.raises(CdeltaError, match="reuses the ids tab_a"):
         other.finish()
@@ -205,8 +206,8 @@ def test_missing_changed_undeclared_and_stale_items_are_found(tmp_path, spoil, m
 
 
 def test_unknown_names_are_one_clear_error(tmp_path):
-    with pytest.raises(CdeltaError, match="unknown stage '09_magic'"):
-        open_stage(tmp_path, "09_magic")
+    with pytest.raises(CdeltaError, match="unknown stage '12_magic'"):
+        open_stage(tmp_path, "12_magic")
     finish_table(tmp_path)
     with pytest.raises(CdeltaError, match="has no 'nope.json'.*stage.json"):
         open_stage(tmp_path, "03_circuit").input("02_attribution", "nope.json")
@@ -220,10 +221,9 @@ def test_device_auto_resolves_and_a_missing_gpu_is_said(tmp_path, monkeypatch):
 
 
 def test_a_lock_is_exclusive_and_freed(tmp_path):
-    with locked(tmp_path / "lock"):
-        with pytest.raises(BlockingIOError):
-            with locked(tmp_path / "lock", wait=False):
-                pass
+    with locked(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        with locked(tmp_path / "lock", wait=False):
+            pass
     with locked(tmp_path / "lock", wait=False):
         pass
 
@@ -233,11 +233,11 @@ def test_scratch_outlives_a_restart_and_goes_with_the_finish(tmp_path):
     open_stage(tmp_path).scratch("rows").joinpath("part").write_text("1")
     again = open_stage(tmp_path)  # the first one was killed
     assert again.scratch("rows").joinpath("part").read_text() == "1"
-    assert Reader("02_attribution", again.settings, tmp_path).scratch("rows") == again.scratch(
+    assert RunReader("02_attribution", again.preset, tmp_path).scratch("rows") == again.scratch(
         "rows"
     ), "other processes share it"
     assert not list(
-        Reader("02_attribution", store.resolve("tiny"), tmp_path).scratch("rows").iterdir()
+        RunReader("02_attribution", resolve("tiny"), tmp_path).scratch("rows").iterdir()
     ), "other settings do not"
     again.finish()
     assert not again.scratch("rows").joinpath("part").exists()
@@ -248,3 +248,27 @@ def test_scratch_belongs_to_the_runs_of_earlier_stages(tmp_path):
     before = open_stage(tmp_path).scratch("rows")
     (tmp_path / "01_dataset" / "stage.json").write_text("{}")
     assert open_stage(tmp_path).scratch("rows") != before
+
+
+def test_the_folders_own_settings_come_before_the_presets(tmp_path):
+    mine = resolve("smoke", overrides=["edit.lr=0.5"], run_name="mine")
+    write_settings(tmp_path, mine, device="cpu")
+    assert read_settings(tmp_path) == mine
+    run = open_stage(tmp_path, "04_edit")
+    assert run.settings.edit.lr == 0.5 and run.preset.name == "mine"
+
+
+def test_stages_of_the_same_outcome_are_taken_from_another_run(tmp_path, monkeypatch):
+    """Stage 02 differs, so 03, which reads it, is not taken although its own settings are equal."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for stage in ("00_subject", "01_dataset", "02_attribution", "03_circuit"):
+        monkeypatch.setenv(FINGERPRINT, f"print of {stage}")
+        finish_table(source, stage, f"tab_{stage}")
+        (source / "notebooks").mkdir(exist_ok=True)
+        (source / "notebooks" / f"{stage}.ipynb").write_text("{}")
+    names = ("00_subject", "01_dataset", "02_attribution", "03_circuit")
+    wanted = {name: f"print of {name}" for name in names} | {"02_attribution": "another"}
+    assert reuse_stages(source, target, wanted) == ["00_subject", "01_dataset"]
+    check_figures(target)
+    assert (target / "notebooks" / "01_dataset.ipynb").exists()
+    assert not (target / "03_circuit").exists() and (source / "03_circuit").exists()
