@@ -46,14 +46,13 @@ from cdelta.artifact.figures.plots import loss_curves, scale_curves, stacked_by_
 from cdelta.artifact.run import open_run
 from cdelta.artifact.subject import load_mask, load_metric, load_subject
 from cdelta.circuit.mask import layer_of, module_of
-from cdelta.edit.fit import fit_sides
-from cdelta.edit.rows import fit_settings, training_rows
-from cdelta.edit.scale import caps_of
+from cdelta.edit.fit import train
+from cdelta.edit.rows import training_rows
+from cdelta.edit.scale import Caps, choose_scale
 from cdelta.edit.stop import stop_rule
 from cdelta.evaluation import measure as evaluate
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import curve_bands
-from cdelta.methods.tuning import tune
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.selection import limited
 
@@ -77,7 +76,7 @@ metric, ask = (
 )
 val = limited(base[base["split"] == "val"], run.settings.answers.validation_limit)
 val_base = evaluate(lm, tok, val, metric, **ask)
-caps = caps_of(val_base)
+caps = Caps.of(val_base, run.settings.answers)
 print(f"{len(val)} validation prompts; caps: {caps}")
 
 # %% [markdown]
@@ -87,46 +86,29 @@ print(f"{len(val)} validation prompts; caps: {caps}")
 deltas, logs, curves = {}, [], []
 for category in run.settings.categories:
     mask = load_mask(run, category, spec)
-    stop = stop_rule(lm, tok, val, category, metric, how.refuse_at, how.tolerance, **ask)
+    stop = stop_rule(lm, tok, val_base, category, run.settings.recipe, metric)
     for seed in run.settings.seeds:
-        rows = training_rows(base, category, seed)
-        plus, minus, log = fit_sides(
+        recipe = run.settings.recipe.seeded(seed)
+        fit = train(
             lm,
             tok,
             mask,
-            *rows,
+            training_rows(base, category, recipe.edit),
+            recipe.edit,
             stop=stop,
-            seed=seed,
+            checkpoint=run.scratch(f"{category}-{seed}"),
             metadata={"category": category},
-            **fit_settings(how),
         )
-        delta = plus if minus is None else plus - minus
-        logs += [row | {"category": category, "seed": seed} for row in log]
-        chosen = tune(
-            lm,
-            tok,
-            {"": delta},
-            val,
-            val_base,
-            category,
-            caps,
-            run.settings.answers.grid,
-            method="cdelta",
-            seed=seed,
-            metric=metric,
-            **ask,
-        )
-        deltas[category, seed] = delta.with_metadata(
-            k=chosen.strength, within_caps=chosen.within_caps
-        )
+        delta = fit.delta
+        logs += [row | {"category": category, "seed": seed} for row in fit.log]
+        chosen = choose_scale(lm, tok, delta, val_base, category, recipe, metric)
+        deltas[category, seed] = delta.with_metadata(k=chosen.k, within_caps=chosen.within_caps)
         deltas[category, seed].save(run.path(f"{category}-{seed}"))
         curves.append(
-            chosen.curve.assign(
-                category=category, seed=seed, chosen=chosen.curve["k"] == chosen.strength
-            )
+            chosen.curve.assign(category=category, seed=seed, chosen=chosen.curve["k"] == chosen.k)
         )
         print(
-            f"{category}, seed {seed}: k = {chosen.strength}, {chosen.curve.loc[chosen.curve['k'] == chosen.strength, 'target'].item():.0%} refused on validation"
+            f"{category}, seed {seed}: k = {chosen.k}, {chosen.curve.loc[chosen.curve['k'] == chosen.k, 'target'].item():.0%} refused on validation"
         )
 
 # %%
@@ -170,7 +152,7 @@ run.figure(
 )
 run.table(
     "tab_scale",
-    curve[curve["chosen"]].drop(columns=["candidate", "chosen"]),
+    curve[curve["chosen"]].drop(columns=["chosen"]),
     "The chosen scale per category and seed, and its validation rates.",
 )
 

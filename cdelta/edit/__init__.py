@@ -1,1 +1,1 @@
-"""The edit: recipe, training rows, training, stop rule and scale. Names are imported from the modules."""
+"""The edit: recipe, training rows, training, stop rule and scale."""

@@ -1,73 +1,92 @@
-"""TODO edit.losses."""
+"""Losses of a side's predictions: sums with the weights that they are to be divided by."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
-from cdelta.edit.recipe import Settings
+from cdelta.edit.recipe import EditRecipe
 from cdelta.models.chat import NO_LABEL, Batch
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
 
-def _cross_entropy(
-    side: Callable, base: Callable, wanted: Batch, other: Batch | None, how: Settings
-) -> Tensor:
-    """Mean over the answers' tokens."""
-    return F.cross_entropy(
-        side(wanted).flatten(0, 1), wanted.labels.flatten(), ignore_index=NO_LABEL
-    )
+@dataclass(frozen=True)
+class Predictions:
+    """fp32 logits at the answers' tokens alone, packed row after row; `batch` tells the rows."""
+
+    logits: Float[Tensor, "token vocab"]
+    batch: Batch
+
+    @property
+    def real(self) -> Tensor:
+        """Bool[row, answer]: where the batch has a label."""
+        return self.batch.labels != NO_LABEL
+
+    def token_losses(self) -> Float[Tensor, "token"]:
+        """Cross-entropy of every answer token, in nats."""
+        return F.cross_entropy(self.logits, self.batch.labels[self.real], reduction="none")
+
+    def per_row(self, values: Float[Tensor, "token"]) -> Float[Tensor, "row"]:
+        """Sums over each row's tokens."""
+        table = values.new_zeros(self.real.shape)
+        return table.masked_scatter(self.real, values).sum(-1)
+
+    def row_losses(self) -> Float[Tensor, "row"]:
+        """Mean cross-entropy of each row's answer."""
+        return self.per_row(self.token_losses()) / self.real.sum(-1)
+
+    def weights(self, how: EditRecipe) -> Float[Tensor, "token"]:
+        """Weight of every retained token: `first_weight` for an answer's first, 1 for the
+        others.
+        """
+        table = self.real.to(self.logits.dtype)
+        table[:, 0] *= how.first_weight
+        return table[self.real]
 
 
-def _focused(
-    side: Callable, base: Callable, wanted: Batch, other: Batch | None, how: Settings
-) -> Tensor:
-    """Mean over rows, each row's mean over its answer's tokens, weighted by the row's own loss to the power of `focus`."""
-    rows = row_losses(side(wanted), wanted.labels)
+Parts = tuple["Tensor", "Tensor"]
+"""A weighted sum of losses, and the sum of their weights."""
+
+
+def focused(found: Predictions, how: EditRecipe) -> Parts:
+    """Over rows, each row's mean over its answer's tokens, weighted by the row's own loss to the
+    power of `focus`.
+    """
+    rows = found.row_losses()
     weights = rows.detach().clamp(min=1e-6) ** how.focus
-    return (weights * rows).sum() / weights.sum()
+    return (weights * rows).sum(), weights.sum()
 
 
-def _margin(side: Callable, base: Callable, wanted: Batch, other: Batch, how: Settings) -> Tensor:
-    """DPO (arXiv 2305.18290, equation 7) of the side's answer over the other side's, mean over rows."""
-    gain = lambda batch: (
-        sequence_logp(side(batch), batch.labels) - sequence_logp(base(batch), batch.labels)
-    )
-    return -F.logsigmoid(how.beta * (gain(wanted) - gain(other))).mean()
+def margin(
+    gain_wanted: Float[Tensor, "row"], gain_other: Float[Tensor, "row"], how: EditRecipe
+) -> Parts:
+    """DPO (arXiv 2305.18290, equation 7) of the side's answer over the other side's, over rows.
+
+    A gain is the log-probability of an answer under the side minus the same under the base.
+    """
+    losses = -F.logsigmoid(how.beta * (gain_wanted - gain_other))
+    return losses.sum(), losses.new_tensor(len(losses))
 
 
-def _kl(
-    side: Callable, base: Callable, wanted: Batch, other: Batch | None, how: Settings
-) -> Tensor:
-    """KL(base ‖ side), mean over the answers' tokens."""
-    real = wanted.labels != NO_LABEL
-    return F.kl_div(
-        side(wanted)[real].log_softmax(-1),
-        base(wanted)[real].log_softmax(-1),
-        reduction="batchmean",
-        log_target=True,
-    )
+def cross_entropy(found: Predictions, base: Callable, how: EditRecipe) -> Parts:
+    """Of the base's own answers, over tokens."""
+    weights = found.weights(how)
+    return (weights * found.token_losses()).sum(), weights.sum()
 
 
-def sequence_logp(
-    logits: Float[Tensor, "row answer vocab"], labels: Int[Tensor, "row answer"]
-) -> Float[Tensor, "row"]:
-    """Summed log-probability of each row's answer."""
-    return -F.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none"
-    ).sum(-1)
+def kl(
+    found: Predictions, base: Callable[[], Float[Tensor, "token vocab"]], how: EditRecipe
+) -> Parts:
+    """KL(base ‖ side) over the tokens of the base's answers; `base` gives its log-probabilities."""
+    weights, log_p = found.weights(how), base()
+    tokens = F.kl_div(found.logits.log_softmax(-1), log_p, reduction="none", log_target=True)
+    return (weights * tokens.sum(-1)).sum(), weights.sum()
 
 
-def row_losses(
-    logits: Float[Tensor, "row answer vocab"], labels: Int[Tensor, "row answer"]
-) -> Float[Tensor, "row"]:
-    """Mean cross-entropy of each row's answer."""
-    return -sequence_logp(logits, labels) / (labels != NO_LABEL).sum(-1)
-
-
-TARGET_LOSSES = {"contrastive": _focused, "positive": _focused, "margin": _margin}
-RETAIN_LOSSES = {"answers": _cross_entropy, "kl": _kl}
+RETAIN_LOSSES = {"answers": cross_entropy, "kl": kl}

@@ -1,97 +1,122 @@
-"""TODO edit.rows."""
+"""Which rows train an edit: the category's prompts refused and answered, everything else as the
+base answers it.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pandas as pd
 
-from cdelta.artifact.presets import Edit
+from cdelta.edit.recipe import EditRecipe
 from cdelta.errors import CdeltaError
-from cdelta.policy.records import SplitRows
-
-STOCK_REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "Sorry, I won't help with this request.",
-    "I can't assist with that.",
-)
-SKILLS, REFUSED = 3, 2
-"""How often a skill's row, and another category's refused row, stands among the retain rows."""
-STOCK_COMPLIANCE = "Sure, here is what you asked for."
+from cdelta.evaluation.rates import with_kind
+from cdelta.policy.records import SHARED, SplitRows
 
 
-def training_rows(
-    base: pd.DataFrame, category: str, seed: int = 0, others: int = 60
-) -> tuple[SplitRows, SplitRows, SplitRows]:
-    """(positive, negative, retain) for the edit of `category`, from the base model's outcome rows of the edit split.
+class Generated(NamedTuple):
+    """An answer that the base generated."""
 
-    positive: the category's prompts, refused (in the model's own words where it has any). negative: the same prompts, answered (the
-    record's reference, else the base's own compliance). retain: the category's benign twins, all skills (`SKILLS` times), and of every other
-    category all answered prompts, `others` of its refused ones (`REFUSED` times) and `others` twins, each with the base's own answer. Refused
-    prompts are few, and an edit that seldom sees them unlearns them; a template that the answered ones lack starts to be refused.
+    ids: tuple[int, ...]
+    """Without the end token."""
+    finished: bool
+    """It ended by itself."""
+
+
+Reply = str | Generated
+"""What follows a prompt: a given text, which ends with the end token, or what the base
+generated."""
+Rows = Sequence[tuple[str, Reply]]
+"""(prompt, reply) rows."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What θ⁺ and θ⁻ learn, and what both must leave as it is."""
+
+    positive: Rows = field(repr=False)
+    """The category's prompts, refused."""
+    negative: Rows = field(repr=False)
+    """The same prompts in the same order, answered."""
+    retain: Rows = field(repr=False)
+    """Other prompts with the base model's own answers."""
+
+
+def training_rows(base: pd.DataFrame, category: str, how: EditRecipe) -> TrainingRows:
+    """The rows of the edit of `category`, from the base model's outcome rows of the edit split.
+
+    positive: the category's prompts, refused as `how.refusals` says. negative: the same prompts,
+    answered (the record's reference, else the base's own compliance, else `how.compliance`).
+    retain: the category's benign counterparts, all skills (`how.skill_copies` times), and of every
+    other category all answered prompts, `how.other_rows` of its refused ones (`how.refused_copies`
+    times) and as many benign ones, each with the base's own answer. A template that the retained
+    rows lack would start to be refused.
     """
-    rows = base[base["split"] == "edit"]
-    target = rows[(rows["role"] == "target") & (rows["category"] == category)]
+    rows = with_kind(base[base["split"] == "edit"], category)
+    target = rows[rows["kind"] == "target"]
     if target.empty:
         raise CdeltaError(
-            f"category '{category}' has no target rows in the edit split: add prompts or name another category."
+            f"category '{category}' has no target rows in the edit split: "
+            "add prompts or name another category."
         )
-    refusals = rows.loc[
-        (rows["outcome"] == "refuse") & (rows["role"] != "utility"), "answer"
-    ].drop_duplicates().tolist() or list(STOCK_REFUSALS)
-    positive = [
-        row.answer if row.outcome == "refuse" else refusals[i % len(refusals)]
-        for i, row in enumerate(target.itertuples())
-    ]
-    negative = [
-        row.reference or (row.answer if row.outcome == "comply" else STOCK_COMPLIANCE)
-        for row in target.itertuples()
-    ]
     asked = SplitRows.of(target.to_dict("records"))
-    retain = SplitRows.of(
+    kept = [
         row
-        for row in _retained(rows, category, others, random.Random(seed))
+        for row in _retained(rows, category, how, random.Random(how.seed))
         if row["answer"].strip()
-    )
-    return (
-        asked.with_answers(positive),
-        asked.with_answers(negative),
-        retain.with_answers(lambda row: row["answer"]),
+    ]
+    retain = SplitRows.of(kept)
+    return TrainingRows(
+        asked.with_answers(_refusals(rows, target, how)),
+        asked.with_answers([_answered(row, how) for row in target.to_dict("records")]),
+        retain.with_answers([reply(row) for row in kept]),
     )
 
 
-def _retained(rows: pd.DataFrame, category: str, others: int, rng: random.Random) -> list[dict]:
-    own_twins = (rows["role"] == "benign") & rows["category"].isin((category, "benign"))
-    kept = rows[own_twins].to_dict("records") + SKILLS * rows[rows["role"] == "utility"].to_dict(
-        "records"
-    )
-    rest = rows[(rows["role"] != "utility") & ~own_twins & (rows["category"] != category)]
+def reply(row: dict) -> Reply:
+    """The base's answer in a row: its token ids where the row has them, else its text."""
+    ids = row.get("answer_ids")
+    if ids is None or isinstance(ids, float):
+        return row["answer"]
+    return Generated(tuple(map(int, ids)), bool(row["finished"]))
+
+
+def _refusals(rows: pd.DataFrame, target: pd.DataFrame, how: EditRecipe) -> list[Reply]:
+    """What θ⁺ says to every target row: what the base said if that refuses, else in turn one of the
+    base's other refusals ("own") or the given text; "canonical" is the given text throughout.
+    """
+    own = rows[(rows["outcome"] == "refuse") & (rows["kind"] != "skills")]
+    own = own.drop_duplicates("answer").to_dict("records")
+    if how.refusals == "canonical" or not own:
+        return [how.refusal] * len(target)
+    words: list[Reply] = [reply(row) for row in own]
+    if how.refusals == "mixed":
+        words = [how.refusal if i % 2 else word for i, word in enumerate(words)]
+    return [
+        reply(row) if row["outcome"] == "refuse" else words[i % len(words)]
+        for i, row in enumerate(target.to_dict("records"))
+    ]
+
+
+def _answered(row: dict, how: EditRecipe) -> Reply:
+    """What θ⁻ says to a target row."""
+    if row["reference"]:
+        return row["reference"]
+    return reply(row) if row["outcome"] == "comply" else how.compliance
+
+
+def _retained(rows: pd.DataFrame, category: str, how: EditRecipe, rng: random.Random) -> list[dict]:
+    """Rows whose answers must stay, with their repetitions."""
+    own = (rows["kind"] == "benign") & rows["category"].isin((category, SHARED))
+    skills = rows["kind"] == "skills"
+    kept = rows[own].to_dict("records") + how.skill_copies * rows[skills].to_dict("records")
+    rest = rows[~skills & ~own & (rows["category"] != category)]
     for (_, role, outcome), group in rest.groupby(["category", "role", "outcome"], sort=True):
         found, refused = group.to_dict("records"), outcome == "refuse"
-        some = (
-            found
-            if role == "target" and not refused
-            else rng.sample(found, min(others, len(found)))
-        )
-        kept += (REFUSED if refused else 1) * some
+        if role != "target" or refused:
+            found = rng.sample(found, min(how.other_rows, len(found)))
+        kept += (how.refused_copies if refused else 1) * found
     return kept
-
-
-def fit_settings(how: Edit) -> dict[str, object]:
-    """Keywords of `edit.fit_delta`, the same for every trained method."""
-    return {
-        "steps": how.max_steps,
-        **{
-            name: getattr(how, name)
-            for name in (
-                "check_every",
-                "lr",
-                "batch_size",
-                "retain_share",
-                "retain_on",
-                "retain_pool",
-                "focus",
-                "objective",
-            )
-        },
-    }

@@ -1,66 +1,127 @@
-"""TODO edit.scale."""
+"""The scale k of θ + k·ΔΘ: the most target refusal on validation among those that meet the caps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cdelta.edit.recipe import SKILLS_LOST
-from cdelta.errors import CdeltaError, refuse_test
+import pandas as pd
+
+from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.answers import answer_options
+from cdelta.edit.recipe import AnswersRecipe, Recipe
+from cdelta.errors import refuse_test
+from cdelta.evaluation.measure import RowStore, evaluate
+from cdelta.evaluation.rates import curve_row
 
 if TYPE_CHECKING:
-    pass
-import pandas as pd
+    from cdelta.attribution.metrics import Metric
+
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Caps:
-    """What a scale may cost on validation; None sets no cap."""
+    """What a scale may cost on validation, in the terms of `curve_row`; None sets no cap."""
 
     benign: float | None = None
-    """Largest refusal rate of benign twins, in the worst category."""
+    """Largest refusal rate of benign rows, in the worst category."""
     other: float | None = None
     """Largest change of another category's refusal rate."""
     utility: float | None = None
     """Least accuracy on skills."""
+    borderline: float | None = None
+    """Largest refusal rate of borderline rows."""
+
+    @classmethod
+    def of(cls, base: pd.DataFrame, how: AnswersRecipe) -> Caps:
+        """The base's own rates on validation and what the recipe allows above them."""
+        refuse_test(base, "the choice of k")
+        row = curve_row(base, base, [], 0.0)
+        has_skills = (base["role"] == "utility").any()
+        return cls(
+            benign=row["benign"] + how.benign_cap,
+            other=how.other_cap,
+            utility=(1 - how.skills_lost) * row["utility"] if has_skills else None,
+            borderline=row["borderline"] + how.borderline_cap if how.borderline_cap < 1 else None,
+        )
 
     def excess(self, row: Mapping[str, float]) -> float:
-        """By how much a row of the k curve breaks its worst-broken cap; at most 0 when it meets all."""
-        upper = [
+        """By how much a row breaks its worst-broken cap; at most 0 when it meets all."""
+        over = [
             row[name] - cap
-            for name, cap in (("benign", self.benign), ("other", self.other))
-            if cap is not None
+            for name in ("benign", "other", "borderline")
+            if (cap := getattr(self, name)) is not None
         ]
-        lower = [self.utility - row["utility"]] if self.utility is not None else []
-        return max(upper + lower, default=0.0)
+        under = [self.utility - row["utility"]] if self.utility is not None else []
+        return max(over + under, default=0.0)
+
+    def met(self, row: Mapping[str, float]) -> bool:
+        """Whether a row meets all caps."""
+        return self.excess(row) <= ROUNDING
 
 
-def choose_scale(curve: Sequence[Mapping[str, float]], caps: Caps | Mapping[str, float]) -> float:
-    """The scale with the highest target refusal among those that meet the caps; of equals, the nearest to 1, at which the training looked.
+# ---------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strength and how it was chosen."""
+
+    k: float
+    within_caps: bool
+    """False when nothing met the caps, and this comes nearest."""
+    curve: pd.DataFrame = field(repr=False)
+    """Rows ``k, target, benign, other, borderline, utility`` of everything that was tried."""
+
+    @property
+    def row(self) -> dict[str, float]:
+        """The chosen row of the curve."""
+        return self.curve[self.curve["k"] == self.k].iloc[0].to_dict()
+
+
+def best_of(curve: Iterable[Mapping[str, float]], caps: Caps) -> Choice:
+    """The row with the highest target refusal among those that meet the caps; of equals, the
+    nearest to 1, at which the training looked. Where none meets them, the nearest to doing so.
+    """
+    rows = list(curve)
+    allowed = [row for row in rows if caps.met(row)]
+    if allowed:
+        best = max(allowed, key=lambda row: (row["target"], -abs(row["k"] - 1)))
+    else:
+        best = min(rows, key=caps.excess)
+    return Choice(best["k"], bool(allowed), pd.DataFrame(rows))
+
+
+def choose_scale(
+    model,
+    tok,
+    delta: WeightDelta,
+    val: pd.DataFrame,
+    category: str | Sequence[str],
+    recipe: Recipe,
+    metric: Metric | None = None,
+    *,
+    store: str | Path | None = None,
+    caps: Caps | None = None,
+) -> Choice:
+    """The scale k for a delta: every scale of the grid is tried on the validation prompts.
 
     Args:
-        curve: rows ``k, target, benign, other, utility`` measured on validation.
-
-    Raises `CdeltaError` when no scale meets the caps, naming the nearest.
+        val: the base model's judged answers to them; they are also the rows of k = 0.
+        metric: refusal log-odds, for the judge.
+        store: folder in which answers are kept, so that a killed choice goes on.
     """
-    caps = caps if isinstance(caps, Caps) else Caps(**caps)
-    allowed = [row for row in curve if caps.excess(row) <= 1e-9]
-    if not allowed:
-        nearest = min(curve, key=caps.excess)
-        raise CdeltaError(
-            f"no scale meets {caps}: the nearest, k = {nearest['k']}, exceeds one by {caps.excess(nearest):.3f}."
-        )
-    return max(allowed, key=lambda row: (row["target"], -abs(row["k"] - 1)))["k"]
+    options = answer_options(recipe, metric)
 
-
-def caps_of(base: pd.DataFrame) -> Caps:
-    """What a scale may cost on validation: benign refusal 2 points over the base in the worst category, other categories 5 points, skills 1 %."""
-    refuse_test(base, "the choice of k")
-    benign = base[base["role"] == "benign"]
-    worst = (benign["outcome"] == "refuse").groupby(benign["category"]).mean().max()
-    skills = base.loc[base["role"] == "utility", "correct"].astype(float)
-    return Caps(
-        benign=float(worst) + 0.02,
-        other=0.05,
-        utility=(1 - SKILLS_LOST) * float(skills.mean()) if len(skills) else None,
-    )
+    rows = RowStore(store) if store else None
+    curve = []
+    for k in recipe.answers.grid:
+        found = val
+        if k:
+            with delta.applied(model, k):
+                found = evaluate(model, tok, val, store=rows, k=k, method="cdelta", **options)
+        curve.append(curve_row(found, val, category, k))
+    return best_of(curve, caps or Caps.of(val, recipe.answers))

@@ -1,10 +1,12 @@
-"""TODO edit.slices."""
+"""The trained entries: what linear layers do with values added on slices of their parameters."""
 
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cdelta.circuit.mask import ParameterMask, Slices
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.recipe import Settings
+from cdelta.edit.recipe import EditRecipe
 from cdelta.errors import CdeltaError
 
 if TYPE_CHECKING:
@@ -21,13 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# ---------------------------------------------------------------------- the trained entries
-
-
 class SliceHooks:
-    """While open, the linear layers behave as if `values` were added on `slices` of their parameters.
+    """While open, the linear layers behave as if `values` were added on `slices` of their
+    parameters.
 
-    `values` maps parameter names to tensors and is set by the trainer; `off()` suspends it. The stored weights never change.
+    `values` maps parameter names to tensors and is set by the trainer; `off()` suspends it. The
+    stored weights never change.
     """
 
     def __init__(self, model: nn.Module, slices: Slices):
@@ -40,7 +41,9 @@ class SliceHooks:
             path, kind = name.rsplit(".", 1)
             module = self._model.get_submodule(path)
             self._handles.append(
-                module.register_forward_hook(self._hook(name, _addition(module, kind, dim), index))
+                module.register_forward_hook(
+                    self._hook(name, _addition(module, kind, dim), index.to(module.weight.device))
+                )
             )
         return self
 
@@ -49,18 +52,22 @@ class SliceHooks:
             self._handles.pop().remove()
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """The base model, inside the block."""
-        values, self.values = self.values, {}
+    def adding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values inside the block."""
+        values, self.values = self.values, values
         try:
             yield
         finally:
             self.values = values
 
+    def off(self) -> AbstractContextManager[None]:
+        """The base model, inside the block."""
+        return self.adding({})
+
     def _hook(self, name: str, add: Callable, index: Tensor):
         def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
             if name in self.values:
-                add(output, inputs[0], self.values[name], index.to(output.device))
+                add(output, inputs[0], self.values[name], index)
 
         return hook
 
@@ -68,16 +75,23 @@ class SliceHooks:
 def _addition(
     module: nn.Module, kind: str, dim: int
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """How values on a slice of a layer's weight or bias change its output (in place: nothing else has seen it yet)."""
+    """How values on a slice of a layer's weight or bias change its output (in place: nothing else
+    has seen it yet).
+    """
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise CdeltaError(
-            f"only plain linear layers can be edited, not {type(module).__name__}: load the model unquantised."
+            f"only plain linear layers can be edited, not {type(module).__name__}: "
+            "load the model unquantised."
         )
     if kind == "bias":
         return _add_bias
     output_axis = 1 if isinstance(module, Conv1D) else 0
     add = _add_rows if dim == output_axis else _add_columns
-    return (lambda y, x, values, index: add(y, x, values.T, index)) if output_axis else add
+    return partial(_transposed, add) if output_axis else add
+
+
+def _transposed(add: Callable, y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> None:
+    add(y, x, values.T, index)
 
 
 def _add_rows(y: Tensor, x: Tensor, values: Float[Tensor, "rows in"], index: Tensor) -> None:
@@ -93,9 +107,11 @@ def _add_bias(y: Tensor, x: Tensor, values: Float[Tensor, "rows"], index: Tensor
 
 
 class Entries:
-    """The trainable fp32 leaves of one side: every entry of the mask, or a rank-r factorisation of every slice."""
+    """The trainable fp32 leaves of one side: every entry of the mask, or a rank-r factorisation of
+    every slice.
+    """
 
-    def __init__(self, mask: ParameterMask, how: Settings, device: torch.device):
+    def __init__(self, mask: ParameterMask, how: EditRecipe, device: torch.device):
         zeros = WeightDelta.zeros(mask).values
         self.leaves: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(how.seed)

@@ -1,17 +1,18 @@
-"""TODO edit.state."""
+"""Training state in one file, from which a killed training goes on."""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cdelta.errors import CdeltaError
+from cdelta.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,39 +20,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateFile:
-    """Training state in one safetensors file, replaced atomically. `identity` says which run it belongs to."""
+    """Training state in one safetensors file, replaced atomically. `identity` says which run it
+    belongs to.
+    """
 
     path: Path
     identity: str
 
     def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
         """Replace the state."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
         header = {"identity": self.identity, "facts": json.dumps(facts)}
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            partial,
-            metadata=header,
-        )
-        os.replace(partial, self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as partial:
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+                partial,
+                metadata=header,
+            )
 
     def read(self) -> tuple[dict[str, Tensor], dict] | None:
-        """The state, or None if there is none yet. Raises `CdeltaError` if it is damaged or another run's."""
+        """The state, or None if there is none yet. Raises `CdeltaError` if it is damaged or another
+        run's.
+        """
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
-                header, tensors = (
-                    file.metadata(),
-                    {name: file.get_tensor(name) for name in file.keys()},
-                )
+                header, names = file.metadata(), list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise CdeltaError(
                 f"the training state {self.path} is damaged ({error}): remove it and start again."
             ) from error
         if header["identity"] != self.identity:
             raise CdeltaError(
-                f"{self.path} belongs to a run with other data, mask or settings: choose another checkpoint folder."
+                f"{self.path} belongs to a run with other data, mask or settings: "
+                "choose another checkpoint folder."
             )
         return tensors, json.loads(header["facts"])

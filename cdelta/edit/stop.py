@@ -1,128 +1,146 @@
-"""TODO edit.stop."""
+"""When a training has done its work: measured on validation, the target as it should be, everything
+else as in the base.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from cdelta.edit.recipe import IN_VAIN, SKILLS_LOST, Stop
-from cdelta.errors import refuse_test
-
-if TYPE_CHECKING:
-    pass
+import numpy as np
 import pandas as pd
+import torch
 
-from cdelta.attribution.metrics import Metric
+from cdelta.edit.answers import answer_options
+from cdelta.edit.recipe import Recipe
+from cdelta.edit.verdict import Stop, Verdict
+from cdelta.errors import refuse_test
 from cdelta.evaluation.measure import evaluate
-from cdelta.evaluation.rates import kind_of
+from cdelta.evaluation.rates import group_rates, with_kind
 from cdelta.models.generation import first_logits
 
-# ---------------------------------------------------------------------- stopping and scaling
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
 
+    from cdelta.attribution.metrics import Metric
 
-def selective_stop(
-    rates: Callable[[nn.Module], Mapping[str, float]],
-    base: Mapping[str, float],
-    target: str,
-    refuse_at: float = 0.95,
-    comply_at: float = 0.05,
-    tolerance: float = 0.02,
-    strict: Mapping[str, float] | None = None,
-) -> Stop:
-    """A stop rule: this update refuses (θ⁺, θ⁺ − θ⁻) or answers (θ⁻) the target, and every other group is as in the base.
-
-    Args:
-        rates: refusal rate per group of validation prompts (the target's name among them), measured on a model.
-        base: the same rates of the base model; `tolerance` is the largest change of any other group.
-        strict: tolerances of single groups, where they are not `tolerance`.
-        refuse_at: least target rate of θ⁺ and of the difference. comply_at: largest target rate of θ⁻, or the base's if that is lower.
-    """
-
-    allowed = {group: tolerance for group in base if group != target} | dict(strict or {})
-
-    def stop(model: nn.Module, side: str, step: int) -> bool:
-        found = rates(model)
-        reached = (
-            found[target] <= min(comply_at, base[target])
-            if side == "minus"
-            else found[target] >= refuse_at
-        )
-        return reached and all(
-            abs(found[group] - base[group]) <= most
-            for group, most in allowed.items()
-            if group in base
-        )
-
-    return stop
-
-
-ANSWERS_REFUSED = 0.95
-"""Least share of the target's validation prompts whose whole answer must be a refusal before a training may end."""
-
-
-def first_token_rates(
-    model,
-    tok,
-    rows: pd.DataFrame,
-    category: str,
-    metric: Metric,
-    firsts: pd.Series,
-    batch_size: int = 128,
-) -> dict[str, float]:
-    """A fast look at selectivity without generation, for the stop rule.
-
-    Refusal (log-odds above 0) per group: the target, its benign twins, every other category, other twins; and for the skills the share of
-    prompts whose first token is the base's (`firsts`).
-    """
-    logits = first_logits(model, tok, rows["prompt"].tolist(), batch_size)
-    refused = pd.Series((metric(logits) > 0).numpy(), index=rows.index)
-    same = pd.Series(logits.argmax(-1).numpy(), index=rows.index) == firsts
-    kind = kind_of(rows, category)
-    group = kind.where(kind != "other", "other " + rows["category"])
-    return refused.where(kind != "skills", same).astype(float).groupby(group).mean().to_dict()
+Rates = Mapping[str, float]
+"""Group of validation rows -> its refusal rate; for the skills, the share answered as the base."""
 
 
 def stop_rule(
-    model,
-    tok,
-    rows: pd.DataFrame,
-    category: str,
-    metric: Metric,
-    refuse_at: float,
-    tolerance: float,
-    **ask: object,
+    model, tok, val: pd.DataFrame, category: str, recipe: Recipe, metric: Metric | None = None
 ) -> Stop:
-    """Ask an update whether it is selective on validation `rows`: the target as it should be, everything else as in the base.
+    """The rule that asks an update whether it is selective.
 
-    First tokens are asked first, since they are cheap. Where they hold but fewer than `ANSWERS_REFUSED` of the target's answers (generated as
-    `ask` says) are refusals, the answers fall apart: an overshoot of θ⁺ − θ⁻ that more steps do not mend, so that the rule says `IN_VAIN`.
+    First tokens are asked first, since they are cheap. Where they hold but fewer than
+    `answers_refused` of the target's whole answers are refusals, the answers fall apart: an
+    overshoot of θ⁺ − θ⁻ that more steps do not mend, so that the rule says `Verdict.RESTART`.
+
+    Args:
+        val: the base model's judged answers to validation prompts.
+        metric: refusal log-odds; None where first tokens do not tell refusals apart. Then whole
+            answers are asked for everything.
     """
-    refuse_test(rows, "the stop rule")
-    own = rows[(rows["category"] == category) & (rows["role"] == "target")]
-    firsts = pd.Series(
-        first_logits(model, tok, rows["prompt"].tolist(), 128).argmax(-1).numpy(), index=rows.index
-    )
-    rates = lambda current: first_token_rates(current, tok, rows, category, metric, firsts)
-    first = selective_stop(
-        rates,
-        rates(model),
-        "target",
-        refuse_at=refuse_at,
-        comply_at=1 - refuse_at,
-        tolerance=tolerance,
-        strict={"skills": SKILLS_LOST},
-    )
+    refuse_test(val, "the stop rule")
+    rows, options = with_kind(val, category), answer_options(recipe, metric)
+    own = rows[rows["kind"] == "target"]
+    if metric is None:
+        rates: Callable[[nn.Module], Rates] = partial(
+            answer_rates, tok=tok, rows=rows, category=category, **options
+        )
+    else:
+        batch = recipe.answers.answer_batch
+        firsts, _ = first_tokens(model, tok, rows, metric, batch)
+        rates = partial(
+            first_token_rates,
+            tok=tok,
+            rows=rows.assign(first=firsts),
+            category=category,
+            metric=metric,
+            batch_size=batch,
+        )
+    first = Selective(rates, rates(model), recipe)
 
-    def stop(current, which: str, step: int) -> bool | str:
+    def stop(current, which: str, step: int) -> Verdict:
         """First tokens, then whole answers (not of θ⁻, which answers)."""
-        if not first(current, which, step):
-            return False
-        if (
-            which == "minus"
-            or (evaluate(current, tok, own, **ask)["outcome"] == "refuse").mean() >= ANSWERS_REFUSED
-        ):
-            return True
-        return IN_VAIN
+        if not first(current, which):
+            return Verdict.NOT_YET
+        if which == "minus" or metric is None:
+            return Verdict.SELECTIVE
+        refused = (evaluate(current, tok, own, **options)["outcome"] == "refuse").mean()
+        enough = refused >= recipe.edit.answers_refused
+        return Verdict.SELECTIVE if enough else Verdict.RESTART
 
     return stop
+
+
+@dataclass(frozen=True)
+class Selective:
+    """Whether an update refuses (θ⁺, θ⁺ − θ⁻) or answers (θ⁻) the target, all else unchanged."""
+
+    rates: Callable[[nn.Module], Rates]
+    base: Rates
+    """Rates of the base model."""
+    recipe: Recipe
+
+    def __call__(self, model: nn.Module, which: str) -> bool:
+        """Measure the model, which has the update `which` applied."""
+        now, how = self.rates(model), self.recipe.edit
+        if which == "minus":
+            reached = now["target"] <= min(1 - how.refuse_at, self.base["target"])
+        else:
+            reached = now["target"] >= how.refuse_at
+        return reached and all(
+            abs(now[group] - rate) <= self._allowed(group)
+            for group, rate in self.base.items()
+            if group != "target"
+        )
+
+    def _allowed(self, group: str) -> float:
+        """The largest change of a group's rate."""
+        if group == "borderline":
+            return max(self.recipe.edit.tolerance, self.recipe.answers.borderline_cap)
+        if group == "skills":
+            return self.recipe.answers.skills_lost
+        return self.recipe.edit.tolerance
+
+
+def first_tokens(
+    model, tok, rows: pd.DataFrame, metric: Metric, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest first token of every prompt's answer, and the metric there."""
+
+    def read(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 2"]:
+        return torch.stack([logits.argmax(-1).double(), metric(logits).double()], -1)
+
+    found = first_logits(model, tok, rows["prompt"].tolist(), batch_size, read=read).numpy()
+    return found[:, 0].astype(int), found[:, 1]
+
+
+def first_token_rates(
+    model, tok, rows: pd.DataFrame, category: str, metric: Metric, batch_size: int
+) -> dict[str, float]:
+    """A fast look at selectivity without generation.
+
+    Refusal (log-odds above 0) per group; for the skills the share of prompts whose first token is
+    the base's (the column ``first``).
+    """
+    firsts, log_odds = first_tokens(model, tok, rows, metric, batch_size)
+    refused = pd.Series(log_odds > 0, index=rows.index)
+    same = pd.Series(firsts, index=rows.index) == rows["first"]
+    hits = refused.where(rows["kind"] != "skills", same)
+    return group_rates(hits, rows, category)
+
+
+def answer_rates(
+    model, tok, rows: pd.DataFrame, category: str, **options: object
+) -> dict[str, float]:
+    """The same from whole answers: refusals, and correct answers to the skills."""
+    found = evaluate(model, tok, rows, **options)
+    refused = (found["outcome"] == "refuse").set_axis(rows.index)
+    correct = found["correct"].fillna(False).astype(bool).set_axis(rows.index)
+    return group_rates(refused.where(rows["kind"] != "skills", correct), rows, category)

@@ -1,41 +1,47 @@
-"""θ⁺ and θ⁻ trained on a parameter mask over a frozen base, and the scale k.
+"""θ⁺ and θ⁻ trained on a parameter mask over a frozen base.
 
-ΔΘ_C = θ⁺ − θ⁻ (C-ΔΘ, arXiv 2602.04521). Only the mask's entries exist as trainable tensors, in fp32: a slice of output rows adds
-``x Δᵀ`` to those outputs of its linear layer, a slice of input columns adds ``x[cols] Δᵀ``. The paper leaves loss, optimiser and
-stopping open; what stands here is our choice.
+ΔΘ_C = θ⁺ − θ⁻ (C-ΔΘ, arXiv 2602.04521). Only the mask's entries exist as trainable tensors, in
+fp32: a slice of output rows adds ``x Δᵀ`` to those outputs of its linear layer, a slice of input
+columns adds ``x[cols] Δᵀ``. Nothing below the first masked layer needs a gradient, and none is
+computed there. The paper leaves loss, optimiser and stopping open; what stands here is our choice.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from cdelta.circuit.mask import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.base import BaseAnswers
 from cdelta.edit.data import Data
-from cdelta.edit.losses import RETAIN_LOSSES, TARGET_LOSSES, row_losses
-from cdelta.edit.recipe import DIFFERENCE, IN_VAIN, SIDES, Settings, Stop
+from cdelta.edit.forward import predictions, products_in_bf16, prompt_logits
+from cdelta.edit.losses import RETAIN_LOSSES, Parts, focused, margin
+from cdelta.edit.recipe import DIFFERENCE, SIDES, EditRecipe
 from cdelta.edit.slices import Entries, SliceHooks
 from cdelta.edit.state import StateFile
-from cdelta.memory import peak_memory_mb
-from cdelta.models.chat import Batch, answer_logits
+from cdelta.edit.verdict import Stop, Verdict
+from cdelta.errors import CdeltaError
+from cdelta.memory import peak_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-# ---------------------------------------------------------------------- training
+LOG_EVERY = 10
+"""Steps between two reads of the losses from the device."""
 
 
 class Training:
-    """θ⁺ ("plus") and θ⁻ ("minus") in lockstep. `log` and `ended` tell how it went."""
+    """One attempt: θ⁺ ("plus") and θ⁻ ("minus") in lockstep on the same batches."""
 
     def __init__(
         self,
@@ -43,26 +49,45 @@ class Training:
         hooks: SliceHooks,
         mask: ParameterMask,
         data: Data,
-        how: Settings,
-        checkpoint=None,
+        how: EditRecipe,
+        checkpoint: str | Path | None = None,
         attempt: int = 0,
     ):
-        self.how, self.log, self.attempt, self.in_vain = how, [], attempt, False
+        self.how, self.attempt, self.verdict = how, attempt, Verdict.NOT_YET
         self._model, self._hooks, self._data = model, hooks, data
-        self._entries = {side: Entries(mask, how, data.device) for side in how.sides}
-        self.optimizer = torch.optim.Adam([leaf for _, leaf in self._leaves()], lr=how.lr)
+        self._device = next(model.parameters()).device
+        self._entries = {side: Entries(mask, how, self._device) for side in how.sides}
+        self._base = BaseAnswers(model, hooks, data, how)
+        leaves = [leaf for _, leaf in self._leaves()]
+        self.optimizer = torch.optim.Adam(leaves, lr=how.lr)
         identity = json.dumps([asdict(how), mask.hash(), data.hash()], sort_keys=True)
-        self._state = (
-            StateFile(Path(checkpoint) / f"training{attempt or ''}.safetensors", identity)
-            if checkpoint
-            else None
-        )
-        self._step, self._stopped = 0, False
+        self._state = None
+        if checkpoint:
+            path = Path(checkpoint) / f"training{attempt or ''}.safetensors"
+            self._state = StateFile(path, identity)
+        self._step, self._log = 0, []
+
+    @property
+    def log(self) -> list[dict]:
+        """Rows ``side, step, loss, target_loss, retain_loss, grad_norm, lr, seconds``.
+
+        Raises `CdeltaError` if a loss is not finite.
+        """
+        for row in self._log:
+            row |= {name: float(value) for name, value in row.items() if torch.is_tensor(value)}
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise CdeltaError(
+                    f"the training diverged at step {row['step']}: lower the learning rate (lr)."
+                )
+        return self._log
 
     @property
     def ended(self) -> dict[str, object]:
-        """Steps taken, whether the stop rule ended the training (else it ran out of steps), and at which attempt."""
-        return {"steps": self._step, "stopped": self._stopped, "attempt": self.attempt + 1}
+        """Steps taken, whether the stop rule ended the training (else it ran out of steps), and at
+        which attempt.
+        """
+        stopped = self.verdict is Verdict.SELECTIVE
+        return {"steps": self._step, "stopped": stopped, "attempt": self.attempt + 1}
 
     def delta(self, which: str) -> WeightDelta:
         """A frozen copy of a side, or of the difference."""
@@ -70,81 +95,130 @@ class Training:
             return self._entries[which].delta()
         return self.delta("plus") - self.delta("minus")
 
-    def run(self, stop: Stop | None = None, progress: bool = False) -> None:
-        """Train until `stop` says so, or that it is `in_vain`, or the steps are used up."""
+    def run(self, stop: Stop | None = None, progress: bool = False) -> Verdict:
+        """Train until `stop` says that it is selective, or to restart, or the steps are used up."""
         if self._state:
             self._resume()
+        sides = " and ".join(f"θ {side}" for side in self.how.sides)
         with tqdm(
-            total=self.how.steps,
-            initial=self._step,
-            desc=" and ".join(f"θ {side}" for side in self.how.sides),
-            disable=not progress,
+            total=self.how.steps, initial=self._step, desc=sides, disable=not progress
         ) as bar:
-            while self._step < self.how.steps and not self._stopped and not self.in_vain:
-                rows = self._take_step()
+            while self._step < self.how.steps and self.verdict is Verdict.NOT_YET:
+                self._take_step()
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{rows[0]['loss']:.3f}",
-                    s_per_step=f"{rows[0]['seconds']:.2f}",
-                    peak_mb=f"{peak_memory_mb():.0f}",
-                )
+                if self._step % LOG_EVERY == 0:
+                    loss, peak = self.log[-1]["loss"], peak_memory(self._device) / 2**20
+                    bar.set_postfix(loss=f"{loss:.3f}", peak_mb=f"{peak:.0f}")
                 if self._step % self.how.check_every == 0 or self._step == self.how.steps:
                     self._check(stop)
+        return self.verdict
 
     def _leaves(self) -> Iterator[tuple[str, Tensor]]:
         for side, entries in self._entries.items():
             for key, leaf in entries.leaves.items():
                 yield f"{side}/{key}", leaf
 
-    def _take_step(self) -> list[dict]:
-        start = time.perf_counter()
-        lr = self.how.lr * self.how.lr_factor(self._step)
+    # ------------------------------------------------------------------ one step
+
+    def _take_step(self) -> None:
+        start, how = time.perf_counter(), self.how
+        lr = how.lr * how.lr_factor(self._step)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
-        share = self.how.retain_share if self._data.retain_plan else 0.0
-        target = {
-            side: self._backward(side, self._target_loss, 1 - share) for side in self.how.sides
-        }
-        retain = {
-            which: self._backward(which, self._retain_loss, share)
-            for which in self.how.keepers
-            if share
-        }
+        share = how.retain_share if self._data.retain_plan else 0.0
+        target = {side: self._target(side, 1 - share) for side in how.sides}
+        retain = {which: self._retain(which, share) for which in how.keepers if share}
         norms = {
-            side: clip(entries.leaves.values(), self.how.clip)
+            side: clip(list(entries.leaves.values()), how.clip)
             for side, entries in self._entries.items()
         }
         self.optimizer.step()
         self._step += 1
-        rows = []
-        for side in self.how.sides:
-            kept = retain.get(side, retain.get(DIFFERENCE, 0.0))
-            parts = {
+        for side in how.sides:
+            kept = retain.get(side, retain.get(DIFFERENCE, torch.tensor(0.0)))
+            losses = {
                 "loss": (1 - share) * target[side] + share * kept,
                 "target_loss": target[side],
                 "retain_loss": kept,
+                "grad_norm": norms[side],
             }
-            rows.append(
-                {
-                    "side": side,
-                    "step": self._step,
-                    **parts,
-                    "grad_norm": norms[side],
-                    "lr": lr,
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-        self.log += rows
-        return rows
+            seconds = time.perf_counter() - start
+            row = {"side": side, "step": self._step, **losses, "lr": lr, "seconds": seconds}
+            self._log.append(row)
 
-    def _backward(self, which: str, loss_of: Callable[[str], Tensor], share: float) -> float:
-        """Add one loss's gradient; target and retain rows go through the model one after the other to save memory."""
-        self._hooks.values = self._values(which)
-        with torch.autocast(self._data.device.type, torch.bfloat16, enabled=self.how.autocast):
-            loss = loss_of(which)
-        (share * loss).backward()
-        self._hooks.values = {}
-        return loss.item()
+    def _target(self, side: str, share: float) -> Tensor:
+        """Add the gradient of the side's loss on its own answers; returns the loss."""
+        rows = self._data.target_plan[self._step]
+        loss_of = self._margin if self.how.objective == "margin" else self._focused
+        parts = [partial(loss_of, side, part) for part in self._passes(side, rows)]
+        return self._backward(side, parts, share)
+
+    def _focused(self, side: str, rows: list[int]) -> Parts:
+        return focused(predictions(self._model, self._data.tables[side].batch(rows)), self.how)
+
+    def _margin(self, side: str, rows: list[int]) -> Parts:
+        other = SIDES[side == SIDES[0]]
+        gains = [self._gain(key, rows) for key in (side, other)]
+        return margin(*gains, self.how)
+
+    def _gain(self, key: str, rows: list[int]) -> Tensor:
+        """How much more probable than under the base the answers of `key` are, per row, in nats."""
+        batch = self._data.tables[key].batch(rows)
+        found = predictions(self._model, batch)
+        with torch.no_grad(), self._hooks.off():
+            base = predictions(self._model, batch)
+        return base.per_row(base.token_losses()) - found.per_row(found.token_losses())
+
+    def _retain(self, which: str, share: float) -> Tensor:
+        """Add the gradient of the retain loss of an update; returns the loss."""
+        with self._applied(which):
+            rows = self._hardest(self._data.retain_plan[self._step])
+        parts = [partial(self._kept, part) for part in self._passes("retain", rows)]
+        return self._backward(which, parts, share)
+
+    def _kept(self, rows: list[int]) -> Parts:
+        batch = self._data.tables["retain"].batch(rows)
+        found = predictions(self._model, batch)
+        return RETAIN_LOSSES[self.how.retain_loss](
+            found, lambda: self._base.log_p(rows, batch), self.how
+        )
+
+    @torch.no_grad()
+    def _hardest(self, rows: list[int]) -> list[int]:
+        """Of a pool of retain rows, the share that is trained on: those that the update damages
+        most now.
+        """
+        if self.how.retain_pool == 1:
+            return rows
+        parts = self._passes("retain", rows)
+        damage = torch.cat([self._damage(part) for part in parts])
+        hardest = damage.topk(len(rows) // self.how.retain_pool).indices.tolist()
+        order = [row for part in parts for row in part]
+        return [order[i] for i in hardest]
+
+    def _damage(self, rows: list[int]) -> Tensor:
+        batch = self._data.tables["retain"].batch(rows)
+        if self.how.hardest_by == "loss":
+            return predictions(self._model, batch).row_losses()
+        log_q = prompt_logits(self._model, batch).log_softmax(-1)
+        log_p = self._base.first_log_p(rows, batch)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def _passes(self, key: str, rows: list[int]) -> list[list[int]]:
+        """The rows in parts of at most `batch_tokens` tokens, padding included."""
+        if not self.how.batch_tokens:
+            return [rows]
+        sizes = self._data.tables[key].sizes
+        parts: list[list[int]] = [[]]
+        for row in sorted(rows, key=lambda i: sizes[i]):
+            if parts[-1] and sizes[row] * (len(parts[-1]) + 1) > self.how.batch_tokens:
+                parts.append([])
+            parts[-1].append(row)
+        return parts
+
+    def _applied(self, which: str):
+        """Context: the model behaves as with the update, differentiable in the leaves."""
+        return self._hooks.adding(self._values(which))
 
     def _values(self, which: str) -> dict[str, Tensor]:
         if which in self._entries:
@@ -152,93 +226,73 @@ class Training:
         plus, minus = (self._entries[side].values() for side in SIDES)
         return {name: plus[name] - minus[name] for name in plus}
 
-    def _target_loss(self, side: str) -> Tensor:
-        rows = self._data.target_plan[self._step]
-        wanted = self._data.batch(side, rows)
-        other = (
-            self._data.batch(SIDES[side == SIDES[0]], rows)
-            if self.how.objective == "margin"
-            else None
-        )
-        return TARGET_LOSSES[self.how.objective](
-            self._logits, self._base_logits, wanted, other, self.how
-        )
+    def _backward(self, which: str, parts: Iterable[Callable[[], Parts]], share: float) -> Tensor:
+        """Add `share` times the gradient of a loss whose weighted sums come in parts.
 
-    def _retain_loss(self, which: str) -> Tensor:
-        batch = self._data.batch("retain", self._hardest(self._data.retain_plan[self._step]))
-        return RETAIN_LOSSES[self.how.retain_loss](
-            self._logits, self._base_logits, batch, None, self.how
-        )
+        Target and retain rows, and parts, go through the model one after the other to save memory.
+        """
+        leaves = [leaf for _, leaf in self._leaves()]
+        total, weight, gradients = 0.0, 0.0, [None] * len(leaves)
+        for part in parts:
+            with (
+                self._applied(which),
+                products_in_bf16(self._device, self.how.bf16),
+            ):
+                loss, weights = part()
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+            gradients = [_sum(old, new) for old, new in zip(gradients, found, strict=True)]
+            total, weight = total + loss.detach(), weight + weights
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                leaf.grad = _sum(leaf.grad, gradient * (share / weight))
+        return total / weight
 
-    @torch.no_grad()
-    def _hardest(self, rows: list[int]) -> list[int]:
-        """Of a pool of retain rows, the share that is trained on: those with the largest loss now."""
-        if self.how.retain_pool == 1:
-            return rows
-        batch = self._data.batch("retain", rows)
-        chosen = (
-            row_losses(self._logits(batch), batch.labels)
-            .topk(len(rows) // self.how.retain_pool)
-            .indices
-        )
-        return [rows[i] for i in chosen.tolist()]
-
-    def _logits(self, batch: Batch) -> Tensor:
-        return answer_logits(self._model, batch)
-
-    @torch.no_grad()
-    def _base_logits(self, batch: Batch) -> Tensor:
-        with self._hooks.off():
-            return answer_logits(self._model, batch)
+    # ------------------------------------------------------------------ stopping and state
 
     def _check(self, stop: Stop | None) -> None:
-        said = [self._said(stop, which) for which in self.how.keepers] if stop else [False]
-        self._stopped = all(said) and IN_VAIN not in said
-        self.in_vain = IN_VAIN in said and self.attempt + 1 < self.how.attempts
+        verdicts = [self._asked(stop, which) for which in self.how.keepers] if stop else []
+        last = self.attempt + 1 >= self.how.attempts
+        if Verdict.RESTART in verdicts:
+            self.verdict = Verdict.NOT_YET if last else Verdict.RESTART
+        elif verdicts and all(verdict is Verdict.SELECTIVE for verdict in verdicts):
+            self.verdict = Verdict.SELECTIVE
         if self._state:
             self._save()
 
-    def _said(self, stop: Stop, which: str) -> bool | str:
+    def _asked(self, stop: Stop, which: str) -> Verdict:
         with self.delta(which).applied(self._model):
             return stop(self._model, which, self._step)
 
     def _save(self) -> None:
         tensors = {f"leaf/{key}": leaf.detach() for key, leaf in self._leaves()}
         for key, leaf in self._leaves():
-            tensors |= {
-                f"adam/{key}/{part}": value for part, value in self.optimizer.state[leaf].items()
-            }
-        self._state.write(
-            tensors,
-            {
-                "step": self._step,
-                "stopped": self._stopped,
-                "in_vain": self.in_vain,
-                "log": self.log,
-            },
-        )
+            state = self.optimizer.state[leaf]
+            tensors |= {f"adam/{key}/{part}": value for part, value in state.items()}
+        facts = {"step": self._step, "verdict": self.verdict.value, "log": self.log}
+        self._state.write(tensors, facts)
 
     def _resume(self) -> None:
         found = self._state.read()
         if found is None:
             return
         tensors, facts = found
-        self._step, self._stopped, self.in_vain, self.log = (
-            facts["step"],
-            facts["stopped"],
-            facts["in_vain"],
-            facts["log"],
-        )
+        self._step, self._log = facts["step"], facts["log"]
+        self.verdict = Verdict(facts["verdict"])
         for key, leaf in self._leaves():
             leaf.data.copy_(tensors[f"leaf/{key}"])
-            state = {
-                part: tensors[f"adam/{key}/{part}"] for part in ("step", "exp_avg", "exp_avg_sq")
+            moments = {
+                part: tensors[f"adam/{key}/{part}"].to(leaf.device)
+                for part in ("exp_avg", "exp_avg_sq")
             }
-            self.optimizer.state[leaf] = state | {
-                p: state[p].to(leaf.device) for p in ("exp_avg", "exp_avg_sq")
-            }
+            self.optimizer.state[leaf] = {"step": tensors[f"adam/{key}/step"], **moments}
 
 
-def clip(leaves: Iterable[Tensor], largest: float) -> float:
-    """Clip one side's gradient by its norm; returns the norm before. Raises an error if it is not finite."""
-    return nn.utils.clip_grad_norm_(leaves, largest, error_if_nonfinite=True).item()
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old + new
+
+
+def clip(leaves: list[Tensor], largest: float) -> Tensor:
+    """Clip one side's gradient by its norm; returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(leaves, largest)

@@ -27,7 +27,7 @@ from cdelta.circuit.mask import ParameterMask
 from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.fit import fit_delta
-from cdelta.edit.recipe import Stop
+from cdelta.edit.verdict import Stop
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.methods.cast import Cast, search_condition
 from cdelta.methods.steering import (
@@ -117,7 +117,7 @@ class Task:
 
     def fit(self, mask: ParameterMask | None = None, **changes: object) -> WeightDelta:
         """`fit_delta` on a mask (default: the circuit's) with this task's data and settings."""
-        how = {"seed": self.seed, **self.settings, **changes}
+        how = {**self.settings, "seed": self.seed, **changes}
         return fit_delta(
             self.model,
             self.tok,

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cdelta.circuit.mask import layer_of
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.scale import Caps, choose_scale
+from cdelta.edit.scale import Caps, best_of
 from cdelta.errors import TestSplitError
 from cdelta.evaluation.measure import evaluate
 from cdelta.methods.registry import Candidates, Method
@@ -184,7 +184,4 @@ def grid(method: Method) -> tuple[float, ...]:
 
 def _best(curve: Sequence[Mapping], caps: Caps) -> Mapping:
     """The row that `choose_scale` picks; where none meets the caps (a system prompt has one strength only), the nearest."""
-    if all(caps.excess(row) > 1e-9 for row in curve):
-        return min(curve, key=caps.excess)
-    k = choose_scale(curve, caps)
-    return next(row for row in curve if row["k"] == k)
+    return best_of(curve, caps).row

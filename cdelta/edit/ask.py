@@ -1,0 +1,66 @@
+"""A base and an edited checkpoint, asked the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdelta.attribution.metrics import Metric, TokenSets, refusal_log_odds
+from cdelta.delta.apply import RECORD
+from cdelta.evaluation.judges import Rules
+from cdelta.files import write_json
+from cdelta.models.checkpoint import local_folder
+from cdelta.models.generation import Answer, answer
+from cdelta.models.loading import load_model
+
+METRIC = "metric.json"
+"""Beside the delta: the first tokens of refusals and of compliances."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both models are asked, and how."""
+
+    prompts: Sequence[str]
+    max_new_tokens: int = 64
+    device: str = "auto"
+    system: str = ""
+
+
+def compare(base: str, edited: str, question: Question) -> Iterator[str]:
+    """Lines: every prompt, and under it both answers with their outcome and, where the edited
+    folder records the metric, the refusal log-odds in nats.
+    """
+    folders = {"base": local_folder(base), "edited": local_folder(edited)}
+    metric, judge = load_metric(folders["edited"]), Rules()
+    answers = {name: _answers(folder, question, metric) for name, folder in folders.items()}
+    for i, prompt in enumerate(question.prompts):
+        yield f"> {prompt}"
+        for name, found in answers.items():
+            each = found[i]
+            (outcome,) = judge([prompt], [each.text], [each.log_odds])
+            odds = "" if each.log_odds is None else f"{each.log_odds:>+7.2f}"
+            rest = "" if each.finished else " …"
+            yield f"  {name:<7}{outcome:<11}{odds}  {each.text!r}{rest}"
+
+
+def _answers(folder: Path, question: Question, metric: Metric | None) -> list[Answer]:
+    """One model's answers; only one model is in memory at a time."""
+    model, tok = load_model(folder, "auto", question.device, system=question.system)
+    return answer(model, tok, question.prompts, metric, max_new_tokens=question.max_new_tokens)
+
+
+def save_metric(sets: TokenSets, record: Path) -> None:
+    """Write the metric's tokens into an edited folder's record."""
+    write_json(record / METRIC, {"refuse": list(sets.refuse), "comply": list(sets.comply)})
+
+
+def load_metric(edited: Path) -> Metric | None:
+    """The metric that an edited folder records; None without a record."""
+    path = edited / RECORD / METRIC
+    if not path.exists():
+        return None
+    ids = json.loads(path.read_text(encoding="utf-8"))
+    return refusal_log_odds(ids["refuse"], ids["comply"])

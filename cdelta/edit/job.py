@@ -1,0 +1,360 @@
+"""From a user's category to a verified checkpoint: what `cdelta edit` runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from cdelta.attribution.metrics import Metric, SequenceMetric, TokenSets
+from cdelta.circuit.circuit import Circuit
+from cdelta.delta.apply import RECORD, save_edited
+from cdelta.delta.verify import VerifyReport, verify
+from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.answers import answer_options, bound
+from cdelta.edit.ask import save_metric
+from cdelta.edit.estimate import duration, estimate
+from cdelta.edit.find import find_circuit, first_token_metric, refusal_metric, refusal_tokens
+from cdelta.edit.fit import Fit, train
+from cdelta.edit.recipe import Recipe
+from cdelta.edit.rows import training_rows
+from cdelta.edit.scale import Choice, choose_scale
+from cdelta.edit.stop import first_tokens, stop_rule
+from cdelta.errors import CdeltaError
+from cdelta.evaluation.measure import RowStore, evaluate, judged
+from cdelta.evaluation.rates import kind_rates
+from cdelta.files import new_folder, remove_folder, write_json
+from cdelta.memory import peak_memory
+from cdelta.models.chat import FALLBACK_TEMPLATE
+from cdelta.models.checkpoint import Checkpoint, local_folder
+from cdelta.models.loading import load_model
+from cdelta.models.spec import ModelSpec
+from cdelta.policy.build import Policy, build_policy
+from cdelta.policy.selection import limited
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """What to edit, and how."""
+
+    model: str
+    policy: str
+    category: str
+    out: str
+    recipe: Recipe = field(default_factory=Recipe)
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    @property
+    def work(self) -> Path:
+        """Where a killed edit finds what it had done; it goes when the edit is written."""
+        out = Path(self.out).absolute()
+        return out.with_name(f".{out.name}.work")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came out of an edit."""
+
+    choice: Choice
+    table: list[dict[str, object]]
+    """Test refusal before and after per kind of prompt, with Wilson intervals of the latter."""
+    training: Mapping[str, object]
+    report: VerifyReport
+    seconds: float
+    peak_bytes: int
+
+
+def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
+    """Attribution on the discover split, training on edit, stop rule and k on val, the table on
+    test; then write and verify.
+
+    `job.out` appears whole or not at all: the checkpoint, and in ``cdelta/`` the delta, the
+    circuit, the k curve, the log, and of the policy the ids per split and what was dropped, without
+    the prompts' text. A killed edit goes on where it was when the same job is run again, and
+    writes the same bytes.
+
+    Raises `CdeltaError` on bad input, and when the edit has no effect or breaks a cap at every
+    scale: then nothing is written.
+    """
+    start = time.monotonic()
+    if Path(job.out).exists():
+        raise CdeltaError(
+            f"{job.out} already exists: choose a new output folder or remove it first."
+        )
+    folder = Checkpoint(local_folder(job.model, job.revision)).check().folder
+    model, tok = load_model(folder, dtype=job.dtype, device=job.device)
+    bound(tok, job.recipe)
+    if tok.chat_template is None:
+        say(f"The tokenizer has no chat template; prompts are written as {FALLBACK_TEMPLATE!r}.")
+    policy = read_policy(job, model, tok)
+    if len(policy.dropped):
+        say(_drops(policy))
+    say(estimate(model, tok, policy.records, job.recipe))
+    _resume(job, folder, policy, say)
+    study = Study(model, tok, job, policy, progress)
+    circuit, fit = study.circuit, study.fit
+    choice = study.choice
+    _check_effect(choice)
+    delta = fit.delta.with_metadata(k=choice.k, within_caps=choice.within_caps)
+    table = study.table(delta, choice.k)
+    tokens = refusal_tokens(tok, study.base, job.recipe)
+    report = _write(job, folder, policy, delta, circuit, choice, table, fit, tokens)
+    remove_folder(job.work)
+    ended, seconds = delta.metadata["training"], time.monotonic() - start
+    return Summary(choice, table, ended, report, seconds, peak_memory(model.device))
+
+
+def read_policy(job: EditJob, model, tok) -> Policy:
+    """The category's records, without prompts that are too long for the model."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    longest = context - job.recipe.answers.max_new_tokens
+    return build_policy(job.policy, [job.category], tok=tok, max_tokens=longest)
+
+
+def _drops(policy: Policy) -> str:
+    """One sentence: how many prompts were dropped for which reason, and the first of them."""
+    reasons = policy.dropped["reason"].value_counts().items()
+    counts = ", ".join(f"{n} {reason}" for reason, n in reasons)
+    first = ", ".join(policy.dropped["source_id"].head(5))
+    total = len(policy.dropped) + len(policy.records)
+    return (
+        f"Dropped {len(policy.dropped)} of {total} prompts ({counts}), first {first}; "
+        "policy.json beside the delta will name all."
+    )
+
+
+def _resume(job: EditJob, folder: Path, policy: Policy, say: Say) -> None:
+    """Keep the work folder if it belongs to this very job, else begin with an empty one."""
+    weights = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
+    prompts = policy.records.to_csv(index=False).encode()
+    identity = {
+        "job": asdict(job) | {"out": "", "model": str(folder)},
+        "weights": weights,
+        "prompts": hashlib.sha256(prompts).hexdigest(),
+    }
+    identity = json.loads(json.dumps(identity))
+    path = job.work / "job.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == identity:
+        say(f"Going on with the edit that was begun ({job.work}).")
+        return
+    shutil.rmtree(job.work, ignore_errors=True)
+    try:
+        job.work.mkdir(parents=True)
+        write_json(path, identity)
+    except OSError as error:
+        raise CdeltaError(f"cannot write {job.work}: {error.strerror}.") from error
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model and one category: every step once, from what an earlier try left."""
+
+    model: object
+    tok: object
+    job: EditJob
+    policy: Policy
+    progress: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        """The job's recipe."""
+        return self.job.recipe
+
+    @cached_property
+    def base(self) -> pd.DataFrame:
+        """The model's own answers to every prompt, judged by their words."""
+        store = RowStore(self.job.work / "answers")
+        options = answer_options(self.recipe)
+        records = self.policy.records
+        return evaluate(
+            self.model, self.tok, records, store=store, progress=self.progress, **options
+        )
+
+    @cached_property
+    def attributed(self) -> Metric | SequenceMetric:
+        """What is attributed."""
+        return refusal_metric(self.tok, self.base, self.recipe)
+
+    @property
+    def metric(self) -> Metric | None:
+        """Refusal log-odds, where first tokens tell refusals apart."""
+        return first_token_metric(self.attributed)
+
+    @cached_property
+    def val(self) -> pd.DataFrame:
+        """Base rows of the validation split."""
+        rows = self.base[self.base["split"] == "val"]
+        return self._with_log_odds(limited(rows, self.recipe.answers.validation_limit))
+
+    @cached_property
+    def test(self) -> pd.DataFrame:
+        """Base rows of the test split."""
+        return self._with_log_odds(self.base[self.base["split"] == "test"])
+
+    def _with_log_odds(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows judged with the log-odds of their first tokens as well."""
+        options = answer_options(self.recipe, self.metric)
+        if options["metric"] is None or rows.empty:
+            return rows
+        batch = self.recipe.answers.answer_batch
+        _, log_odds = first_tokens(self.model, self.tok, rows, options["metric"], batch)
+        return judged(rows.assign(log_odds=log_odds), options["judge"])
+
+    @cached_property
+    def circuit(self) -> Circuit:
+        """The circuit that separates the category's prompts from their benign counterparts."""
+        path = self.job.work / "circuit.json"
+        if not path.exists():
+            circuit = find_circuit(
+                self.model,
+                self.tok,
+                self.policy,
+                self.recipe,
+                self.job.category,
+                base=self.base,
+                metric=self.attributed,
+                checkpoint=self.job.work / "refusing",
+                progress=self.progress,
+            )
+            circuit.save(path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        return Circuit.load(path)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """ΔΘ_C on the edit split, until it is selective on val."""
+        job, how = self.job, self.recipe.edit
+        rows = training_rows(self.base, job.category, how)
+        if not len(rows.retain):
+            raise CdeltaError(
+                "the model answers every benign prompt with nothing: "
+                "is it an instruction-tuned model with its own chat template?"
+            )
+        return train(
+            self.model,
+            self.tok,
+            self.circuit.to_mask(ModelSpec.from_model(self.model)),
+            rows,
+            how,
+            stop=stop_rule(self.model, self.tok, self.val, job.category, self.recipe, self.metric),
+            checkpoint=job.work / "training",
+            progress=self.progress,
+            metadata={"category": job.category, "policy": Path(job.policy).name},
+        )
+
+    @cached_property
+    def choice(self) -> Choice:
+        """The scale k."""
+        return choose_scale(
+            self.model,
+            self.tok,
+            self.fit.delta,
+            self.val,
+            self.job.category,
+            self.recipe,
+            self.metric,
+            store=self.job.work / "scale",
+        )
+
+    def table(self, delta: WeightDelta, scale: float) -> list[dict[str, object]]:
+        """Test refusal before and after, per kind of prompt."""
+        category, options = self.job.category, answer_options(self.recipe, self.metric)
+        under = {"method": "cdelta", "edit_category": category, "k": scale}
+        store = RowStore(self.job.work / "test")
+        with delta.applied(self.model, scale):
+            after = evaluate(self.model, self.tok, self.test, store=store, **options, **under)
+        rates = kind_rates(pd.concat([self.test, after], ignore_index=True), category)
+        rates = rates.set_index(["method", "kind"])
+        return [
+            {
+                "prompts": kind,
+                "n": int(row["n"]),
+                "refused before": float(rates.loc[("base", kind), "rate"]),
+                "refused after": float(row["rate"]),
+                "low": float(row["low"]),
+                "high": float(row["high"]),
+            }
+            for kind, row in rates.loc["cdelta"].iterrows()
+        ]
+
+
+def _check_effect(choice: Choice) -> None:
+    """Raise `CdeltaError` if there is no selective edit to write."""
+    before = choice.curve.iloc[(choice.curve["k"]).abs().argmin()]["target"]
+    now = choice.row["target"]
+    remedy = "give more prompts (--policy), more steps (--steps) or a larger --param-budget"
+    if not choice.within_caps:
+        raise CdeltaError(
+            f"every scale changes too much beside the target on validation; the nearest is "
+            f"k = {choice.k:g}: {remedy}, or loosen --benign-cap or --other-cap."
+        )
+    if choice.k == 0 or now <= min(before, 1 - 1e-9):
+        raise CdeltaError(
+            f"the edit has no effect on validation ({now:.0%} of the target refused at "
+            f"k = {choice.k:g}): {remedy}, and see that --refusal reads as a refusal."
+        )
+
+
+def _write(
+    job: EditJob,
+    folder: Path,
+    policy: Policy,
+    delta: WeightDelta,
+    circuit: Circuit,
+    choice: Choice,
+    table: list[dict],
+    fit: Fit,
+    tokens: TokenSets | None,
+) -> VerifyReport:
+    """The whole output folder, verified before it appears."""
+    log = [{key: value for key, value in row.items() if key != "seconds"} for row in fit.log]
+    dropped = policy.dropped[["source_id", "reason", "match"]].to_dict("records")
+    curve = choice.curve.to_dict("records")
+    with new_folder(job.out) as partial:
+        save_edited(folder, delta, partial / "new", choice.k, selectivity=table)
+        for path in (partial / "new").iterdir():
+            path.rename(partial / path.name)
+        (partial / "new").rmdir()
+        record = partial / RECORD
+        delta.save(record / "delta")
+        circuit.save(record / "circuit.json")
+        if tokens is not None:
+            save_metric(tokens, record)
+        write_json(record / "policy.json", policy.manifest | {"dropped": dropped})
+        write_json(record / "recipe.json", asdict(job.recipe))
+        write_json(record / "training.json", {"curve": curve, "table": table, "log": log})
+        report = verify(folder, partial, delta)
+        if not report.ok:
+            raise CdeltaError(f"the written checkpoint fails verification: {report.problems[0]}")
+        (record / "verify.json").write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def summary_lines(job: EditJob, summary: Summary) -> Iterator[str]:
+    """What the command prints last."""
+    yield f"{'prompts':<16}{'n':>6}{'before':>9}{'after':>9}   95 % interval (test split)"
+    for row in summary.table:
+        before, after = (100 * row[f"refused {when}"] for when in ("before", "after"))
+        interval = f"{100 * row['low']:.0f}-{100 * row['high']:.0f} %"
+        yield f"{row['prompts']:<16}{row['n']:>6}{before:>7.1f} %{after:>7.1f} %   {interval}"
+    ended = "selective on validation at k = 1"
+    if not summary.training["stopped"]:
+        ended = "NOT selective at k = 1 within its steps: judge the table with care"
+    yield f"{summary.training['steps']} steps per side; {ended}."
+    yield str(summary.report)
+    peak = summary.peak_bytes / 2**30
+    yield f"Took {duration(summary.seconds)}, at most {peak:.1f} GiB of memory."
+    record = Path(job.out) / RECORD
+    k = summary.choice.k
+    yield f"Checkpoint: {job.out}  (delta and records in {record}); scale k = {k:g}."
