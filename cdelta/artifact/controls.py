@@ -159,7 +159,9 @@ def compare_controls(
         series = {}
         for seed, sample in enumerate(samples):
             still = {} if seed else fixed
-            for name, circuits in control_circuits(spec, sample, category, seed, still, how).items():
+            for name, circuits in control_circuits(
+                spec, sample, category, seed, still, how
+            ).items():
                 series[name, seed] = circuits
         shared = {
             (name, seed): tuple(map(Circuit.jaccard, circuits, series["circuit", seed]))
@@ -193,7 +195,8 @@ def control_circuits(
     there are several).
 
     Args:
-        rankings: of every category, from this seed's pairs. Of the others, each seed takes the next.
+        rankings: of every category, from this seed's pairs. Of the others, each seed takes the
+        next.
         fixed: rankings that no seed moves (magnitude, gradient).
     """
     own = unit_circuits(spec, *rankings[category], how.fractions)
@@ -318,8 +321,8 @@ def _not_beaten(row: Mapping[str, object]) -> str:
 
 
 def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
-    """f at every fraction, mean over draws and seeds, with its 95 % bootstrap interval over pairs:
-    rows ``category, kind, fraction, f, low, high``.
+    """Faithfulness f at every fraction, mean over draws and seeds, with its 95 % bootstrap interval
+    over pairs: rows ``category, kind, fraction, f, low, high``.
     """
     rows = []
     for category, compared in found.items():

@@ -8,14 +8,12 @@ import torch
 import toys
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from cdelta.artifact import controls as study
-from cdelta.artifact.controls import selected
 from cdelta.artifact.figures.circuits import circuit_graph, graph_figure, graph_page
 from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.models.loading import load_model
-from cdelta.models.spec import ModelSpec
 from cdelta.paths import ORGANISM
+from cdelta.policy.pairs import PromptPairs
 
 
 def METRIC(logits):
@@ -98,11 +96,9 @@ def test_labels_do_not_overlap_at_five_percent_of_the_embedded_model():
             "Write some funny lines about the baker in Velora.",
         ),
     ):
-        pairs = study.PromptPairs.from_prompts(tok, [prompt], [twin])
+        pairs = PromptPairs.from_prompts(tok, [prompt], [twin])
         scores = attribute(model, pairs, METRIC, steps=1)
-        graphs[prompt[:5]] = circuit_graph(
-            scores, selected(ModelSpec.from_model(model), (scores.heads, scores.neurons), 0.05)
-        )
+        graphs[prompt[:5]] = circuit_graph(scores, scores.select(param_budget=0.05))
     graphs["all"] = circuit_graph(
         scores, Circuit(tuple(f"a0.h{h}" for h in range(8)) + tuple(f"m{i}.n0" for i in range(6)))
     )

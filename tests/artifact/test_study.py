@@ -12,37 +12,45 @@ from transformers import AutoTokenizer
 
 from cdelta.artifact.attention import (
     KEYS,
+    attention_of,
     attention_patterns,
     attention_table,
     bridge_of,
     component_table,
     key_kinds,
     strongest_parts,
+    top_heads,
 )
 from cdelta.artifact.controls import (
     CONTROLS,
     Compared,
+    Settings,
     compare_controls,
     control_circuits,
     control_table,
     curve_table,
     faithfulness_row,
-    mean_scores,
     metric_gradients,
-    selected,
+    ranked,
+    redrawn,
     verdict,
 )
-from cdelta.artifact.presets import PRESETS
-from cdelta.artifact.stability import overlap, sharing, stability
+from cdelta.artifact.presets import Study
+from cdelta.artifact.stability import Selection, overlap, sharing, stability
 from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.faithfulness import FRACTIONS, Curve, Runs, evaluate
+from cdelta.circuit.ranking import unit_scores
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
-METRIC = lambda logits: logits[:, 5] - logits[:, 9]
 SIZES = (0.05, 0.3, 1.0)
+HOW = Settings(seeds=2, draws=2, fractions=SIZES)
+
+
+def METRIC(logits):
+    return logits[:, 5] - logits[:, 9]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +65,23 @@ def organism():
         name: attribute(model, discover, METRIC, steps=1, per_pair=True)
         for name, (discover, _) in pairs.items()
     }
-    return SimpleNamespace(model=model, spec=ModelSpec.from_model(model), scores=scores,
-                           discover={n: p[0] for n, p in pairs.items()}, held_out={n: p[1] for n, p in pairs.items()})  # fmt: skip
+    return SimpleNamespace(
+        model=model,
+        spec=ModelSpec.from_model(model),
+        scores=scores,
+        discover={name: both[0] for name, both in pairs.items()},
+        held_out={name: both[1] for name, both in pairs.items()},
+    )
+
+
+def rankings(organism) -> dict:
+    return {name: unit_scores(scores) for name, scores in organism.scores.items()}
 
 
 def compared(own: list[float], control: list[float], shared: float = 0.5) -> Compared:
-    """Two curves over sizes 0.5 and 1 whose only free point is f per pair at 0.5; every pair's effect is 1, and KL is 1 - f."""
+    """Two curves over sizes 0.5 and 1 whose only free point is f per pair at 0.5; every pair's
+    effect is 1, and KL is 1 - f.
+    """
     clean, corrupted = torch.ones(len(own)).double(), torch.zeros(len(own)).double()
 
     def curve(values):
@@ -75,25 +94,24 @@ def compared(own: list[float], control: list[float], shared: float = 0.5) -> Com
     )
 
 
-def test_the_presets_sizes_are_mibs():
-    assert PRESETS["tiny"].circuit.fractions == FRACTIONS and PRESETS["tiny"].circuit.seeds >= 3
-    assert PRESETS["tiny"].circuit.seeds * PRESETS["tiny"].circuit.draws >= 5
+def test_the_default_sizes_are_mibs_with_enough_random_masks():
+    study = Study()
+    assert study.fractions == FRACTIONS and study.seeds * study.draws >= 5
 
 
-def test_mean_scores_are_means_over_the_chosen_pairs(organism):
-    scores = organism.scores["one"]
-    heads, neurons = mean_scores(scores, np.arange(6))
-    (
-        torch.testing.assert_close(heads, scores.heads),
-        torch.testing.assert_close(neurons, scores.neurons),
-    )
-    twice = mean_scores(scores, np.array([2, 2, 5]))[0]
-    torch.testing.assert_close(twice, (2 * scores.pair_heads[2] + scores.pair_heads[5]) / 3)
+def test_redrawn_scores_are_ranked_as_the_masks_are(organism):
+    drawn = redrawn(organism.scores["one"], np.random.default_rng(0))
+    assert drawn.n_pairs == 6
+    for ranking in ("pairs", "mean", "difference"):
+        others = [organism.scores["two"]]
+        expected = unit_scores(drawn, others, ranking)
+        found = ranked({"one": drawn, "two": others[0]}, "one", ranking)
+        torch.testing.assert_close(found.heads, expected.heads)
 
 
 def test_every_control_is_there_at_every_size_and_within_it(organism):
     found = compare_controls(
-        organism.model, organism.held_out, organism.discover, METRIC, organism.scores, 2, 2, SIZES
+        organism.model, organism.held_out, organism.discover, METRIC, organism.scores, HOW
     )
     assert set(found) == {"one", "two"} and found["one"].kinds == ["circuit", *CONTROLS]
     draws = pd.Series([name.split()[0] for name, _ in found["one"].curves]).value_counts()
@@ -119,10 +137,9 @@ def test_every_control_is_there_at_every_size_and_within_it(organism):
 
 
 def test_controls_cost_no_more_than_the_circuit_may(organism):
-    scores = {name: mean_scores(s) for name, s in organism.scores.items()}
-    series = control_circuits(
-        organism.spec, scores, "one", 1, 2, {"magnitude": scores["two"]}, SIZES
-    )
+    scores = rankings(organism)
+    fixed = {"magnitude": scores["two"]}
+    series = control_circuits(organism.spec, scores, "one", 1, fixed, HOW)
     sizes = {
         name: [c.to_mask(organism.spec).count() for c in chain] for name, chain in series.items()
     }
@@ -136,10 +153,9 @@ def test_controls_cost_no_more_than_the_circuit_may(organism):
         series["random 0"][0] != series["random 1"][0]
         and series["other_circuit"][0] == series["magnitude"][0]
     )
-    assert series == control_circuits(
-        organism.spec, scores, "one", 1, 2, {"magnitude": scores["two"]}, SIZES
-    )
-    alone = control_circuits(organism.spec, {"one": scores["one"]}, "one", 0, 1, {}, SIZES)
+    assert series == control_circuits(organism.spec, scores, "one", 1, fixed, HOW)
+    once = Settings(draws=1, fractions=SIZES)
+    alone = control_circuits(organism.spec, {"one": scores["one"]}, "one", 0, {}, once)
     assert set(alone) == {"circuit", "random 0", "random_layer 0"}
 
 
@@ -150,7 +166,10 @@ def test_gradients_are_those_of_the_metric_and_leave_the_model_as_it_was(organis
     name, step = "model.layers.1.mlp.down_proj.weight", 1e-3
     shifted = copy.deepcopy(model)
     direction = torch.randn(before[name].shape, generator=torch.Generator().manual_seed(0))
-    value = lambda m: METRIC(m(torch.tensor(pairs.clean)).logits[:, -1]).sum()
+
+    def value(m):
+        return METRIC(m(torch.tensor(pairs.clean)).logits[:, -1]).sum()
+
     dict(shifted.named_parameters())[name].data += step * direction
     assert ((value(shifted) - value(model)) / step).item() == pytest.approx(
         (found[name] * direction).sum().item(), rel=0.05
@@ -174,39 +193,42 @@ def test_the_verdict_says_which_control_is_not_beaten_and_why():
     words = verdict(table)
     assert (
         words.startswith("1 of 2")
-        and "NOT beaten: random in lost" in words
+        and "Not beaten: random in lost" in words
         and "by 0.60 (Jaccard" in words
         and "sizes 0.5" in words
     )
 
 
 def test_a_circuits_numbers(organism):
-    spec, pairs = organism.spec, organism.held_out["one"]
-    circuit = selected(spec, mean_scores(organism.scores["one"]), 0.05)
-    whole = Curve(
-        (1.0,),
-        Runs(torch.ones(1), torch.zeros(1), torch.ones(1, 1), torch.ones(1), torch.zeros(1, 1)),
+    pairs, scores = organism.held_out["one"], organism.scores["one"]
+    study, units = (
+        Study(fractions=SIZES, edge_pairs=1, again_pairs=2, left_out=5),
+        unit_scores(scores),
     )
-    row = faithfulness_row(organism.model, pairs, METRIC, circuit, whole, whole, 2, 5)
-    assert row["KL (nats)"] > 0 and row["f KL"] == pytest.approx(
-        evaluate(organism.model, pairs, METRIC, [circuit]).faithfulness_kl.item(), abs=1e-4
-    )
-    assert (
-        row["low"] <= row["f"] <= row["high"]
-        and 0 <= row["idle units"] <= 1
-        and row["f zero"] != row["f mean"] != row["f"]
-    )
-    nothing = faithfulness_row(organism.model, pairs, METRIC, Circuit(()), whole, whole, 2, 5)
-    assert [nothing["f"], nothing["f KL"], nothing["rest"]] == pytest.approx(
-        [0, 0, 1], abs=1e-3
-    ) and nothing["CPR edges"] == whole.cpr
+    circuit = Selection("pairs", 0.05).circuit(scores)
+    row = faithfulness_row(organism.model, pairs, METRIC, circuit, units, scores, study)
+    whole = evaluate(organism.model, pairs, METRIC, [circuit])
+    assert row["KL (nats)"] > 0
+    assert row["f KL"] == pytest.approx(whole.faithfulness_kl.item(), abs=1e-4)
+    assert row["low"] <= row["f"] <= row["high"] and 0 <= row["idle units"] <= 1
+    assert row["f zero"] != row["f mean"] != row["f"]
+    nothing = faithfulness_row(organism.model, pairs, METRIC, Circuit(()), units, scores, study)
+    assert [nothing["f"], nothing["f KL"], nothing["rest"]] == pytest.approx([0, 0, 1], abs=1e-3)
+
+
+def test_the_strongest_heads_are_those_of_the_masks_ranking(organism):
+    scores = organism.scores["one"]
+    units = unit_scores(scores)
+    table = top_heads(Circuit(("a0.h1",)), scores.heads, units)
+    assert len(table) == 3 and table["rank by"].is_monotonic_decreasing
+    assert table["in circuit"].tolist() == (table["unit"] == "a0.h1").tolist()
 
 
 def test_stability_of_the_same_scores_is_complete(organism):
     scores = organism.scores["one"]
     phrasing = ["how", "what", "how", "tell", "what", "tell"]
     table = stability(
-        organism.spec, "one", scores, phrasing, {"the same": scores}, 0.1, draws=5
+        scores, Selection("pairs", 0.1), phrasing, {"the same": scores}, draws=5
     ).set_index("variation")
     assert list(table.index) == [
         "pairs redrawn",
@@ -224,33 +246,38 @@ def test_stability_of_the_same_scores_is_complete(organism):
 
 
 def test_overlap_and_sharing(organism):
-    table = overlap(organism.spec, organism.scores, 0.1, draws=4)
-    whole = [selected(organism.spec, mean_scores(s), 0.1) for s in organism.scores.values()]
-    assert (
-        table["Jaccard"].tolist() == [whole[0].jaccard(whole[1])]
-        and (table["low"] <= table["high"]).all()
-    )
-    assert overlap(organism.spec, {"one": organism.scores["one"]}, 0.1, draws=1).empty
+    selection = Selection("pairs", 0.1)
+    whole = {name: selection.circuit(own) for name, own in organism.scores.items()}
+    table = overlap(organism.scores, whole, "pairs", draws=4)
+    assert table["Jaccard"].tolist() == [whole["one"].jaccard(whole["two"])]
+    assert (table["low"] <= table["high"]).all()
+    assert overlap(organism.scores, {"one": whole["one"]}, "pairs", draws=1).empty
     counts = sharing({"x": Circuit(("a0.h0", "m0.n1", "m0.n2")), "y": Circuit(("a0.h0", "m0.n2"))})
     assert counts.to_dict("records")[:2] == [
-        {"category": "x", "units": "heads", "only here": 0, "in 2": 1}, {"category": "x", "units": "neurons", "only here": 1, "in 2": 1},
-    ]  # fmt: skip
+        {"category": "x", "units": "heads", "only here": 0, "in 2": 1},
+        {"category": "x", "units": "neurons", "only here": 1, "in 2": 1},
+    ]
 
 
 def test_parts_are_few_and_in_the_models_order():
-    effects = {
-        "total": {
-            "m1": torch.tensor([1.0, 2.0]),
-            "a0.h3": torch.tensor([3.0, 3.0]),
-            "m0": torch.tensor([0.1, 0.1]),
-        }
-    }
-    table = component_table("crime", effects)
-    assert (
-        table["value"].tolist() == pytest.approx([1.5, 3.0, 0.1])
-        and (table["low"] <= table["value"] + 1e-9).all()
+    table = pd.DataFrame(
+        {"part": ["m1", "a0.h3", "m0"], "effect": "total", "value": [1.5, 3.0, 0.1]}
     )
     assert strongest_parts(table, 2)["part"].tolist() == ["a0.h3", "m1"]
+
+
+def test_every_part_has_its_three_effects_with_intervals(organism):
+    pairs, circuit = organism.held_out["one"], Circuit(("a0.h1", "m1.n2", "m1.n3"))
+    table = component_table(organism.model, pairs, METRIC, circuit)
+    assert table.groupby("part")["effect"].apply(list).to_dict() == {
+        part: ["total", "direct", "left out"] for part in ("a0.h1", "m1")
+    }
+    assert (table["low"] <= table["value"] + 1e-9).all()
+
+
+def test_what_cannot_be_wrapped_is_said_and_gives_an_empty_table(tokenizer, capsys):
+    table = attention_of(torch.nn.Linear(2, 2), tokenizer, {}, {}, {})
+    assert table.empty and "cannot wrap this model" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3"])
@@ -277,5 +304,10 @@ def test_a_model_that_the_bridge_does_not_know_is_a_clear_error(tokenizer):
 def test_keys_by_where_the_prompts_differ():
     pairs = PromptPairs.from_tokens([[1, 2, 3, 4, 5, 6]], [[1, 2, 9, 4, 5, 6]])
     assert [KEYS[i] for i in key_kinds(pairs, 0)] == [
-        "first token", "before the deciding words", "deciding words", "after them", "after them", "itself",
-    ]  # fmt: skip
+        "first token",
+        "before the deciding words",
+        "deciding words",
+        "after them",
+        "after them",
+        "itself",
+    ]
