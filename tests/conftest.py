@@ -7,7 +7,9 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / name) for name in (".", "policy", "methods", "evaluation")]  # helpers are imported by name
+sys.path[:0] = [
+    str(HERE / name) for name in (".", "policy", "methods", "evaluation")
+]  # helpers are imported by name
 
 import toys  # noqa: E402
 from speeds import pytest_collection_modifyitems  # noqa: E402, F401
@@ -31,6 +33,13 @@ def tokenizer():
 
 @pytest.fixture(params=toys.FAMILIES)
 def family(request) -> str:
+    """Every supported family: for the model itself and for attribution."""
+    return request.param
+
+
+@pytest.fixture(params=toys.LAYOUTS)
+def layout(request) -> str:
+    """One family per way of storing parameters: where only that matters."""
     return request.param
 
 
