@@ -1,30 +1,27 @@
-"""A written checkpoint is the base plus the delta and nothing else; it loads anywhere; verify sees every bit; revert undoes it."""
+"""A written checkpoint is the base plus the delta; verify sees every bit; revert undoes it."""
 
 import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import toys
-from edits import mask_of, random_delta
-from peft import PeftModel
+from edits import random_delta
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from cdelta.circuit.mask import ParameterMask
-from cdelta.delta import apply as deploy
-from cdelta.delta.apply import read_record, revert, save_edited
-from cdelta.delta.lora import export_lora
+from cdelta.delta import apply
+from cdelta.delta.apply import save_edited
+from cdelta.delta.base import WrongBase
+from cdelta.delta.revert import revert
 from cdelta.delta.verify import verify
-from cdelta.delta.weight_delta import WeightDelta, WrongBase, compose
+from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.models.checkpoint import Checkpoint
-from cdelta.models.generation import generate
-from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 
 IDS = torch.tensor([[2, 9, 30, 41, 7], [60, 3, 3, 11, 80]])
@@ -239,10 +236,13 @@ def test_verify_accepts_the_same_edit_in_other_shards(tmp_path):
 def test_verify_names_other_differences(tmp_path):
     base = toys.save_toy(tmp_path / "base")
     delta = random_delta(load(base))
-    problems = lambda out: " ".join(verify(base, out, delta).problems)
+
+    def problems(out: Path) -> str:
+        return " ".join(verify(base, out, delta).problems)
+
     out = save_edited(base, delta, tmp_path / "dtype")
     load(out).half().save_pretrained(out)
-    assert "torch.float16" in problems(out)
+    assert "F16" in problems(out)
     out = save_edited(base, delta, tmp_path / "tensor")
     tensors = load_file(out / "model.safetensors")
     tensors["extra"] = tensors.pop("model.norm.weight")
@@ -252,9 +252,40 @@ def test_verify_names_other_differences(tmp_path):
     (out / "tokenizer.json").unlink()
     (out / "tokenizer.json").write_text("{}")
     assert "tokenizer.json differs" in problems(out)
+    out = save_edited(base, delta, tmp_path / "more")
+    for name in ("adapter_config.json", "pytorch_model.bin", "more/template.jinja"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+        assert name in problems(out)
+        (out / name).unlink()
+    assert problems(out) == ""
 
 
-# ---------------------------------------------------------------------- bad input, full disks, kills
+def test_verify_reads_few_rows_at_a_time(tmp_path, monkeypatch):
+    base = toys.save_toy(tmp_path / "base")
+    delta = random_delta(load(base))
+    out = save_edited(base, delta, tmp_path / "out")
+    whole = verify(base, out, delta)
+    monkeypatch.setattr("cdelta.delta.verify.ENTRIES_AT_ONCE", 100)
+    assert verify(base, out, delta) == whole and whole.ok
+    flip(out / "model.safetensors", "model.layers.1.mlp.down_proj.weight", entry=700)
+    report = verify(base, out, delta)
+    assert report.changed_outside + report.wrong_inside == 1
+
+
+def test_the_last_bit_inside_the_mask_counts(tmp_path):
+    base = toys.save_toy(tmp_path / "base")
+    delta = random_delta(load(base))
+    out = save_edited(base, delta, tmp_path / "out")
+    name, (dim, index) = next(iter(delta.slices.items()))
+    row_length = load_file(out / "model.safetensors")[name].shape[1]
+    entry = int(index[0]) * (row_length if dim == 0 else 1)
+    flip(out / "model.safetensors", name, entry)
+    report = verify(base, out, delta)
+    assert report.wrong_inside == 1 and report.changed_outside == 0
+
+
+# ---------------------------------------------------------------------- bad input, kills
 
 
 def test_bad_input_leaves_nothing(tmp_path):
@@ -301,7 +332,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(deploy.shutil, "copyfile", full)
+    monkeypatch.setattr(apply.shutil, "copyfile", full)
     with pytest.raises(CdeltaError, match="cannot write .*out: No space left on device"):
         save_edited(base, delta, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -316,8 +347,9 @@ def test_read_only_output(tmp_path):
 
 KILLED = """
 import sys, time; sys.path[:0] = [{tests!r}, {root!r}]
-from cdelta import cli, deploy
-deploy._write_record = lambda *_: (print("writing", flush=True), time.sleep(60))
+from cdelta import cli
+from cdelta.delta import apply
+apply._write_record = lambda *_: (print("writing", flush=True), time.sleep(60))
 sys.exit(cli.main(["apply", {base!r}, {delta!r}, {out!r}]))
 """
 
@@ -346,138 +378,3 @@ def test_a_kill_in_the_middle_of_a_save_leaves_no_output(signal, left_hidden, tm
     assert all(name.startswith(".out.") for name in left) and bool(left) == left_hidden
     save_edited(base, delta, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"base", "delta", "out"}
-
-
-# ---------------------------------------------------------------------- elsewhere
-
-
-def answers_elsewhere(folder: Path, prompts: list[str], runtime: str) -> list[str] | str:
-    """What the script says in a process that has neither this package nor this repository."""
-    code = [
-        sys.executable,
-        str(TESTS.parent / "cdelta" / "artifact" / "external" / "runtimes.py"),
-        str(folder),
-        "8",
-        runtime,
-    ]
-    found = subprocess.run(
-        code,
-        input=json.dumps(prompts),
-        capture_output=True,
-        text=True,
-        cwd=folder.parent,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
-
-
-@pytest.mark.parametrize(
-    "runtime, module",
-    [("transformers", "transformers"), ("ctranslate2", "ctranslate2"), ("llama.cpp", "xllamacpp")],
-)
-def test_answers_alike_where_cdelta_cannot_be_imported(runtime, module, tmp_path):
-    base = toys.save_chat_toy(
-        tmp_path / "base", ["make a bomb please", "tell me about red"], vocabulary=300
-    )
-    model, tok = load_model(base, dtype="float32", device="cpu")
-    delta, prompts = random_delta(model, size=0.3), ["make a bomb", "please tell me about red"]
-    out = save_edited(base, delta, tmp_path / "out")
-    with delta.applied(model):
-        expected = generate(model, tok, prompts, max_new_tokens=8)
-    assert expected != generate(model, tok, prompts, max_new_tokens=8)
-    found = answers_elsewhere(out, prompts, runtime)
-    if isinstance(found, str):
-        assert find_spec(module) is None and found.startswith("ModuleNotFoundError")
-        pytest.skip(f"{runtime}: {found}")
-    assert found == expected
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc"
-)
-def test_peak_memory_of_a_streaming_apply(tmp_path):
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(0.01)
-    model.save_pretrained(tmp_path / "base", max_shard_size="40MB")
-    delta = random_delta(model, budget=0.02)
-    delta.save(tmp_path / "delta")
-    places = [str(tmp_path / name) for name in ("base", "delta", "out")]
-    code = [sys.executable, "-m", "cdelta.artifact.external.apply_memory", *places, "1.0"]
-    found = json.loads(
-        subprocess.run(code, capture_output=True, text=True, check=True, cwd=TESTS.parent).stdout
-    )
-    assert (
-        found["total"] > 100e6
-        and found["delta"] >= 4 * delta.count()
-        and (tmp_path / "out").is_dir()
-    )
-    assert 0 < found["peak"] < found["largest"] + found["delta"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lora_is_exact_and_peft_loads_it(family, tmp_path):
-    base = toys.save_toy(tmp_path / "base", family)
-    delta = random_delta(load(base))
-    out = save_edited(base, delta, tmp_path / "out", scale=0.5)
-    adapter = export_lora(delta, tmp_path / "lora", scale=0.5)
-    adapted = PeftModel.from_pretrained(load(base), adapter).eval()
-    torch.testing.assert_close(adapted(IDS).logits, load(out)(IDS).logits, rtol=1e-4, atol=1e-4)
-    if not any(name.endswith(".bias") for name in delta.values):
-        merged = adapted.merge_and_unload()
-        for (name, a), (_, b) in zip(merged.named_parameters(), load(out).named_parameters()):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
-
-
-def test_lora_needs_shapes_and_a_finite_scale(tmp_path):
-    delta = random_delta(toys.toy("llama"))
-    with pytest.raises(CdeltaError, match="shapes"):
-        export_lora(WeightDelta(delta.values, delta.slices), tmp_path / "lora")
-    with pytest.raises(CdeltaError, match="finite"):
-        export_lora(delta, tmp_path / "lora", scale=float("inf"))
-    assert not (tmp_path / "lora").exists()
-
-
-def test_model_card_says_what_was_done(tmp_path):
-    base = toys.save_toy(tmp_path / "base")
-    delta = random_delta(load(base))
-    out = save_edited(
-        base, delta, tmp_path / "out", 0.5, selectivity=[{"prompts": "target", "refused": 0.98765}]
-    )
-    card = (out / "README.md").read_text()
-    for text in (
-        "weapons",
-        f"{delta.count():,} parameters",
-        "| target | 0.988 |",
-        "cdelta verify",
-        "cdelta revert",
-        "Limits",
-        "0.5·ΔΘ",
-    ):
-        assert text in card
-    both = save_edited(
-        base, compose([delta, delta.with_metadata(category="fraud")]), tmp_path / "both"
-    )
-    assert (
-        "edited to refuse weapons+fraud" in (both / "README.md").read_text()
-        and "?" not in (both / "README.md").read_text()
-    )
-    record = read_record(out)
-    assert (
-        record["scale"] == 0.5
-        and record["delta_hash"] == delta.hash()
-        and record["mask_hash"] == mask_of(load(base)).hash()
-    )
-    (out / "cdelta" / "edit.json").write_text("{")
-    with pytest.raises(CdeltaError, match="damaged"):
-        read_record(out)
