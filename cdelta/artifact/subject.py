@@ -1,56 +1,82 @@
-"""The steps that the notebooks share: loading the model under study, which rows train, stop and scale an edit.
-
-Attribution, training and the choice of k see discover, edit and val rows only; the test split enters with `evaluate` and nowhere else.
-"""
+"""The model under study, and what stages know of it: metric, masks, token sets."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
+from typing import TYPE_CHECKING
 
-from cdelta.attribution.metrics import (
-    Metric,
-    TokenSets,
-    refusal_log_odds,
-)
+from cdelta.artifact.smollm2 import smollm2_folder
+from cdelta.attribution.metrics import Metric, TokenSets, refusal_log_odds
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.mask import ParameterMask
+from cdelta.models.chat import parse_template_args
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from cdelta.artifact.run import Run, RunReader
 
-def name_subject(run) -> dict[str, str]:
-    """Write stage 00's ``model.json`` for a model that was given by folder or hub id, and return it."""
-    given = Path(run.settings.model)
-    here = given.exists()
-    subject = {
-        "name": given.name if here else str(given),
-        "path": str(given.resolve()) if here else str(given),
-        "revision": run.settings.revision,
-    }
-    run.path("model.json").write_text(json.dumps(subject))
+STAGE = "00_subject"
+EMBEDDED = "organism"
+PACKAGED = "smollm2"
+
+
+def prepare_subject(run: Run, retrain: bool = False) -> dict[str, str]:
+    """Write stage 00's ``model.json`` (name, path, revision) and return it.
+
+    The embedded model is copied (or trained) into the stage's folder, the packaged one is put into
+    data/cache; a folder or hub id stays where it is.
+    """
+    from cdelta.artifact.organism import prepare
+
+    if run.settings.model == EMBEDDED:
+        return prepare(run, retrain)
+    return name_subject(run)
+
+
+def name_subject(run: Run) -> dict[str, str]:
+    """The same for a model that is not embedded."""
+    if run.settings.model == PACKAGED:
+        subject = {"name": "SmolLM2-135M-Instruct", "path": str(smollm2_folder()), "revision": ""}
+    else:
+        given = Path(run.settings.model)
+        here = given.exists()
+        subject = {
+            "name": given.name if here else str(given),
+            "path": str(given.resolve()) if here else str(given),
+            "revision": run.settings.revision,
+        }
+    run.path("model.json").write_text(json.dumps(subject), encoding="utf-8")
     return subject
 
 
-def subject_folder(run, subject: Mapping[str, str] | None = None) -> str:
-    """Folder or hub id of the model under study; `subject` is given in stage 00, which is still being written."""
-    subject = subject or json.loads(run.input("00_subject", "model.json").read_text())
-    return subject.get("folder") or (
-        str(run.input("00_subject", "model")) if subject["path"] == "model" else subject["path"]
-    )
+def subject_folder(run: RunReader, subject: Mapping[str, str] | None = None) -> str:
+    """Folder or hub id of the model under study; `subject` is given in stage 00, which is still
+    being written."""
+    subject = subject or json.loads(run.input(STAGE, "model.json").read_text(encoding="utf-8"))
+    if "folder" in subject:
+        return subject["folder"]
+    return str(run.input(STAGE, "model")) if subject["path"] == "model" else subject["path"]
 
 
-def load_subject(run, subject: Mapping[str, str] | None = None):
-    """``(model, tok)`` of the model under study: fp32 on a CPU, bf16 on a GPU. At the embedded model's size, eager attention is the faster one."""
-    how = {"attn_implementation": "eager"} if run.settings.model == "organism" else {}
-    dtype = "float32" if run.device == "cpu" else "bfloat16"
+def load_subject(run: RunReader, subject: Mapping[str, str] | None = None):
+    """``(model, tok)`` of the model under study, in bf16, with the recipe's system prompt and
+    template keywords.
+
+    The embedded model runs in fp32 on a CPU, and with eager attention, the faster one at its size.
+    """
+    embedded, answers = run.settings.model == EMBEDDED, run.settings.answers
+    options = {"attn_implementation": "eager"} if embedded else {}
     return load_model(
         subject_folder(run, subject),
-        dtype=dtype,
+        dtype="float32" if embedded and run.device == "cpu" else "bfloat16",
         device=run.device,
         revision=run.settings.revision or None,
-        **how,
+        system=answers.system,
+        template_args=parse_template_args(answers.template_args),
+        **options,
     )
 
 
@@ -59,12 +85,12 @@ def save_token_sets(sets: TokenSets, path: Path) -> None:
     path.write_text(json.dumps({"refuse": list(sets.refuse), "comply": list(sets.comply)}))
 
 
-def load_metric(run) -> Metric:
+def load_metric(run: RunReader) -> Metric:
     """Stage 02's refusal log-odds."""
     ids = json.loads(run.input("02_attribution", "token_sets.json").read_text())
     return refusal_log_odds(ids["refuse"], ids["comply"])
 
 
-def load_mask(run, category: str, spec: ModelSpec) -> ParameterMask:
+def load_mask(run: RunReader, category: str, spec: ModelSpec) -> ParameterMask:
     """Stage 03's mask of a category."""
     return Circuit.load(run.input("03_circuit", f"{category}.json")).to_mask(spec)
