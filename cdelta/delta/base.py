@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CARD = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LFS_POINTER = b"version https://git-lfs"
 FACTS = ("base", "base_revision", "licence")
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -89,8 +90,9 @@ def public_name(path_or_id: str | Path) -> tuple[str, str | None]:
     cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)", text)
     if cached:
         return cached[1].replace("--", "/", 1), cached[2]
-    is_path = Path(text).is_absolute() or Path(text).exists() or text.count("/") != 1
-    return (Path(text).resolve().name if is_path and text else text), None
+    if HUB_ID.fullmatch(text) and not Path(text).exists():
+        return text, None
+    return re.split(r"[/\\]", str(Path(text).resolve()) if text else "")[-1], None
 
 
 def licence(folder: str | Path) -> dict[str, str]:

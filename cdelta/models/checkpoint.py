@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
 
 
 class Checkpoint:
@@ -136,6 +136,12 @@ class Checkpoint:
             raise CdeltaError(
                 f"{self.folder / INDEX} is damaged ({error}): copy it again."
             ) from error
+        outside = [file for file in files if Path(str(file)).name != file]
+        if outside:
+            raise CdeltaError(
+                f"{self.folder / INDEX} names {outside[0]!r}, which is no file of the folder: "
+                "copy the index again."
+            )
         missing = [file for file in files if not (self.folder / file).is_file()]
         if missing:
             raise CdeltaError(f"{self.folder} lacks {', '.join(missing)}: download it again.")
