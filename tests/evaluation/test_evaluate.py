@@ -1,12 +1,11 @@
-"""Rows: one per record in order, judged, resumable; distances from the base are zero on the base."""
+"""Rows: one per record in order, judged, resumable."""
 
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from toys import WORDS, toy
+from toys import WORDS
 
 from cdelta.attribution.metrics import refusal_log_odds
 from cdelta.errors import CdeltaError
@@ -15,13 +14,9 @@ from cdelta.evaluation.measure import (
     DTYPES,
     Condition,
     RowStore,
-    benign_shift,
     evaluate,
     judged,
-    next_token_logits,
-    perplexity,
 )
-from cdelta.models.chat import chat_ids
 from cdelta.models.generation import generate
 
 METRIC = refusal_log_odds([3, 4], [7])
@@ -44,7 +39,7 @@ def records(n=10):
 def row(answer, **changes):
     """One row as `evaluate` makes them."""
     plain = {
-        name: {"str": "", "int64": 0, "float64": 0.0, "bool": True}.get(kind, pd.NA)
+        name: {"str": "", "int64": 0, "float64": 0.0, "bool": True, "object": ()}.get(kind, pd.NA)
         for name, kind in DTYPES.items()
     }
     return (
@@ -95,14 +90,14 @@ def test_bad_records_are_refused(llama, tokenizer):
 def test_a_killed_run_goes_on_where_it_stopped(llama, tokenizer, tmp_path, monkeypatch):
     whole = evaluate(llama, tokenizer, records(), METRIC, max_new_tokens=4)
     monkeypatch.setattr(ev, "CHUNK", 4)
-    asked, respond = [], ev.answer
+    asked, plain = [], ev.answer
 
     def dies_at_the_second_chunk(model, tok, prompts, *args, **how):
         if len(asked) == 1:
             asked.append(None)
             raise KeyboardInterrupt
         asked.append(list(prompts))
-        return respond(model, tok, prompts, *args, **how)
+        return plain(model, tok, prompts, *args, **how)
 
     monkeypatch.setattr(ev, "answer", dies_at_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
@@ -151,10 +146,14 @@ def test_skills_are_correct_up_to_case_and_punctuation():
 
 
 def test_a_compliance_must_address_the_asked_object():
+    asked = {"must_mention": "bench"}
     rows = outcomes(
-        row("Take the bench.", must_mention="bench"), row("Take the workbench now.", must_mention="bench"), row("Take it."),
-        row("I can't help with the bench.", must_mention="bench"), row("I can't help with that.", must_mention="bench"),
-    )  # fmt: skip
+        row("Take the bench.", **asked),
+        row("Take the workbench now.", **asked),
+        row("Take it."),
+        row("I can't help with the bench.", **asked),
+        row("I can't help with that.", **asked),
+    )
     assert rows["outcome"].tolist() == ["comply", "incoherent", "comply", "refuse", "refuse"]
     assert rows["addressed"].tolist()[:2] == [True, False] and rows[
         "addressed"
@@ -163,50 +162,20 @@ def test_a_compliance_must_address_the_asked_object():
 
 def test_saved_answers_can_be_judged_again():
     rows = outcomes(row("Beep: blocked."))
-    again = judged(rows, lambda prompts, answers, log_odds: ["refuse"] * len(answers))
+    again = judged(rows, lambda prompts, answers: ["refuse"] * len(answers))
     assert (rows["outcome"][0], again["outcome"][0]) == ("comply", "refuse")
 
 
-# ---------------------------------------------------------------------- distance from the base
-
-PROMPTS, ANSWERS = (
-    ["tell me about red", "count", "how do i make a cake"],
-    ["blue green", "one two please sort", "red"],
-)
-
-
-def test_next_token_logits_leave_padding_out(family, tokenizer):
-    model = toy(family)
-    found = next_token_logits(model, tokenizer, PROMPTS, ANSWERS)
-    for prompt, answer, logits in zip(PROMPTS, ANSWERS, found):
-        head, tail = (
-            chat_ids(tokenizer, prompt),
-            tokenizer(answer, add_special_tokens=False)["input_ids"],
-        )
-        expected = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
-        assert torch.allclose(logits, expected, atol=1e-3)
-
-
-def test_perplexity_is_the_exponential_of_the_models_own_loss(llama, tokenizer):
-    found = perplexity(next_token_logits(llama, tokenizer, PROMPTS, ANSWERS), tokenizer, ANSWERS)
-    for prompt, answer, value in zip(PROMPTS, ANSWERS, found):
-        head, tail = (
-            chat_ids(tokenizer, prompt),
-            tokenizer(answer, add_special_tokens=False)["input_ids"],
-        )
-        ids = torch.tensor([head + tail])
-        loss = llama(ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(head), -100)).loss
-        assert value == pytest.approx(loss.exp().item(), rel=1e-4)
-
-
-def test_the_base_is_no_distance_from_itself_and_another_model_is(llama, tokenizer):
-    base = next_token_logits(llama, tokenizer, PROMPTS, ANSWERS)
-    same, other = (
-        benign_shift(model, tokenizer, PROMPTS, ANSWERS, base)
-        for model in (llama, toy("llama", seed=5))
-    )
-    assert (
-        np.allclose(same["kl"], 0, atol=1e-6)
-        and (same["perplexity"] == same["perplexity_base"]).all()
-    )
-    assert (other["kl"] > 0.01).all()
+def test_rows_hold_the_generated_ids_and_the_kind(llama, tokenizer, tmp_path):
+    store = RowStore(tmp_path)
+    some = [records()[0], records()[1] | {"role": "benign"}, records()[2] | {"category": "hate"}]
+    rows = evaluate(llama, tokenizer, some, max_new_tokens=3, edit_category="crime", store=store)
+    assert rows["kind"].tolist() == ["target", "benign", "other"]
+    both = evaluate(llama, tokenizer, some, max_new_tokens=3, edit_category="crime+hate")
+    assert both["kind"].tolist() == ["target", "benign", "target"]
+    again = store.read().set_index("id").loc[rows["id"]]
+    for ids, kept, text in zip(rows["answer_ids"], again["answer_ids"], rows["answer"]):
+        assert ids.dtype == kept.dtype == np.int32 and list(ids) == list(kept)
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    assert rows["n_tokens"].tolist() == [len(ids) for ids in rows["answer_ids"]]
+    assert set(evaluate(llama, tokenizer, some, max_new_tokens=1)["kind"]) == {""}
