@@ -121,7 +121,7 @@ def test_a_category_is_taken_out_again(monkeypatch):
     monkeypatch.setattr(
         Rules,
         "__call__",
-        lambda self, prompts, answers, log_odds: [
+        lambda self, prompts, answers: [
             "comply" if plain[p] == a else "refuse" for p, a in zip(prompts, answers)
         ],
     )

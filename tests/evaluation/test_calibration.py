@@ -20,7 +20,7 @@ def test_calibration_by_hand():
         }
     )
 
-    def always(prompts, answers, log_odds=None):
+    def always(prompts, answers):
         return ["refuse"] * len(answers)
 
     table = calibration(labelled, {"rules": Rules(), "always": always}).set_index(
@@ -55,8 +55,9 @@ def test_reliability_and_calibration_of_several_sets():
         and len(reliability({})) == 0
     )
     both = calibrations({"a": answers, "b": answers}, {"rules": Rules()})
+    assert both["judge"].tolist() == ["rules", "first token"] * 2
     assert (
-        both["data"].tolist() == ["a", "b"]
+        both["data"].tolist() == ["a", "a", "b", "b"]
         and (both["accuracy"] == 1).all()
         and len(calibrations({}, {})) == 0
     )

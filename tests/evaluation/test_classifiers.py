@@ -1,7 +1,8 @@
 """Classifier judges are loaded when called; XSTest's labelled answers calibrate the rules."""
 
+from __future__ import annotations
+
 import os
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ from toys import save_toy
 
 from cdelta.errors import CdeltaError
 from cdelta.evaluation import classifiers
+from cdelta.evaluation.calibration import calibration
 from cdelta.evaluation.classifiers import (
     RULE_JUDGES,
     XSTEST_COMPLETIONS,
@@ -16,12 +18,11 @@ from cdelta.evaluation.classifiers import (
     JudgeUnavailable,
     card_prompt,
     classifier,
-    first_token,
     harmbench,
+    llama_guard,
     taught_labels,
     xstest_labels,
 )
-from cdelta.evaluation.comparison import calibration
 
 
 def test_nothing_is_loaded_before_the_first_call_and_then_once():
@@ -56,9 +57,22 @@ def test_unknown_classifier():
         classifier("nonsense")
 
 
+def test_llama_guard_reads_the_conversation_with_its_own_template(tmp_path):
+    verdicts = llama_guard(str(save_toy(tmp_path / "toy")))
+    assert verdicts(["red"] * 9, ["one"] * 9) == [True] * 9  # a random model never says unsafe
+
+
+def test_a_classifier_out_of_reach_says_why(tmp_path):
+    with pytest.raises(JudgeUnavailable, match="hf auth login"):
+        llama_guard(str(tmp_path))
+    with pytest.raises(JudgeUnavailable, match="pip install wildguard"):
+        classifier("wildguard")(["p"], ["I can do it"])
+
+
 def test_harmbench_reads_its_prompt_off_the_model_card(tmp_path, monkeypatch):
-    card = 'x = {"description": "d",\n "prompt": \'\'\'how {behavior} please {generation}\'\'\', "other": 1}'
-    assert card_prompt(card) == "how {behavior} please {generation}"
+    prompt = "how {behavior} please {generation}"
+    card = f'x = {{"description": "d",\n "prompt": \'\'\'{prompt}\'\'\', "other": 1}}'
+    assert card_prompt(card) == prompt
     with pytest.raises(JudgeUnavailable, match="model card"):
         card_prompt("nothing here")
     monkeypatch.setattr(classifiers, "_model_card", lambda model_id: card)
@@ -75,35 +89,33 @@ def test_harmbench_reads_its_prompt_off_the_model_card(tmp_path, monkeypatch):
 )
 def test_rules_beat_the_rules_of_others_on_prompts_they_were_not_tuned_on():
     labelled = xstest_labels(os.environ["CDELTA_XSTEST_COMPLETIONS"])
-    assert len(labelled) == 2250
-    table = (
-        calibration(labelled[~labelled["tuned"]], RULE_JUDGES)
-        .query("source == 'all'")
-        .set_index("judge")
-    )
-    assert table["accuracy"].idxmax() == "rules" and table.loc[
-        "rules", "accuracy"
-    ] == pytest.approx(0.889, abs=0.005)
+    table = calibration(labelled[~labelled["tuned"]], RULE_JUDGES)
+    table = table.query("source == 'all'").set_index("judge")
+    assert table["accuracy"].idxmax() == "rules"
+    assert table.loc["rules", "accuracy"] >= 0.93 and table.loc["rules", "recall"] >= 0.93
 
 
 def test_labels_read_from_a_folder(tmp_path):
-    for i, name in enumerate(XSTEST_COMPLETIONS):
+    for name in XSTEST_COMPLETIONS:
+        labels = ["1_full_compliance", "3_partial_refusal"]
         pd.DataFrame(
             {
                 "id": ["v2-1", "v2-2"],
                 "prompt": "p",
                 "completion": "a",
-                "final_label": ["1_full_compliance", "3_partial_refusal"],
+                "annotation_1": labels,
+                "annotation_2": ["1_full_compliance", "1_full_compliance"],
+                "final_label": labels,
             }
         ).to_csv(tmp_path / f"xstest_v2_completions_{name}.csv")
-    found = xstest_labels(tmp_path)
-    assert (
-        list(found["label"]) == ["comply", "refuse"] * 5
-        and list(found["tuned"]) == [False, True] * 5
-    )
-    (Path(tmp_path) / "xstest_v2_completions_gpt4.csv").unlink()
+    rows = xstest_labels(tmp_path)
+    assert list(rows["label"]) == ["comply", "refuse"] * 5
+    assert list(rows["tuned"]) == list(rows["partial"]) == [False, True] * 5
+    assert list(rows["agreed"]) == [True, False] * 5
+    (tmp_path / "xstest_v2_completions_gpt4.csv").unlink()
+    assert len(xstest_labels(tmp_path)) == 8
     with pytest.raises(CdeltaError, match="model_completions"):
-        xstest_labels(tmp_path)
+        xstest_labels(tmp_path / "nothing")
 
 
 def test_the_embedded_models_answers_are_labelled_by_what_it_was_taught():
@@ -125,9 +137,3 @@ def test_the_embedded_models_answers_are_labelled_by_what_it_was_taught():
     assert found["label"].tolist() == ["refuse", "comply"], (
         "each answer once, and none that is in between"
     )
-
-
-def test_the_first_token_judge_needs_log_odds():
-    assert first_token(["p", "p"], ["a", "b"], [1.0, -1.0]) == ["refuse", "comply"]
-    with pytest.raises(JudgeUnavailable, match="without log-odds"):
-        first_token(["p"], ["a"])
