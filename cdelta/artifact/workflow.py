@@ -359,17 +359,22 @@ def dispatch(args: argparse.Namespace) -> int:
         return 0
     if args.lab is not None:
         return open_lab(args.lab)
-    if args.check is not None:
+    if args.check:
         from cdelta.artifact.claims import check_run
 
-        return check_run(args.check or args.preset)
+        return check_run(args.check)
     if "," in args.preset:
         return run_several(args)
     plan = make_plan(args)
     if args.list:
         print_list(plan)
         return 0
-    return run_locked(plan, args.record, args.dry_run)
+    code = run_locked(plan, args.record, args.dry_run)
+    if args.check is None or code:
+        return code
+    from cdelta.artifact.claims import check_run
+
+    return check_run(plan.settings.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

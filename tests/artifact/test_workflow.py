@@ -11,10 +11,14 @@ import psutil
 import pytest
 from project import Project
 
-from cdelta.artifact.run import STAGES
-from cdelta.artifact.workflow import Plan, find_stage, main, make_parser, make_plan
+from cdelta.artifact.flags import make_parser
+from cdelta.artifact.presets import resolve
+from cdelta.artifact.stages import NAMES
+from cdelta.artifact.workflow import Plan, main, make_plan, open_lab
 from cdelta.errors import CdeltaError
 from cdelta.paths import ROOT
+
+pytestmark = pytest.mark.e2e
 
 
 def wait_for(condition, seconds=120):
@@ -58,12 +62,12 @@ def project(resumed, tmp_path):
 
 
 def test_a_killed_run_leaves_whole_stages_and_no_process(resumed):
-    assert list(resumed.after_kill) == ["00_organism", "01_dataset"]
+    assert list(resumed.after_kill) == ["00_subject", "01_dataset"]
 
 
 def test_the_same_command_keeps_finished_stages_and_does_the_rest(resumed):
     assert resumed.second.returncode == 0, resumed.second.stderr
-    assert resumed.finished() == list(STAGES)
+    assert resumed.finished() == list(NAMES)
     assert {stage: resumed.stamps()[stage] for stage in resumed.after_kill} == resumed.after_kill
     assert not [
         path.name for path in resumed.run_dir.iterdir() if re.match(r"\.(\d\d_|trash)", path.name)
@@ -73,18 +77,18 @@ def test_the_same_command_keeps_finished_stages_and_does_the_rest(resumed):
 def test_a_resumed_run_has_the_tables_of_an_uninterrupted_one(resumed):
     assert resumed.tables() == {
         f"tab_{stage}.{kind}": text
-        for stage in STAGES
+        for stage in NAMES
         for kind, text in (
             ("csv", b"value\n1.5\n"),
-            ("tex", resumed.tables()["tab_00_organism.tex"]),
+            ("tex", resumed.tables()["tab_00_subject.tex"]),
         )
     }
 
 
 def test_a_run_says_where_it_is_and_ends_with_table_and_report(resumed):
     lines = resumed.second.stdout.strip().splitlines()
-    assert re.match(r"stage 3 of 8: 02_attribution … \(elapsed \d+:\d\d\)", lines[0])
-    assert re.search(r"^07_ablations +\d+:\d\d +\d+ MB$", resumed.second.stdout, re.MULTILINE)
+    assert re.match(r"stage 3 of 10: 02_attribution … \(elapsed \d+:\d\d\)", lines[0])
+    assert re.search(r"^09_ablations +\d+:\d\d +\d+ MB$", resumed.second.stdout, re.MULTILINE)
     assert lines[-1] == str(resumed.run_dir / "figures" / "report.html") and os.path.exists(
         lines[-1]
     )
@@ -106,7 +110,9 @@ def test_a_rerun_has_nothing_to_do_and_ends_soon(project):
 def test_what_changed_and_what_reads_it_runs_again(project):
     project.write("06_deployment", "2.5")
     assert planned(project) == ["06_deployment"]
-    (project.root / "cdelta" / "evaluation" / "rates.py").write_text("# not used by these notebooks\n")
+    (project.root / "cdelta" / "evaluation" / "rates.py").write_text(
+        "# not used by these notebooks\n"
+    )
     assert planned(project) == ["06_deployment"]
     project.write("03_circuit", "2.5")
     assert planned(project) == [
@@ -114,7 +120,9 @@ def test_what_changed_and_what_reads_it_runs_again(project):
         "04_edit",
         "05_evaluation",
         "06_deployment",
-        "07_ablations",
+        "07_composition",
+        "08_cost",
+        "09_ablations",
     ]
     assert planned(project, "--only", "3") == ["03_circuit"]
     assert planned(project, "--only", "6") == ["03_circuit", "04_edit", "06_deployment"], (
@@ -122,13 +130,13 @@ def test_what_changed_and_what_reads_it_runs_again(project):
     )
     with (project.root / "cdelta" / "artifact" / "run.py").open("a") as file:
         file.write("\n# used by every notebook\n")
-    assert planned(project) == list(STAGES)
+    assert planned(project) == list(NAMES)
 
 
 def test_force_and_selection(project):
     assert planned(project, "--force", "--only", "06") == ["06_deployment"]
-    assert planned(project, "--force", "--from", "06") == ["06_deployment", "07_ablations"]
-    assert planned(project, "--force") == list(STAGES)
+    assert planned(project, "--force", "--from", "06") == list(NAMES[6:])
+    assert planned(project, "--force") == list(NAMES)
     (project.run_dir / "02_attribution" / "stage.json").unlink()
     assert planned(project, "--only", "04_edit") == ["02_attribution", "03_circuit", "04_edit"]
 
@@ -158,29 +166,29 @@ def test_a_failing_cell_is_shown_and_leaves_nothing_half_written(project):
     repaired = project.run()
     assert (
         repaired.returncode == 0
-        and "00_organism" not in repaired.stdout.partition("stage  ")[0]
+        and "00_subject" not in repaired.stdout.partition("stage  ")[0]
         and not half.exists()
     )
 
 
 def test_a_stage_left_behind_cannot_publish(project):
     """Only Snakemake's process dies; the stage notices by itself. A second command may start at once."""
-    held = project.hold("07_ablations")
-    first = project.start("--force", "--only", "07")
-    wait_for(lambda: list(project.run_dir.glob(".07_ablations.*")))
+    held = project.hold("09_ablations")
+    first = project.start("--force", "--only", "09")
+    wait_for(lambda: list(project.run_dir.glob(".09_ablations.*")))
     first.kill()
     held.unlink()
     second = project.run()
     first.communicate()
-    assert second.returncode == 0 and project.finished() == list(STAGES)
+    assert second.returncode == 0 and project.finished() == list(NAMES)
     wait_for(lambda: not processes_of(project), 20)
     assert project.run("--dry-run").stdout.strip() == "Nothing to be done."
 
 
 def test_two_runs_of_one_preset_do_not_mix(project):
-    held = project.hold("07_ablations")
-    first = project.start("--force", "--only", "07")
-    wait_for(lambda: list(project.run_dir.glob(".07_ablations.*")))
+    held = project.hold("09_ablations")
+    first = project.start("--force", "--only", "09")
+    wait_for(lambda: list(project.run_dir.glob(".09_ablations.*")))
     second = project.run()
     held.unlink()
     first.communicate()
@@ -199,22 +207,20 @@ def test_record_pairs_notebooks_and_copies_figures(project):
         json.loads((figures / "manifest.json").read_text())["preset"] == "smoke"
         and (figures / "report.html").exists()
     )
-    assert sorted(path.stem for path in (project.root / "notebooks").glob("*.ipynb")) == list(
-        STAGES
-    )
+    assert sorted(path.stem for path in (project.root / "notebooks").glob("*.ipynb")) == list(NAMES)
 
 
 def test_record_of_a_retrained_model_leaves_outdated_figures_out(project):
     recorded = project.run("--force", "--only", "00", "--record")
     assert recorded.returncode == 0, recorded.stderr
     assert (project.root / "data" / "organism" / "weights.txt").read_text() == "new"
-    assert [path.stem for path in (project.root / "notebooks").glob("*.ipynb")] == ["00_organism"]
+    assert [path.stem for path in (project.root / "notebooks").glob("*.ipynb")] == ["00_subject"]
     assert not (project.root / "figures").exists() and "not recorded" in recorded.stdout
 
 
 def test_a_recorded_notebook_has_the_sources_inputs_and_nothing_of_the_machine(project):
-    project.run("--force", "--only", "07", "--record")
-    text = (project.root / "notebooks" / "07_ablations.ipynb").read_text()
+    project.run("--force", "--only", "09", "--record")
+    text = (project.root / "notebooks" / "09_ablations.ipynb").read_text()
     notebook = nbformat.reads(text, as_version=4)
     nbformat.validate(notebook)
     assert (
@@ -243,13 +249,13 @@ def test_the_report_loads_nothing_from_elsewhere(resumed):
         resumed.run_dir / "figures" / "report.html",
         *(resumed.run_dir / "figures" / "report").glob("*.html"),
     ]
-    assert len(pages) == 1 + len(STAGES)
+    assert len(pages) == 1 + len(NAMES)
     for page in pages:
         assert not re.search(
             r"<script|<link|@import|url\(|src=[\"']?(https?:)?//", page.read_text()
         ), page
     index = pages[0].read_text()
-    assert all(f'id="tab_{stage}"' in index and f"report/{stage}.html" in index for stage in STAGES)
+    assert all(f'id="tab_{stage}"' in index and f"report/{stage}.html" in index for stage in NAMES)
 
 
 def test_the_kernel_is_this_environments_own(resumed):
@@ -265,12 +271,15 @@ def test_the_kernel_is_this_environments_own(resumed):
         (["--preset", "nope"], "unknown preset 'nope'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--onl", "1"], "unrecognized arguments"),
-        (["--only", "9"], "unknown stage '9'"),
+        (["--only", "12"], "unknown stage '12'"),
         (["--from", "x"], "unknown stage 'x'"),
         (["--only", "1", "--from", "2"], "not allowed with"),
         (["--jobs", "0"], "'0' is not a positive number"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--preset", "smoke-cast"], "--model and --policy"),
+        (["--preset", "smoke-cast"], "--model: give it"),
+        (["--set", "edit.speed=3"], "unknown setting 'edit.speed'"),
+        (["--data", "/nowhere"], "there is no such folder"),
+        (["--external", "xstest=/nowhere"], "there is no file /nowhere"),
         (["--model", "./nowhere"], "no such folder"),
         (["--policy", "cast=/nowhere.json"], "there is no file /nowhere.json"),
     ],
@@ -285,22 +294,22 @@ def test_wrong_input_is_one_line_and_exit_code_2(flags, message, capfd):
 
 
 def test_a_parameter_that_the_notebook_lacks_stops_the_run_before_it_starts(project):
-    notebook = project.root / "notebooks" / "07_ablations.py"
-    notebook.write_text(notebook.read_text().replace('policy = ""  # the policy\n', ""))
+    notebook = project.root / "notebooks" / "09_ablations.py"
+    notebook.write_text(notebook.read_text().replace('device = "auto"  # the device\n', ""))
     before = project.stamps()
     stopped = project.run()
     assert (
         stopped.returncode == 2
-        and "07_ablations has no parameter policy" in stopped.stderr
+        and "09_ablations has no parameter device" in stopped.stderr
         and project.stamps() == before
     )
 
 
 def test_list_names_every_stage_with_title_and_state(resumed):
     lines = resumed.run("--list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(STAGES)
+    assert [line.split()[0] for line in lines] == list(NAMES)
     assert all(
-        "finished in" in line and f"Notebook {stage}" in line for line, stage in zip(lines, STAGES)
+        "finished in" in line and f"Notebook {stage}" in line for line, stage in zip(lines, NAMES)
     )
 
 
@@ -310,11 +319,6 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     flags = "preset only from list dry-run force jobs device setup-only test lab record help model policy"
     assert all(f"--{flag}" in text for flag in flags.split())
-
-
-@pytest.mark.parametrize("text", ["2", "02", "attribution", "02_attribution"])
-def test_a_stage_has_a_number_and_a_name(text):
-    assert find_stage(text) == "02_attribution"
 
 
 def test_only_a_forced_stage_00_of_the_embedded_model_retrains():
@@ -330,39 +334,70 @@ def test_only_a_forced_stage_00_of_the_embedded_model_retrains():
 
 def test_threads_are_the_presets_or_all_cores_divided_by_jobs(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert Plan("tiny", STAGES).threads == 1
-    assert Plan("tiny", STAGES, retrain=True).threads == 8
-    assert Plan("llama-3.1-8b", STAGES, policy="x", jobs=3).threads == 2
-    assert Plan("llama-3.1-8b", STAGES, policy="x", jobs=20).threads == 1
+    tiny, large = resolve("tiny"), resolve("llama-3.1-8b")
+    assert Plan(tiny).threads == 1 and Plan(tiny, retrain=True).threads == 8
+    assert Plan(large, jobs=3).threads == 2 and Plan(large, jobs=20).threads == 1
 
 
 def test_two_stages_at_a_time_only_where_a_stage_takes_one_thread(monkeypatch):
     plan = lambda *flags: make_plan(make_parser().parse_args(list(flags)))
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert (plan().jobs, plan("--jobs", "1").jobs, plan("--force", "--only", "00").jobs) == (
-        2,
-        1,
-        1,
-    )
-    assert plan("--preset", "llama-3.1-8b", "--policy", str(ROOT / "README.md")).jobs == 1
+    assert (plan().jobs, plan("--jobs", "1").jobs) == (2, 1)
+    assert plan("--force", "--only", "00").jobs == 1
+    assert plan("--preset", "llama-3.1-8b").jobs == 1
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     assert plan().jobs == 1
+
+
+def test_local_copies_of_data_sets_are_found_by_name(tmp_path):
+    for name in ("cast", "xstest", "or_bench", "jailbreakbench", "xstest_completions"):
+        (tmp_path / name).mkdir()
+    for name in ("xstest/x.csv", "or_bench/o.csv", "jailbreakbench/a.csv", "jailbreakbench/b.csv"):
+        (tmp_path / name).touch()
+    flags = ["--preset", "smollm2", "--data", str(tmp_path)]
+    settings = make_plan(make_parser().parse_args(flags)).settings
+    assert settings.policy == f"cast={tmp_path}/cast"
+    assert settings.external == (
+        f"xstest={tmp_path}/xstest/x.csv",
+        f"or-bench-hard={tmp_path}/or_bench/o.csv",
+        f"jailbreakbench={tmp_path}/jailbreakbench",
+        "harmbench",
+        "catqa",
+    )
+    assert settings.evaluation.labels == f"{tmp_path}/xstest_completions"
+    assert settings.name == "smollm2", "where the data lie is no other experiment"
+
+
+@pytest.mark.parametrize(("user", "display"), [(0, ""), (0, ":0"), (1000, "")])
+def test_the_lab_starts_as_root_and_without_a_display(user, display, monkeypatch):
+    calls = []
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
+    monkeypatch.setattr("cdelta.artifact.execution.use_own_kernel", lambda folder: None)
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert open_lab(["--port", "9999"]) == 0
+    (command,) = calls
+    assert ("--allow-root" in command) == (user == 0)
+    assert ("--no-browser" in command) == (not display)
+    assert command[-2:] == ["--port", "9999"]
 
 
 def test_paths_on_the_command_line_are_the_callers(tmp_path, monkeypatch):
     (tmp_path / "cast.json").touch()
     monkeypatch.chdir(tmp_path)
     plan = make_plan(make_parser().parse_args(["--policy", "cast=cast.json", "--model", "."]))
-    assert plan.policy == f"cast={tmp_path}/cast.json" and plan.model == str(tmp_path)
+    assert plan.settings.policy == f"cast={tmp_path}/cast.json"
+    assert plan.settings.model == str(tmp_path)
     with pytest.raises(CdeltaError):
         make_plan(make_parser().parse_args(["--policy", "cast=other.json"]))
 
 
 def test_a_kernel_that_dies_is_said(project):
-    project.write("07_ablations", "__import__('os')._exit(9)")
-    failed = project.run("--only", "07")
+    project.write("09_ablations", "__import__('os')._exit(9)")
+    failed = project.run("--only", "09")
     assert (
         failed.returncode == 1
-        and "07_ablations.py lost its kernel" in failed.stderr
+        and "09_ablations.py lost its kernel" in failed.stderr
         and "Traceback" not in failed.stderr
     )

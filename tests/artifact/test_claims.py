@@ -1,0 +1,154 @@
+"""Claims: what is measured, how it is shown, and how far a run is from the recorded one."""
+
+import pandas as pd
+import pytest
+
+from cdelta.artifact import claims
+from cdelta.artifact.claims import (
+    MARKERS,
+    Claim,
+    check_run,
+    claims_of,
+    differences,
+    load_claims,
+    measure,
+    tolerance_of,
+    with_claims,
+)
+from cdelta.artifact.presets import preset_names
+from cdelta.artifact.run import open_run
+from cdelta.errors import CdeltaError
+
+TABLE = pd.DataFrame(
+    {
+        "category": ["crime", "hate", "crime", "hate"],
+        "method": ["base", "base", "cdelta", "cdelta"],
+        "refusal": [0.1, 0.2, 0.9, 0.95],
+        "low": [0.0, 0.1, 0.8, 0.85],
+        "high": [0.2, 0.3, 0.97, 0.99],
+        "n": [10, 10, 10, 10],
+        "right": [True, True, True, False],
+    }
+)
+
+
+def claim(**values):
+    known = {"table": "tab_a", "column": "refusal", "why": "", "preset": "tiny", "id": "x"}
+    return Claim(**{**known, "sentence": "Refused:", **values})
+
+
+@pytest.fixture
+def figures(tmp_path):
+    TABLE.to_csv(tmp_path / "tab_a.csv", index=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("values", "shown", "met"),
+    [
+        ({"where": {"method": "cdelta"}, "statistic": "min", "at_least": 0.9}, "90 %", True),
+        ({"where": {"method": "cdelta"}, "statistic": "max", "at_most": 0.9}, "95 %", False),
+        ({"where": {"category": "crime", "method": "cdelta"}, "at_least": 0.5}, "90 %", True),
+        ({"column": "right", "statistic": "count", "at_least": 3}, "3", True),
+        ({"column": "right", "statistic": "mean", "at_least": 1.0}, "0.75", False),
+        (
+            {
+                "where": {"method": "cdelta"},
+                "minus": {"method": "base"},
+                "statistic": "max",
+                "at_most": 0.8,
+            },
+            "80 %",
+            True,
+        ),
+    ],
+)
+def test_a_claim_is_a_statistic_of_rows_against_a_bound(figures, values, shown, met):
+    verdict = measure(claim(**values), figures)
+    assert (verdict.measured, verdict.met) == (shown, met)
+
+
+def test_the_interval_is_that_of_the_row_that_decides(figures):
+    chosen = claim(
+        where={"method": "cdelta"}, statistic="min", at_least=0.9, low="low", high="high"
+    )
+    assert measure(chosen, figures).measured == "90 % [80 %, 97 %]" and chosen.bound == "≥ 90 %"
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"table": "tab_b"}, "no tab_b"),
+        ({"column": "nope"}, "has no nope"),
+        ({"where": {"method": "other"}}, "no such row"),
+        ({}, "4 rows where one is meant"),
+    ],
+)
+def test_what_cannot_be_measured_is_not_met_and_says_why(figures, values, problem):
+    verdict = measure(claim(at_least=0, **values), figures)
+    assert verdict.word == "not measured" and problem in verdict.problem and not verdict.met
+
+
+def test_every_claim_of_the_file_names_a_preset_and_one_bound():
+    for each in load_claims():
+        assert each.preset in preset_names() and each.why and each.sentence
+        assert (each.at_least is None) != (each.at_most is None)
+    assert len({each.id for each in load_claims()}) == len(load_claims())
+
+
+def test_a_run_shows_the_claims_of_its_preset():
+    assert claims_of("tiny") == claims_of("tiny-1a2b3c4d") and claims_of("tiny")
+    assert not claims_of("smoke")
+
+
+def test_tables_are_compared_within_their_tolerance(figures, tmp_path):
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    TABLE.assign(refusal=TABLE["refusal"] * 1.001).to_csv(recorded / "tab_a.csv", index=False)
+    (recorded / "tab_gone.csv").write_text("a\n1\n")
+    assert differences(figures, recorded) == {"tab_a": "", "tab_gone": "is missing"}
+    moved = TABLE.assign(refusal=[0.1, 0.2, 0.9, 0.5], method=["base", "base", "cdelta", "new"])
+    moved.to_csv(recorded / "tab_a.csv", index=False)
+    text = differences(figures, recorded)["tab_a"]
+    assert "1 of 4 texts differ" in text and "1 of 4 numbers differ, by up to 0.45" in text
+    TABLE.head(2).to_csv(recorded / "tab_a.csv", index=False)
+    assert differences(figures, recorded)["tab_a"] == "has 4 rows instead of 2"
+    assert tolerance_of("tab_cost").timing and not tolerance_of("tab_matrix").timing
+
+
+def make_run(folder, table):
+    run = open_run("05_evaluation", preset="tiny", run_dir=str(folder))
+    run.table("tab_a", table, "A table")
+    run.finish()
+
+
+def test_check_ends_with_1_on_a_missed_claim_or_a_far_table(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "run", TABLE)
+    make_run(tmp_path / "again", TABLE)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "again" / "figures").rename(tmp_path / "figures" / "tiny")
+    monkeypatch.setattr(claims, "FIGURES", tmp_path / "figures")
+    wanted = claim(where={"method": "cdelta"}, statistic="min", at_least=0.9)
+    monkeypatch.setattr(claims, "load_claims", lambda: (wanted,))
+    assert check_run(tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "met          Refused: 90 % (wanted ≥ 90 %)" in out and "1 of 1 tables as in" in out
+    monkeypatch.setattr(claims, "load_claims", lambda: (claim(statistic="max", at_most=0.1),))
+    assert check_run(tmp_path / "run") == 1 and "not met" in capsys.readouterr().out
+    monkeypatch.setattr(claims, "load_claims", lambda: (wanted,))
+    TABLE.assign(n=11).to_csv(tmp_path / "figures" / "tiny" / "tab_a.csv", index=False)
+    assert check_run(tmp_path / "run") == 1 and "differs      tab_a n:" in capsys.readouterr().out
+
+
+def test_an_unknown_run_is_one_sentence():
+    with pytest.raises(CdeltaError, match="there is no run 'nope'"):
+        check_run("nope")
+
+
+def test_the_readme_gets_its_table_between_the_markers():
+    begin, end = MARKERS
+    text = with_claims(f"# Title\n{begin}\nold\n{end}\nrest\n")
+    assert text.startswith(f"# Title\n{begin}\n| claim |") and text.endswith(f"\n{end}\nrest\n")
+    assert "old" not in text and with_claims(text) == text
+    with pytest.raises(CdeltaError, match="no place for the claims"):
+        with_claims("# Title")
