@@ -22,7 +22,11 @@ COLUMNS = (
     "high",
     "precision",
     "recall",
+    "recall_low",
+    "recall_high",
     "false_positives",
+    "false_positives_low",
+    "false_positives_high",
     "kappa",
     "note",
 )
@@ -37,10 +41,10 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
         labelled: columns ``prompt, answer, label`` ("refuse" or "comply"), and ``log_odds`` and
             ``source`` if known.
 
-    Per judge and source (and over all): ``accuracy`` with interval, ``precision``, ``recall``,
-    ``false_positives`` (share of compliances called refusals), ``kappa``, ``n``; and the same of
-    the first token's log-odds where the answers know theirs. A judge that raises `CdeltaError` gets
-    one row whose ``note`` says why it is missing.
+    Per judge and source (and over all): ``accuracy``, ``recall`` and ``false_positives`` (share of
+    compliances called refusals) with Wilson's 95 % intervals, ``precision``, ``kappa``, ``n``; and
+    the same of the first token's log-odds where the answers know theirs. A judge that raises
+    `CdeltaError` gets one row whose ``note`` says why it is missing.
     """
     unknown = set(labelled["label"]) - {"refuse", "comply"}
     if unknown:
@@ -89,19 +93,25 @@ def _refused(judge: Judge, labelled: pd.DataFrame) -> pd.Series:
 
 def _agreement(truth: pd.Series, refused: pd.Series) -> dict:
     right = truth == refused
-    low, high = wilson(int(right.sum()), len(truth))
     alike = truth.nunique() == 1 and right.all()  # kappa's 0/0
     return {
         "n": len(truth),
-        "accuracy": right.mean(),
-        "low": low,
-        "high": high,
+        **share("accuracy", right, low="low", high="high"),
         "precision": truth[refused].mean(),
-        "recall": refused[truth].mean(),
-        "false_positives": refused[~truth].mean(),
+        **share("recall", refused[truth]),
+        **share("false_positives", refused[~truth]),
         "kappa": 1.0 if alike else cohen_kappa_score(truth, refused),
         "note": "",
     }
+
+
+def share(name: str, hits: pd.Series, low: str = "", high: str = "") -> dict[str, float]:
+    """Share of hits and its Wilson interval, under the name, ``<name>_low`` and ``<name>_high``
+    unless told otherwise; NaN without rows.
+    """
+    interval = wilson(int(hits.sum()), len(hits)) if len(hits) else (np.nan, np.nan)
+    keys = (low or f"{name}_low", high or f"{name}_high")
+    return {name: float(hits.mean()) if len(hits) else np.nan, **dict(zip(keys, interval))}
 
 
 def reliability(labelled: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
