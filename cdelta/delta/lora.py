@@ -92,11 +92,14 @@ def export_lora(
 
 def _check_expressible(delta: WeightDelta, weights: list[str]) -> None:
     shapes = delta.metadata.get("shapes") or {}
-    if not all(name in shapes for name in weights):
+    if not all(name in shapes for name in delta.values):
         raise CdeltaError(
             "the delta does not record its parameters' shapes: "
             "fit it with this version of cdelta to export a LoRA."
         )
+    delta.check_shapes(shapes.get)
+    if not weights:
+        raise CdeltaError("the delta changes no weight: there is nothing to export as a LoRA.")
     for name in delta.values:
         if not name.endswith(".weight") and name.removesuffix(".bias") + ".weight" not in weights:
             raise CdeltaError(

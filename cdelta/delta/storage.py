@@ -94,9 +94,11 @@ def read_delta(folder: Path) -> tuple[dict[str, Tensor], Slices, dict[str, objec
 
 
 def checked_dims(dims: object) -> dict[str, int]:
-    """`dims` itself, or ValueError unless it maps names to axes."""
-    if not isinstance(dims, dict) or not all(
-        type(dim) is int and dim >= 0 for dim in dims.values()
+    """`dims` itself, or ValueError unless it maps names, at least one, to axes."""
+    if (
+        not isinstance(dims, dict)
+        or not dims
+        or not all(type(dim) is int and dim >= 0 for dim in dims.values())
     ):
         raise ValueError("dims does not map parameters to axes")
     return dims

@@ -74,14 +74,14 @@ def test_a_rank_beyond_the_masks_misses_nothing(tmp_path):
 
 def test_bad_requests_leave_nothing(tmp_path):
     delta = random_delta(toys.toy("llama"))
-    name = next(n for n in delta.values if n.endswith(".weight"))
-    bias = name.replace("weight", "bias")
-    alone = WeightDelta({bias: torch.ones(2)}, {bias: (0, torch.arange(2))}, delta.metadata)
+    bias, shapes = "model.layers.9.mlp.up_proj.bias", {"model.layers.9.mlp.up_proj.bias": [4]}
+    alone = WeightDelta({bias: torch.ones(2)}, {bias: (0, torch.arange(2))}, {"shapes": shapes})
     for what, options, message in (
         (WeightDelta(delta.values, delta.slices), {}, "shapes"),
         (delta, {"scale": float("inf")}, "finite"),
         (delta, {"rank": 0}, "at least 1"),
-        (alone, {}, "without its weight"),
+        (alone, {}, "changes no weight"),
+        (alone + delta, {}, "without its weight"),
     ):
         with pytest.raises(CdeltaError, match=message):
             export_lora(what, tmp_path / "lora", **options)
