@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 RATE = re.compile(
     r"rate|refus(al|ed)(_.*)?|.*_(refusal|low|high)|share|accuracy.*|kept|precision|recall"
-    r"|false_positives|fraction|param_fraction|param_budget|target|benign|other|skills|utility"
+    r"|met|false_positives|fraction|param_fraction|param_budget|target|benign|other|skills|utility"
 )
 """Columns that hold shares from 0 to 1."""
 BOUNDS = ("low", "high", "difference")
@@ -32,7 +32,7 @@ def readable(value: object, percent: bool = False, digits: int = 3) -> str:
     if math.isnan(number):
         return "–"
     if percent and abs(number) <= 1:
-        return f"{decimals(100 * number, digits)} %"
+        return f"{decimals(100 * number, digits)}\u00a0%"  # never broken across lines
     return decimals(number, digits)
 
 

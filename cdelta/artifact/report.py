@@ -1,144 +1,214 @@
-"""The report of a run, and recording a run into the repository. All pages work offline: no script, no font, no style from elsewhere."""
+"""The report of a run, and recording a run into the repository. All pages work offline: no script,
+font or style from elsewhere."""
 
 from __future__ import annotations
 
 import csv
-import html
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, PackageLoader
+
+from cdelta.artifact.claims import claims_of, measure
 from cdelta.artifact.execution import clock, load_notebook
-from cdelta.artifact.run import check_figures, read_manifest, read_stage
-from cdelta.artifact.stages import NAMES
+from cdelta.artifact.numbers import as_number, rate_columns, readable
+from cdelta.artifact.pages import notebook_body, without_places
+from cdelta.artifact.presets import Preset
+from cdelta.artifact.run import check_figures, read_manifest, read_settings, read_stage
+from cdelta.artifact.stages import NAMES, find_stage
 from cdelta.errors import CdeltaError
-from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
+from cdelta.files import new_folder, remove_folder, write_text
+from cdelta.paths import NOTEBOOKS, ORGANISM, RUNS
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-
-CSS = """
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
-img { max-width: 100%; } table { border-collapse: collapse; font-size: 0.9rem; } td, th { padding: 0.15rem 0.7rem; text-align: right; }
-thead { border-bottom: 1px solid #888; } pre { overflow-x: auto; background: #f6f6f6; padding: 0.6rem; font-size: 0.85rem; }
-.prompt, .anchor-link { display: none; } .output_stderr pre { background: #fdecea; } figure { margin: 2rem 0; } figcaption { color: #555; }
-.scroll { overflow-x: auto; } iframe { width: 100%; height: 48rem; border: 1px solid #ddd; }
-"""
+HEADLINE = {
+    "How it works": ("fig_method", "fig_idea"),
+    "Before and after": ("tab_before_after",),
+    "What each edit refuses": ("fig_matrix",),
+    "Selectivity": ("fig_selectivity", "tab_selectivity"),
+    "Over-refusal": ("fig_overrefusal", "tab_overrefusal"),
+    "Capability": ("fig_utility", "tab_capability", "tab_harness"),
+    "How small the circuit can be": ("fig_budget",),
+    "Refusal against side effects": ("fig_tradeoff",),
+}
+"""What the report shows first: title -> figures and tables, where the run has them."""
+ROWS = 12
+"""Rows of a table that are shown before it is folded."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Check the figures, then write ``figures/report.html`` (every figure and table) and a page per executed notebook."""
+    """Check the figures, then write ``figures/report.html`` and a page per executed notebook."""
     check_figures(run_dir)
     figures = run_dir / "figures"
-    pages = figures / "report"
-    pages.mkdir(parents=True, exist_ok=True)
-    done = [stage for stage in NAMES if read_stage(run_dir, stage)]
-    for stage in done:
-        (pages / f"{stage}.html").write_text(
-            _notebook_page(stage, run_dir / "notebooks" / f"{stage}.ipynb"), encoding="utf-8"
-        )
+    done = [name for name in NAMES if read_stage(run_dir, name)]
+    for name in done:
+        page = _notebook_page(name, run_dir / "notebooks" / f"{name}.ipynb")
+        write_text(figures / "report" / f"{name}.html", page)
     report = figures / "report.html"
-    report.write_text(_index_page(run_dir, done), encoding="utf-8")
+    write_text(report, _template("report.html.j2").render(_facts(run_dir, done)))
     return report
 
 
-def _page(title: str, body: str, style: str = "") -> str:
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{CSS}{style}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+def _template(name: str):
+    loader = PackageLoader("cdelta.artifact", "templates")
+    return Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
 
 
-def _notebook_page(stage: str, executed: Path) -> str:
+def _notebook_page(name: str, executed: Path) -> str:
     import nbformat
-    from nbconvert import HTMLExporter
-    from pygments.formatters import HtmlFormatter
 
-    notebook = without_places(nbformat.read(executed, as_version=4))
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
-    return _page(
-        stage,
-        f'<p><a href="../report.html">all figures and tables</a></p>{body}',
-        HtmlFormatter().get_style_defs(".highlight"),
-    )
+    body, style = notebook_body(nbformat.read(executed, as_version=4))
+    back = '<p><a href="../report.html">report of the run</a></p>'
+    return _template("page.html.j2").render(title=name, body=back + body, style=style)
 
 
-def _index_page(run_dir: Path, done: Sequence[str]) -> str:
-    manifest = read_manifest(run_dir / "figures")
-    parts = [
-        f"<h1>cdelta, preset {html.escape(manifest['preset'])}</h1><p>Commit {html.escape(manifest['commit'])}.</p>",
-        _stage_table(run_dir, done),
-    ]
-    for stage in done:
-        parts.append(f'<h2><a href="report/{stage}.html">{stage}</a></h2>')
-        parts += [
-            _item(run_dir / "figures", item)
-            for item in manifest["items"]
-            if item["notebook"] == stage
-        ]
-    return _page(f"cdelta {manifest['preset']}", "\n".join(parts))
+def _facts(run_dir: Path, done: Sequence[str]) -> dict[str, Any]:
+    """What the report's template fills in."""
+    figures = run_dir / "figures"
+    manifest = read_manifest(figures)
+    items = {item["id"]: _prepared(figures, item) for item in manifest["items"]}
+    wanted = {id for ids in HEADLINE.values() for id in ids} & set(items)
+    verdicts = [measure(claim, figures) for claim in claims_of(manifest["preset"])]
+    return {
+        "title": f"C-ΔΘ: {manifest['preset']}",
+        "name": manifest["preset"],
+        "commit": manifest["commit"],
+        "limit": ROWS,
+        "verdicts": verdicts,
+        "met": sum(verdict.met for verdict in verdicts),
+        "headline": _headline(items),
+        "parts": [_part(run_dir, name, items, wanted) for name in done],
+        "stages": _stage_rows(run_dir, done),
+        **_subject(run_dir, read_settings(run_dir)),
+    }
 
 
-def _stage_table(run_dir: Path, done: Sequence[str]) -> str:
-    facts = [read_stage(run_dir, stage) for stage in done]
-    rows = [
-        ["stage", "time", "peak memory (MB)"],
-        *([f["stage"], clock(f["seconds"]), str(f["peak_memory_mb"])] for f in facts),
-    ]
-    return _html_table(rows)
+def _subject(run_dir: Path, settings: Preset | None) -> dict[str, Any]:
+    """Model, categories, budget and seeds in words."""
+    settings = settings or Preset()
+    named = run_dir / "00_subject" / "model.json"
+    subject = json.loads(named.read_text())["name"] if named.exists() else settings.model
+    seeds = len(settings.seeds)
+    return {
+        "subject": subject,
+        "embedded": settings.model == "organism",
+        "categories": ", ".join(settings.categories),
+        "budget": readable(settings.circuit.param_budget, percent=True),
+        "seeds": "one seed" if seeds == 1 else f"{seeds} seeds",
+    }
 
 
-def _item(figures: Path, item: dict[str, Any]) -> str:
-    links = ", ".join(f'<a href="{name}">{Path(name).suffix[1:]}</a>' for name in item["files"])
-    caption = f"<figcaption><b>{html.escape(item['id'])}</b> ({links}): {html.escape(item['caption'])}</figcaption>"
-    if item["kind"] == "figure":
-        return f'<figure id="{item["id"]}"><img src="{item["id"]}.png" alt="{html.escape(item["caption"])}">{caption}</figure>'
-    if item["kind"] == "page":
-        return f'<figure id="{item["id"]}"><iframe src="{item["id"]}.html" title="{html.escape(item["caption"])}"></iframe>{caption}</figure>'
+def _headline(items: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    sections = []
+    for title, ids in HEADLINE.items():
+        shown = [items[id] for id in ids if id in items]
+        if shown:
+            anchor = re.sub(r"\W+", "-", title.lower())
+            sections.append({"title": title, "anchor": anchor, "shown": shown})
+    return sections
+
+
+def _part(
+    run_dir: Path, name: str, items: dict[str, dict[str, Any]], above: set[str]
+) -> dict[str, Any]:
+    """One notebook's items that are not shown above."""
+    own = [item for item in items.values() if item["notebook"] == name]
+    facts = read_stage(run_dir, name) or {}
+    return {
+        "stage": name,
+        "title": _title(name),
+        "time": clock(facts["seconds"]),
+        "shown": [item for item in own if item["id"] not in above],
+        "above": [item["id"] for item in own if item["id"] in above],
+    }
+
+
+def _title(name: str) -> str:
+    """The notebook's heading."""
+    source = find_stage(name).source
+    text = source.read_text(encoding="utf-8") if source.exists() else ""
+    heading = re.search(r"^# # (.*)", text, re.MULTILINE)
+    return heading[1] if heading else name
+
+
+def _prepared(figures: Path, item: dict[str, Any]) -> dict[str, Any]:
+    """An item of the manifest, tables with their rows as text."""
+    if item["kind"] != "table":
+        return item
     with (figures / f"{item['id']}.csv").open(newline="", encoding="utf-8") as file:
-        return f'<figure id="{item["id"]}"><div class="scroll">{_html_table(list(csv.reader(file)))}</div>{caption}</figure>'
+        header, *rows = csv.reader(file)
+    rates = rate_columns(header)
+    shown = [[readable(c, h in rates) for h, c in zip(header, r, strict=True)] for r in rows]
+    numeric = [_is_numeric([row[i] for row in rows]) for i in range(len(header))]
+    names = [name.replace("_", " ") for name in header]
+    return {**item, "rows": [names, *shown], "numeric": numeric}
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    row = lambda cells, tag: (
-        "<tr>" + "".join(f"<{tag}>{html.escape(_short(cell))}</{tag}>" for cell in cells) + "</tr>"
-    )
-    return f"<table><thead>{row(rows[0], 'th')}</thead><tbody>{''.join(row(cells, 'td') for cells in rows[1:])}</tbody></table>"
+def _is_numeric(cells: Sequence[str]) -> bool:
+    given = [cell for cell in cells if cell]
+    return bool(given) and all(as_number(cell) is not None for cell in given)
 
 
-def _short(cell: str) -> str:
-    """Long decimal numbers to four significant digits; anything else as it is."""
-    try:
-        return f"{float(cell):.4g}" if "." in cell and len(cell) > 6 else cell
-    except ValueError:
-        return cell
+def _stage_rows(run_dir: Path, done: Sequence[str]) -> list[list[str]]:
+    facts = [facts for name in done if (facts := read_stage(run_dir, name))]
+    rows = [[f["stage"], clock(f["seconds"]), str(f["peak_memory_mb"])] for f in facts]
+    total = clock(sum(f["seconds"] for f in facts))
+    most = str(max((f["peak_memory_mb"] for f in facts), default=0))
+    sums = ["sum of stages (some ran beside each other)", total, most]
+    return [["stage", "time", "peak memory (MB)"], *rows, sums]
 
 
-def without_places(notebook: NotebookNode) -> NotebookNode:
-    """A copy whose text names this machine's folders relative to the repository."""
-    import nbformat
+def aggregate(runs: Sequence[Path]) -> Path:
+    """One table over several runs: model x category x method; returns its page in data/runs.
 
-    return nbformat.reads(
-        json.dumps(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), "."), as_version=4
-    )
+    Raises `CdeltaError` for a run without an evaluation.
+    """
+    import pandas as pd
+
+    parts = []
+    for run_dir in runs:
+        path = run_dir / "figures" / "tab_selectivity.csv"
+        if not path.exists():
+            raise CdeltaError(f"run {run_dir.name} has no tab_selectivity: run its stage 05 first.")
+        subject = _subject(run_dir, read_settings(run_dir))["subject"]
+        parts.append(pd.read_csv(path).assign(run=run_dir.name, model=subject))
+    table = pd.concat(parts, ignore_index=True)
+    first = ["run", "model", "category", "method"]
+    table = table[first + [column for column in table if column not in first]]
+    folder = RUNS / "+".join(run_dir.name for run_dir in runs)
+    remove_folder(folder)
+    with new_folder(folder) as place:
+        table.to_csv(place / "tab_models.csv", index=False)
+        rates = rate_columns(table.columns)
+        formats = {c: lambda v, share=c in rates: readable(v, share) for c in table.columns}
+        rows = table.to_html(index=False, formatters=formats, border=0)
+        body = f'<h1>Several runs</h1><div class="scroll">{rows}</div>'
+        page = _template("page.html.j2").render(title=folder.name, body=body, style="")
+        write_text(place / "report.html", page)
+    return folder / "report.html"
 
 
-def paired(stage: str, executed: NotebookNode) -> NotebookNode:
-    """The notebook for readers: inputs and metadata of the source, outputs of the run, nothing of the machine.
+# ---------------------------------------------------------------------- into the repository
+
+
+def paired(name: str, executed: NotebookNode) -> NotebookNode:
+    """The notebook for readers: inputs and metadata of the source, outputs of the run, nothing of
+    the machine.
 
     Raises `CdeltaError` if the source changed since.
     """
-    notebook = load_notebook(stage)
-    ran = [
-        cell
-        for cell in executed.cells
-        if "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
+    notebook = load_notebook(name)
+    tags = [cell.metadata.get("tags", []) for cell in executed.cells]
+    ran = [c for c, t in zip(executed.cells, tags, strict=True) if "injected-parameters" not in t]
     if [cell.source for cell in ran] != [cell.source for cell in notebook.cells]:
-        raise CdeltaError(f"notebook {stage} changed after it ran: run it again before --record.")
-    for cell, done in zip(notebook.cells, ran):
+        raise CdeltaError(f"notebook {name} changed after it ran: run it again before --record.")
+    for cell, done in zip(notebook.cells, ran, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
     return without_places(notebook)
@@ -147,18 +217,18 @@ def paired(stage: str, executed: NotebookNode) -> NotebookNode:
 def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[Path]:
     """Copy a run into the repository for commit; returns what was written.
 
-    The executed notebooks of `stages`, the embedded model if stage 00 is among them and trained it, and, unless None is
-    given for them, figures and report to the folder `figures`.
+    The executed notebooks of `stages`, the embedded model if stage 00 is among them and trained it,
+    and, unless None is given for them, figures and report to the folder `figures`.
     """
     import nbformat
 
     written = []
-    for stage in stages:
-        executed = nbformat.read(run_dir / "notebooks" / f"{stage}.ipynb", as_version=4)
-        written.append(NOTEBOOKS / f"{stage}.ipynb")
-        nbformat.write(paired(stage, executed), written[-1])
-    model = run_dir / "00_subject" / "model"
-    if "00_subject" in stages and model.exists():
+    for name in stages:
+        executed = nbformat.read(run_dir / "notebooks" / f"{name}.ipynb", as_version=4)
+        written.append(NOTEBOOKS / f"{name}.ipynb")
+        nbformat.write(paired(name, executed), written[-1])
+    model = run_dir / NAMES[0] / "model"
+    if NAMES[0] in stages and model.exists():
         written.append(_copy_folder(model, ORGANISM))
     if figures:
         written.append(_copy_folder(run_dir / "figures", figures))
@@ -166,10 +236,11 @@ def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[P
 
 
 def _copy_folder(source: Path, target: Path) -> Path:
+    """`source` in the place of `target`, which is there or not, whole at any time."""
+    fresh = target.with_name(f".{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
+    shutil.copytree(source, fresh)
+    remove_folder(target)
+    fresh.rename(target)
     return target

@@ -46,11 +46,11 @@ def figures(tmp_path):
 @pytest.mark.parametrize(
     ("values", "shown", "met"),
     [
-        ({"where": {"method": "cdelta"}, "statistic": "min", "at_least": 0.9}, "90 %", True),
-        ({"where": {"method": "cdelta"}, "statistic": "max", "at_most": 0.9}, "95 %", False),
-        ({"where": {"category": "crime", "method": "cdelta"}, "at_least": 0.5}, "90 %", True),
+        ({"where": {"method": "cdelta"}, "statistic": "min", "at_least": 0.9}, "90\u00a0%", True),
+        ({"where": {"method": "cdelta"}, "statistic": "max", "at_most": 0.9}, "95\u00a0%", False),
+        ({"where": {"category": "crime", "method": "cdelta"}, "at_least": 0.5}, "90\u00a0%", True),
         ({"column": "right", "statistic": "count", "at_least": 3}, "3", True),
-        ({"column": "right", "statistic": "mean", "at_least": 1.0}, "0.75", False),
+        ({"column": "right", "statistic": "mean", "at_least": 1.0}, "75\u00a0%", False),
         (
             {
                 "where": {"method": "cdelta"},
@@ -58,7 +58,7 @@ def figures(tmp_path):
                 "statistic": "max",
                 "at_most": 0.8,
             },
-            "80 %",
+            "80\u00a0%",
             True,
         ),
     ],
@@ -72,7 +72,10 @@ def test_the_interval_is_that_of_the_row_that_decides(figures):
     chosen = claim(
         where={"method": "cdelta"}, statistic="min", at_least=0.9, low="low", high="high"
     )
-    assert measure(chosen, figures).measured == "90 % [80 %, 97 %]" and chosen.bound == "≥ 90 %"
+    assert (
+        measure(chosen, figures).measured == "90\u00a0% [80\u00a0%, 97\u00a0%]"
+        and chosen.bound == "≥ 90\u00a0%"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,10 @@ def test_check_ends_with_1_on_a_missed_claim_or_a_far_table(tmp_path, monkeypatc
     monkeypatch.setattr(claims, "load_claims", lambda: (wanted,))
     assert check_run(tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert "met          Refused: 90 % (wanted ≥ 90 %)" in out and "1 of 1 tables as in" in out
+    assert (
+        "met          Refused: 90\u00a0% (wanted ≥ 90\u00a0%)" in out
+        and "1 of 1 tables as in" in out
+    )
     monkeypatch.setattr(claims, "load_claims", lambda: (claim(statistic="max", at_most=0.1),))
     assert check_run(tmp_path / "run") == 1 and "not met" in capsys.readouterr().out
     monkeypatch.setattr(claims, "load_claims", lambda: (wanted,))
