@@ -50,7 +50,7 @@ def figures(tmp_path):
         ({"where": {"method": "cdelta"}, "statistic": "max", "at_most": 0.9}, "95\u00a0%", False),
         ({"where": {"category": "crime", "method": "cdelta"}, "at_least": 0.5}, "90\u00a0%", True),
         ({"column": "right", "statistic": "count", "at_least": 3}, "3", True),
-        ({"column": "right", "statistic": "mean", "at_least": 1.0}, "75\u00a0%", False),
+        ({"column": "right", "statistic": "mean", "at_least": 1.0}, "0.75", False),
         (
             {
                 "where": {"method": "cdelta"},
