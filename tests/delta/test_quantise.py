@@ -47,6 +47,29 @@ def test_equal_to_torchao(scheme):
     assert different.float().mean() < 0.01  # ties between two levels
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_1"])
+def test_equal_to_gguf_bit_for_bit(scheme, dtype):
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[scheme.upper()]
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 96, generator=generator) * torch.logspace(-6, 3, 64)[:, None]
+    weight[3], weight[4], weight[5, :32] = 0.0, -2.5, 7.0
+    weight[6] = torch.arange(-48, 48) / 2  # halves are rounded
+    weight = weight.to(dtype).float()
+    stored = gguf.quants.quantize(weight.numpy(), kind)
+    expected = torch.from_numpy(gguf.quants.dequantize(stored, kind))
+    assert torch.equal(fake_quantised(weight, scheme), expected)
+    again = fake_quantised(expected, scheme)  # what came from the format goes back to it
+    assert (again - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_rows_that_have_no_blocks_are_kept_in_16_bits():
+    weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+    for scheme in ("q8_0", "q4_1"):
+        assert torch.equal(fake_quantised(weight, scheme), weight.half().float())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantised_model_is_restored(family, scheme):
     model = toys.toy(family)
