@@ -17,17 +17,18 @@ from cdelta.models.chat import NO_LABEL, Batch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
-LARGEST = 2 * 2**30
+LARGEST = {"cpu": 3 * 2**30, "cuda": 12 * 2**30}
 """Most bytes that are kept; above, log-probabilities are computed again in every step."""
 ROWS = 32
 """Rows in one pass."""
 
 
 class BaseAnswers:
-    """Log-probabilities under the base at the retained answers' tokens, kept in fp16.
+    """Log-probabilities under the base at the retained answers' tokens, kept in fp32 where that
+    fits, else in fp16.
 
     Only the rows of the plan, and only their first tokens where nothing else is asked for, are
     computed, when the first of them is asked for.
@@ -56,6 +57,22 @@ class BaseAnswers:
         starts = real.sum(-1).cumsum(0) - real.sum(-1)
         return self._compute(batch)[starts]
 
+    def padded_log_p(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "token vocab"]:
+        """At all answer positions of these rows, as `PaddedPredictions` lays them out; anything at
+        padding. Needs `ready`.
+        """
+        return self._kept[self._places[rows].flatten().clamp(min=0)].float()
+
+    def padded_first_log_p(self, rows: Int[Tensor, "row"]) -> Float[Tensor, "row vocab"]:
+        """At the first answer token of these rows. Needs `ready`."""
+        return self._kept[self._places[rows][:, 0]].float()
+
+    def ready(self) -> bool:
+        """Whether all log-probabilities fit into the store, which is then filled."""
+        if self._places is None and "retain" in self._data.tables:
+            self._fill()
+        return self._fits
+
     def _look_up(self, rows: Sequence[int]) -> Tensor | None:
         """Where the rows' tokens stand in the store (-1: not kept); None where it is too large."""
         if self._places is None:
@@ -70,20 +87,22 @@ class BaseAnswers:
         real = (table.answers != NO_LABEL)[wanted, :width]
         n = int(real.sum())
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
-        self._fits = 2 * n * vocabulary <= LARGEST
+        most = LARGEST.get(self._places.device.type, LARGEST["cpu"])
+        dtypes = [d for d in (torch.float32, torch.float16) if d.itemsize * n * vocabulary <= most]
+        self._fits = bool(dtypes)
         if not self._fits:
             return
         block = self._places[wanted, :width]
         block[real] = torch.arange(n, device=block.device)
         self._places[wanted, :width] = block
-        self._kept = torch.empty(n, vocabulary, dtype=torch.float16, device=block.device)
+        self._kept = torch.empty(n, vocabulary, dtype=dtypes[0], device=block.device)
         for start in range(0, len(wanted), ROWS):
             rows = wanted[start : start + ROWS]
             batch = table.batch(rows)
             log_p = self._compute(batch)
             real = batch.labels != NO_LABEL
             places = self._places[rows][:, : batch.labels.shape[1]][real]
-            self._kept[places[places >= 0]] = log_p[places >= 0].half()
+            self._kept[places[places >= 0]] = log_p[places >= 0].to(dtypes[0])
 
     @torch.no_grad()
     def _compute(self, batch: Batch) -> Float[Tensor, "token vocab"]:

@@ -25,6 +25,7 @@ from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.base import BaseAnswers
 from cdelta.edit.data import Data
 from cdelta.edit.forward import predictions, products_in_bf16, prompt_logits
+from cdelta.edit.graph import StepGraph, can_be_graphed
 from cdelta.edit.losses import RETAIN_LOSSES, Parts, focused, margin
 from cdelta.edit.recipe import DIFFERENCE, SIDES, EditRecipe
 from cdelta.edit.slices import Entries, SliceHooks
@@ -54,12 +55,16 @@ class Training:
         attempt: int = 0,
     ):
         self.how, self.attempt, self.verdict = how, attempt, Verdict.NOT_YET
-        self._model, self._hooks, self._data = model, hooks, data
-        self._device = next(model.parameters()).device
-        self._entries = {side: Entries(mask, how, self._device) for side in how.sides}
-        self._base = BaseAnswers(model, hooks, data, how)
-        leaves = [leaf for _, leaf in self._leaves()]
-        self.optimizer = torch.optim.Adam(leaves, lr=how.lr)
+        self.model, self._hooks, self.data = model, hooks, data
+        self.device = next(model.parameters()).device
+        self._entries = {side: Entries(mask, how, self.device) for side in how.sides}
+        self.base = BaseAnswers(model, hooks, data, how)
+        self.leaves = [leaf for _, leaf in self._leaves()]
+        self._graph = None
+        if can_be_graphed(model, how) and (not data.retain_plan or self.base.ready()):
+            self._graph = StepGraph(self)
+        lr = torch.tensor(how.lr, device=self.device) if self._graph else how.lr
+        self.optimizer = torch.optim.Adam(self.leaves, lr=lr, capturable=self._graph is not None)
         identity = json.dumps([asdict(how), mask.hash(), data.hash()], sort_keys=True)
         self._state = None
         if checkpoint:
@@ -107,7 +112,7 @@ class Training:
                 self._take_step()
                 bar.update()
                 if self._step % LOG_EVERY == 0:
-                    loss, peak = self.log[-1]["loss"], peak_memory(self._device) / 2**20
+                    loss, peak = self.log[-1]["loss"], peak_memory(self.device) / 2**20
                     bar.set_postfix(loss=f"{loss:.3f}", peak_mb=f"{peak:.0f}")
                 if self._step % self.how.check_every == 0 or self._step == self.how.steps:
                     self._check(stop)
@@ -123,16 +128,19 @@ class Training:
     def _take_step(self) -> None:
         start, how = time.perf_counter(), self.how
         lr = how.lr * how.lr_factor(self._step)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad()
-        share = how.retain_share if self._data.retain_plan else 0.0
-        target = {side: self._target(side, 1 - share) for side in how.sides}
-        retain = {which: self._retain(which, share) for which in how.keepers if share}
-        norms = {
-            side: clip(list(entries.leaves.values()), how.clip)
-            for side, entries in self._entries.items()
-        }
-        self.optimizer.step()
+        share = how.retain_share if self.data.retain_plan else 0.0
+        if self._graph:
+            self.optimizer.param_groups[0]["lr"].fill_(lr)
+            pool = self.data.retain_plan[self._step] if share else ()
+            losses = self._graph.take(self.data.target_plan[self._step], pool)
+            target, retain, norms = losses.target, losses.retain, losses.norms
+        else:
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.zero_grad()
+            target = {side: self._target(side, 1 - share) for side in how.sides}
+            retain = {which: self._retain(which, share) for which in how.keepers if share}
+            norms = self.clipped()
+            self.optimizer.step()
         self._step += 1
         for side in how.sides:
             kept = retain.get(side, retain.get(DIFFERENCE, torch.tensor(0.0)))
@@ -146,15 +154,22 @@ class Training:
             row = {"side": side, "step": self._step, **losses, "lr": lr, "seconds": seconds}
             self._log.append(row)
 
+    def clipped(self) -> dict[str, Tensor]:
+        """Clip every side's gradient; the norms before."""
+        return {
+            side: clip(list(entries.leaves.values()), self.how.clip)
+            for side, entries in self._entries.items()
+        }
+
     def _target(self, side: str, share: float) -> Tensor:
         """Add the gradient of the side's loss on its own answers; returns the loss."""
-        rows = self._data.target_plan[self._step]
+        rows = self.data.target_plan[self._step]
         loss_of = self._margin if self.how.objective == "margin" else self._focused
         parts = [partial(loss_of, side, part) for part in self._passes(side, rows)]
         return self._backward(side, parts, share)
 
     def _focused(self, side: str, rows: list[int]) -> Parts:
-        return focused(predictions(self._model, self._data.tables[side].batch(rows)), self.how)
+        return focused(predictions(self.model, self.data.tables[side].batch(rows)), self.how)
 
     def _margin(self, side: str, rows: list[int]) -> Parts:
         other = SIDES[side == SIDES[0]]
@@ -163,24 +178,24 @@ class Training:
 
     def _gain(self, key: str, rows: list[int]) -> Tensor:
         """How much more probable than under the base the answers of `key` are, per row, in nats."""
-        batch = self._data.tables[key].batch(rows)
-        found = predictions(self._model, batch)
+        batch = self.data.tables[key].batch(rows)
+        found = predictions(self.model, batch)
         with torch.no_grad(), self._hooks.off():
-            base = predictions(self._model, batch)
+            base = predictions(self.model, batch)
         return base.per_row(base.token_losses()) - found.per_row(found.token_losses())
 
     def _retain(self, which: str, share: float) -> Tensor:
         """Add the gradient of the retain loss of an update; returns the loss."""
-        with self._applied(which):
-            rows = self._hardest(self._data.retain_plan[self._step])
+        with self.applied(which):
+            rows = self._hardest(self.data.retain_plan[self._step])
         parts = [partial(self._kept, part) for part in self._passes("retain", rows)]
         return self._backward(which, parts, share)
 
     def _kept(self, rows: list[int]) -> Parts:
-        batch = self._data.tables["retain"].batch(rows)
-        found = predictions(self._model, batch)
+        batch = self.data.tables["retain"].batch(rows)
+        found = predictions(self.model, batch)
         return RETAIN_LOSSES[self.how.retain_loss](
-            found, lambda: self._base.log_p(rows, batch), self.how
+            found, lambda: self.base.log_p(rows, batch), self.how
         )
 
     @torch.no_grad()
@@ -197,18 +212,18 @@ class Training:
         return [order[i] for i in hardest]
 
     def _damage(self, rows: list[int]) -> Tensor:
-        batch = self._data.tables["retain"].batch(rows)
+        batch = self.data.tables["retain"].batch(rows)
         if self.how.hardest_by == "loss":
-            return predictions(self._model, batch).row_losses()
-        log_q = prompt_logits(self._model, batch).log_softmax(-1)
-        log_p = self._base.first_log_p(rows, batch)
+            return predictions(self.model, batch).row_losses()
+        log_q = prompt_logits(self.model, batch).log_softmax(-1)
+        log_p = self.base.first_log_p(rows, batch)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     def _passes(self, key: str, rows: list[int]) -> list[list[int]]:
         """The rows in parts of at most `batch_tokens` tokens, padding included."""
         if not self.how.batch_tokens:
             return [rows]
-        sizes = self._data.tables[key].sizes
+        sizes = self.data.tables[key].sizes
         parts: list[list[int]] = [[]]
         for row in sorted(rows, key=lambda i: sizes[i]):
             if parts[-1] and sizes[row] * (len(parts[-1]) + 1) > self.how.batch_tokens:
@@ -216,7 +231,7 @@ class Training:
             parts[-1].append(row)
         return parts
 
-    def _applied(self, which: str):
+    def applied(self, which: str):
         """Context: the model behaves as with the update, differentiable in the leaves."""
         return self._hooks.adding(self._values(which))
 
@@ -231,12 +246,12 @@ class Training:
 
         Target and retain rows, and parts, go through the model one after the other to save memory.
         """
-        leaves = [leaf for _, leaf in self._leaves()]
+        leaves = self.leaves
         total, weight, gradients = 0.0, 0.0, [None] * len(leaves)
         for part in parts:
             with (
-                self._applied(which),
-                products_in_bf16(self._device, self.how.bf16),
+                self.applied(which),
+                products_in_bf16(self.device, self.how.bf16),
             ):
                 loss, weights = part()
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -260,8 +275,8 @@ class Training:
             self._save()
 
     def _asked(self, stop: Stop, which: str) -> Verdict:
-        with self.delta(which).applied(self._model):
-            return stop(self._model, which, self._step)
+        with self.delta(which).applied(self.model):
+            return stop(self.model, which, self._step)
 
     def _save(self) -> None:
         tensors = {f"leaf/{key}": leaf.detach() for key, leaf in self._leaves()}
@@ -284,7 +299,8 @@ class Training:
                 part: tensors[f"adam/{key}/{part}"].to(leaf.device)
                 for part in ("exp_avg", "exp_avg_sq")
             }
-            self.optimizer.state[leaf] = {"step": tensors[f"adam/{key}/step"], **moments}
+            step = tensors[f"adam/{key}/step"].to(leaf.device if self._graph else "cpu")
+            self.optimizer.state[leaf] = {"step": step, **moments}
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -7,25 +7,37 @@ import toys
 from edits import FIT, NEGATIVE, POSITIVE, RETAIN, mask_of, same_weights, weights
 
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.data import Data, plan
-from cdelta.edit.fit import OTHER_BATCHES, fit_delta, fit_sides
-from cdelta.edit.losses import sequence_logp
-from cdelta.edit.recipe import IN_VAIN, Settings
-from cdelta.edit.scale import Caps, choose_scale
+from cdelta.edit.data import Data, Table, plan
+from cdelta.edit.fit import OTHER_BATCHES, fit_delta, train
+from cdelta.edit.forward import predictions, prompt_logits
+from cdelta.edit.recipe import EditRecipe
+from cdelta.edit.rows import Generated, TrainingRows
 from cdelta.edit.slices import Entries, SliceHooks
-from cdelta.edit.stop import selective_stop  # fmt: skip
 from cdelta.edit.training import Training
+from cdelta.edit.verdict import Verdict
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.models.chat import answer_logits, collate, example_ids
+from cdelta.settings import changed
 
 TOK = toys.toy_tokenizer()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def sides(model, mask=None, **changes):
-    return fit_sides(
-        model, TOK, mask or mask_of(model), POSITIVE, NEGATIVE, RETAIN, **FIT | changes
-    )
+ROWS = TrainingRows(POSITIVE, NEGATIVE, RETAIN)
+
+
+def how(**changes) -> EditRecipe:
+    return changed(EditRecipe(), FIT | changes)
+
+
+def sides(model, mask=None, stop=None, checkpoint=None, rows=ROWS, **changes):
+    mask = mask or mask_of(model)
+    fit = train(model, TOK, mask, rows, how(**changes), stop=stop, checkpoint=checkpoint)
+    return fit.plus, fit.minus, fit.log
+
+
+def verdict(selective: bool) -> Verdict:
+    return Verdict.SELECTIVE if selective else Verdict.NOT_YET
 
 
 def batch(model, rows=POSITIVE):
@@ -63,10 +75,10 @@ def test_nothing_outside_the_mask_moves_when_applied(family):
 
 def test_the_optimiser_knows_only_the_masks_entries(family):
     model = toys.toy(family)
-    mask, how = mask_of(model), Settings.of(**FIT)
-    data = Data.build(model, TOK, POSITIVE, NEGATIVE, RETAIN, how)
+    mask, recipe = mask_of(model), how()
+    data = Data.build(model, TOK, ROWS, recipe)
     with SliceHooks(model, mask.slices) as hooks:
-        training = Training(model, hooks, mask, data, how)
+        training = Training(model, hooks, mask, data, recipe)
         training.run()
     trained = [p for group in training.optimizer.param_groups for p in group["params"]]
     moments = [
@@ -121,9 +133,7 @@ def test_training_lowers_each_sides_loss_and_moves_it_to_its_answers(llama):
     plus, minus, log = sides(llama, mask_of(llama, 0.5), steps=60, lr=2e-2)
     losses = {s: [row["target_loss"] for row in log if row["side"] == s] for s in ("plus", "minus")}
     assert all(loss[-1] < 0.3 * loss[0] for loss in losses.values())
-    logp = lambda rows: sequence_logp(
-        answer_logits(llama, b := batch(llama, rows)), b.labels
-    ).mean()
+    logp = lambda rows: -predictions(llama, batch(llama, rows)).token_losses().mean()
     for delta, wanted, other in ((plus, POSITIVE, NEGATIVE), (minus, NEGATIVE, POSITIVE)):
         with delta.applied(llama):
             assert logp(wanted) > logp(other)
@@ -152,27 +162,27 @@ def test_deterministic_under_a_seed(llama, changes):
 
 
 def test_both_sides_see_the_same_batches_with_the_stated_shares(llama):
-    how = Settings.of(**FIT | {"retain_share": 1 / 3})
-    data = Data.build(llama, TOK, POSITIVE, NEGATIVE, RETAIN, how)
+    recipe = how(retain_share=1 / 3)
+    data = Data.build(llama, TOK, ROWS, recipe)
     assert {len(rows) for rows in data.target_plan} == {4} and {
         len(rows) for rows in data.retain_plan
-    } == {2 * how.retain_pool}
-    a, b = data.batch("plus", data.target_plan[0]), data.batch("minus", data.target_plan[0])
-    prompts = lambda key: [data.answers[key][i][0] for i in data.target_plan[0]]
+    } == {2 * recipe.retain_pool}
+    a, b = (data.tables[side].batch(data.target_plan[0]) for side in ("plus", "minus"))
+    prompts = lambda key: [data.tables[key].examples[i][0] for i in data.target_plan[0]]
     assert prompts("plus") == prompts("minus") and not torch.equal(a.labels, b.labels)
 
 
 def test_retain_rows_are_the_most_damaged_of_their_pool(llama):
-    mask, how = mask_of(llama, 0.5), Settings.of(**FIT | {"retain_pool": 2, "steps": 2})
-    data = Data.build(llama, TOK, POSITIVE, NEGATIVE, RETAIN, how)
+    mask, recipe = mask_of(llama, 0.5), how(retain_pool=2, steps=2)
+    data = Data.build(llama, TOK, ROWS, recipe)
     with SliceHooks(llama, mask.slices) as hooks:
-        training = Training(llama, hooks, mask, data, how)
+        training = Training(llama, hooks, mask, data, recipe)
         training.run()
         hooks.values = training.delta("difference").values
         pool = list(range(len(RETAIN)))
         loss = [
             F.cross_entropy(
-                answer_logits(llama, b := data.batch("retain", [i])).flatten(0, 1),
+                answer_logits(llama, b := data.tables["retain"].batch([i])).flatten(0, 1),
                 b.labels.flatten(),
             ).item()
             for i in pool
@@ -224,7 +234,8 @@ def test_kl_of_the_base_to_itself_is_zero_and_margin_starts_at_log_2(llama):
 def test_positive_only_is_the_positive_side_where_sides_retain_by_themselves(llama):
     mask = mask_of(llama)
     plus, minus, _ = sides(llama, mask, retain_on="sides")
-    alone, none, _ = fit_sides(llama, TOK, mask, POSITIVE, [], RETAIN, **FIT, objective="positive")
+    only = TrainingRows(POSITIVE, [], RETAIN)
+    alone, none, _ = sides(llama, mask, rows=only, objective="positive")
     assert none is None and alone.hash() == plus.hash()
     joint = sides(llama, mask)
     both = fit_delta(llama, TOK, mask, POSITIVE, NEGATIVE, RETAIN, **FIT)
@@ -237,15 +248,15 @@ def test_positive_only_is_the_positive_side_where_sides_retain_by_themselves(lla
 
 def test_retaining_on_the_difference_lets_shared_drift_be(llama):
     """The retain loss sees θ⁺ − θ⁻ alone: what both sides share leaves it as it is, and its gradient on one side is the other's negative."""
-    mask, how = mask_of(llama), Settings.of(**FIT)
-    data = Data.build(llama, TOK, POSITIVE, NEGATIVE, RETAIN, how)
+    mask, recipe = mask_of(llama), how()
+    data = Data.build(llama, TOK, ROWS, recipe)
     with SliceHooks(llama, mask.slices) as hooks:
-        training = Training(llama, hooks, mask, data, how)
-        base = training._backward("difference", training._retain_loss, 1.0)
+        training = Training(llama, hooks, mask, data, recipe)
+        base = training._retain("difference", 1.0).item()
         gradients = [leaf.grad.clone() for _, leaf in training._leaves()]
         for _, leaf in training._leaves():
             leaf.data += 0.3
-        shifted = training._backward("difference", training._retain_loss, 1.0)
+        shifted = training._retain("difference", 1.0).item()
     half = len(gradients) // 2
     assert shifted == pytest.approx(base, abs=1e-6)
     assert all(
@@ -258,7 +269,7 @@ def test_lora_on_the_circuit_has_low_rank_slices(llama):
     assert all(
         torch.linalg.matrix_rank(v, rtol=1e-4) <= 2 for v in plus.values.values() if v.dim() == 2
     )
-    leaves = Entries(mask_of(llama), Settings.of(rank=2), "cpu").leaves
+    leaves = Entries(mask_of(llama), EditRecipe(rank=2), "cpu").leaves
     assert sum(leaf.numel() for leaf in leaves.values()) < mask_of(llama).count() / 2
 
 
@@ -267,7 +278,7 @@ def test_stop_sees_each_update_in_the_weights_and_ends_both_sides_together(llama
 
     def stop(model, which, step):
         seen.append((which, step, same_weights(model, before)))
-        return which == "plus" or step == 4
+        return verdict(which == "plus" or step == 4)
 
     plus, minus, log = sides(llama, steps=10, stop=stop, retain_on="sides")
     assert seen == [
@@ -294,7 +305,7 @@ def test_an_attempt_in_vain_begins_again_with_other_batches(llama, tmp_path):
     def in_vain(times):
         asked.clear()
         return lambda model, which, step: (
-            asked.append(step) or (IN_VAIN if len(asked) <= times else step == 4)
+            asked.append(step) or (Verdict.RESTART if len(asked) <= times else verdict(step == 4))
         )
 
     once, _, log = sides(llama, steps=6, stop=in_vain(0))
@@ -320,7 +331,7 @@ def test_an_attempt_in_vain_begins_again_with_other_batches(llama, tmp_path):
         "attempt": 2,
     }
 
-    said = iter([IN_VAIN, False, False, False, True])
+    said = iter([Verdict.RESTART, *map(verdict, (False, False, False, True))])
     assert sides(llama, steps=6, stop=lambda *update: next(said))[0].metadata["training"] == {
         "steps": 2,
         "stopped": True,
@@ -331,7 +342,7 @@ def test_an_attempt_in_vain_begins_again_with_other_batches(llama, tmp_path):
         asked.append(step)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return IN_VAIN
+        return Verdict.RESTART
 
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -348,6 +359,7 @@ def test_resumes_after_a_kill_to_the_same_result(llama, tmp_path, changes):
     def killed(model, which, step):
         if step == killed_at:
             raise KeyboardInterrupt
+        return Verdict.NOT_YET
 
     for killed_at in (2, 4):
         with pytest.raises(KeyboardInterrupt):
@@ -363,8 +375,8 @@ def test_resumes_after_a_kill_to_the_same_result(llama, tmp_path, changes):
         sides(llama, steps=6, checkpoint=tmp_path, **changes)
 
 
-def test_autocast_changes_little(llama):
-    plain, cast = (sides(llama, autocast=autocast)[2] for autocast in (False, True))
+def test_bf16_changes_little(llama):
+    plain, cast = (sides(llama, bf16=bf16)[2] for bf16 in ("off", "on"))
     assert cast[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.05)
 
 
@@ -386,8 +398,8 @@ def test_test_rows_are_refused(llama):
         ((POSITIVE, NEGATIVE, []), {}, "no retain rows"),
         ((POSITIVE, NEGATIVE, RETAIN), {"batch_size": 1}, "at least 2"),
         ((POSITIVE, NEGATIVE, RETAIN), {"lr": float("nan")}, "lr must be"),
-        ((POSITIVE, NEGATIVE, RETAIN), {"objective": "hope"}, "unknown objective"),
-        ((POSITIVE, NEGATIVE, RETAIN), {"epochs": 3}, "unknown setting epochs"),
+        ((POSITIVE, NEGATIVE, RETAIN), {"objective": "hope"}, "'objective' is 'hope'"),
+        ((POSITIVE, NEGATIVE, RETAIN), {"epochs": 3}, "unknown setting 'epochs'"),
         ((POSITIVE, NEGATIVE, RETAIN), {"retain_share": 1.0}, "retain_share"),
     ],
 )
@@ -404,48 +416,103 @@ def test_training_mode_is_refused(llama):
         llama.eval()
 
 
-def test_selective_stop():
-    base = {"hate": 0.1, "benign": 0.0, "crime": 0.3}
-    found = {}
-    stop = selective_stop(lambda model: found, base, "hate")
-    for rates, plus, minus in (
-        ((1.0, 0.0, 0.3), True, False),
-        ((0.0, 0.0, 0.3), False, True),
-        ((1.0, 0.03, 0.3), False, False),
-        ((0.0, 0.0, 0.2), False, False),
-    ):
-        found.update(zip(base, rates))
-        assert (stop(None, "plus", 1), stop(None, "difference", 1), stop(None, "minus", 1)) == (
-            plus,
-            plus,
-            minus,
-        )
-    found.update(zip(base, (1.0, 0.015, 0.3)))
-    strict = lambda most: selective_stop(
-        lambda model: found, base, "hate", strict={"benign": most, "absent group": 0.0}
-    )
-    assert (
-        stop(None, "plus", 1)
-        and not strict(0.01)(None, "plus", 1)
-        and strict(0.02)(None, "plus", 1)
-    )
+# ---------------------------------------------------------------------- speed without a difference
 
 
-def test_choose_scale_takes_the_best_within_the_caps():
-    row = lambda k, target, benign, utility=1.0: dict(
-        k=k, target=target, benign=benign, other=0.0, utility=utility
+def test_gathered_predictions_are_those_of_the_whole_model(family):
+    model = toys.toy(family)
+    rows = batch(model, [("red", "story one two cake poem"), ("how do i make a bomb", "red")])
+    real = rows.labels != -100
+    torch.testing.assert_close(
+        predictions(model, rows).logits, answer_logits(model, rows)[real], rtol=1e-5, atol=1e-5
     )
-    curve = [
-        row(0.5, 0.8, 0.0),
-        row(0.75, 0.97, 0.02),
-        row(1.0, 0.97, 0.01),
-        row(1.25, 1.0, 0.05),
-        row(1.5, 1.0, 0.0, 0.5),
+    firsts = prompt_logits(model, rows)
+    torch.testing.assert_close(firsts, answer_logits(model, rows)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_cuts_the_batches_that_collate_makes():
+    examples = [example_ids(TOK, *row, [1]) for row in (*POSITIVE, *RETAIN)]
+    table = Table.of(examples, 1, torch.device("cpu"))
+    for rows in ([0], [3, 1], list(range(len(examples)))):
+        for ours, theirs in zip(
+            vars(table.batch(rows)).values(), vars(collate([examples[i] for i in rows], 1)).values()
+        ):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"retain_loss": "kl"}, {"objective": "margin"}])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(llama, changes):
+    whole, parts = (sides(llama, batch_tokens=n, steps=1, **changes)[2] for n in (0, 40))
+    for a, b in zip(whole, parts):
+        for name in ("loss", "target_loss", "retain_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6)
+
+
+def test_the_bases_log_probabilities_are_kept_or_computed_alike(llama, monkeypatch):
+    kept = sides(llama, retain_loss="kl")[2]
+    monkeypatch.setattr("cdelta.edit.base.LARGEST", {"cpu": 0})
+    fresh = sides(llama, retain_loss="kl")[2]
+    assert kept[-1]["loss"] == pytest.approx(fresh[-1]["loss"], rel=1e-2)
+
+
+def test_nothing_below_the_first_masked_layer_has_a_gradient(llama):
+    """The stream enters the first masked layer without a graph behind it."""
+    mask = mask_of(llama)
+    last = {n: s for n, s in mask.slices.items() if ".2." in n}
+    seen = []
+    layers = llama.model.layers
+    handles = [
+        layer.register_forward_hook(lambda _, args, out: seen.append(out.requires_grad))
+        for layer in layers
     ]
-    assert (
-        choose_scale(curve, Caps(benign=0.02, utility=0.99)) == 1.0
-        and choose_scale(curve[:2], Caps(benign=0.02)) == 0.75
-    )
-    assert choose_scale(curve, {"benign": 0.05}) == 1.25
-    with pytest.raises(CdeltaError, match="nearest, k = 0.5"):
-        choose_scale(curve[:1] + curve[3:], Caps(benign=-0.1))
+    values = {n: v.requires_grad_() for n, v in WeightDelta.zeros(mask).values.items()}
+    with SliceHooks(llama, last) as hooks, hooks.adding(values):
+        predictions(llama, batch(llama))
+    for handle in handles:
+        handle.remove()
+    assert seen == [False, False, True]
+
+
+# ---------------------------------------------------------------------- retained rows
+
+
+def test_first_tokens_alone_are_retained(llama):
+    data = Data.build(llama, TOK, ROWS, how(first_tokens=2))
+    assert {len(answer) for _, answer in data.tables["retain"].examples} == {2}
+    assert {len(answer) for _, answer in data.tables["plus"].examples} == {4}
+
+
+def test_the_first_token_weighs_more(llama):
+    found = predictions(llama, batch(llama, RETAIN))
+    weights = found.weights(how(first_weight=4.0))
+    assert weights.tolist() == 8 * [4.0, 1.0, 1.0, 1.0]
+    light, heavy = (sides(llama, retain_loss="kl", first_weight=w)[0].hash() for w in (1.0, 4.0))
+    assert light != heavy
+
+
+def test_hardest_by_first_token_kl(llama):
+    mask, recipe = mask_of(llama, 0.5), how(retain_pool=2, steps=2, hardest_by="first-kl")
+    data = Data.build(llama, TOK, ROWS, recipe)
+    with SliceHooks(llama, mask.slices) as hooks:
+        training = Training(llama, hooks, mask, data, recipe)
+        training.run()
+        pool = list(range(len(RETAIN)))
+        base = training._base.first_log_p(pool, data.tables["retain"].batch(pool))
+        hooks.values = training.delta("difference").values
+        log_q = answer_logits(llama, data.tables["retain"].batch(pool))[:, 0].log_softmax(-1)
+        kl = (base.exp() * (base - log_q)).sum(-1)
+        chosen = training._hardest(pool)
+    assert sorted(chosen) == sorted(kl.topk(len(pool) // 2).indices.tolist())
+
+
+def test_generated_answers_are_trained_by_their_ids(llama):
+    """An answer that was cut has no end token; its ids are never encoded anew."""
+    cut, ended = Generated((7, 8), False), Generated((7, 8), True)
+    rows = TrainingRows(POSITIVE, NEGATIVE, [("red", cut), ("blue", ended)])
+    answers = [a for _, a in Data.build(llama, TOK, rows, how()).tables["retain"].examples]
+    assert answers == [[7, 8], [7, 8, 1]]
+
+
+def test_a_loss_that_is_not_finite_names_the_learning_rate(llama):
+    with pytest.raises(CdeltaError, match="diverged at step .*lower the learning rate"):
+        sides(llama, lr=1e30, steps=6, clip=1e30)
