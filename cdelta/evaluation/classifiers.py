@@ -318,7 +318,9 @@ def _downloaded_completions() -> list[pd.DataFrame]:
     tables = []
     for name, sha256 in XSTEST_COMPLETIONS.items():
         url = f"{base}/model_completions/{_filename(name)}"
-        pinned = Source("xstest-completions", "CC-BY-4.0", (), list, url=url, sha256=sha256)
+        pinned = Source(
+            "xstest-completions", "CC-BY-4.0", (), lambda *row: [], url=url, sha256=sha256
+        )
         try:
             tables.append(_read(download(pinned), name))
         except SourceUnavailable as error:
