@@ -84,11 +84,17 @@ def graph_per_token(spec: ModelSpec, own: int, positions: int) -> int:
     `positions` is the row length under eager attention, which keeps its weights, and 0 otherwise.
     """
     width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv * spec.head_dim
-    norms = (4 if spec.layout.attn_post else 2) * 2 * spec.d_model
+    layer_norm = f"{spec.layout.blocks}.0.{spec.layout.attn_norm}.bias" in spec.shapes
+    copies, size = (1, own) if layer_norm else (2, 4)  # RMS norms compute in fp32, step by step
+    norms = (4 if spec.layout.attn_post else 2) * copies * spec.d_model
     if any("q_norm" in name for name in spec.shapes):
         norms += 2 * (width + kv_width)
-    activations = 2 * width + 2 * kv_width + 4 * spec.d_mlp
-    return spec.n_layers * (activations * own + norms * 4 + 3 * spec.n_heads * positions * 4)
+    weights = [part for part in spec.neuron_slices(0, 0) if part.name.endswith("weight")]
+    per_neuron = (
+        4 if len(weights) == 3 else 1
+    )  # gate, up and their product; or the activation alone
+    activations = 2 * width + 2 * kv_width + per_neuron * spec.d_mlp
+    return spec.n_layers * (activations * own + norms * size + 3 * spec.n_heads * positions * 4)
 
 
 def fitting_micro_batch(

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from cdelta.attribution.batch import Batch, batches, input_device
+from cdelta.attribution.batch import Batch, batches, fused_activations, input_device
 from cdelta.attribution.cost import (
     STEPS_AT_ONCE,
     Cost,
@@ -171,7 +171,7 @@ def attribute(
     todo = batches_that_fit(model, spec, rows, len(schedule), micro_batch, device)
     totals = Totals(model, spec, len(pairs), len(rows), per_pair)
     bar = tqdm(total=len(todo), disable=not progress, desc=method, unit="batch")
-    with frozen(model), bar:
+    with frozen(model), fused_activations(model), bar:
         for batch in todo:
             totals.add(model, batch, metric, schedule)
             bar.update()
@@ -220,7 +220,7 @@ def estimate_cost(
 
 def batch_seconds(model, totals: Totals, batch: Batch, metric, schedule: Schedule) -> float:
     """Seconds of a micro-batch, after one to warm up."""
-    with frozen(model):
+    with frozen(model), fused_activations(model):
         for _ in range(2):
             start = time.perf_counter()
             totals.add(model, batch, metric, schedule)

@@ -149,7 +149,7 @@ def test_follows_exact_patching_in_every_edge_class(family, record_property):
 def test_a_new_family_is_one_entry(monkeypatch):
     """StarCoder2: layer norms, biases everywhere, an ungated MLP."""
     monkeypatch.setitem(
-        toys.CONFIGS, "starcoder2", lambda: hf.Starcoder2Config(**toys.GQA, **toys.TOKENS)
+        toys.CONFIGS, "starcoder2", (hf.Starcoder2Config, toys.GQA | toys.TOKENS)
     )
     model = toy("starcoder2", dtype=torch.float64)
     pairs = close_pairs(model, distance=5e-4)
@@ -212,7 +212,18 @@ def test_only_edges_that_exist_have_scores(family):
 def test_names_are_those_of_the_design(llama):
     scores = attribute(llama, toy_pairs(n=1), metric, method="eap")
     assert scores.sources[:7] == ("input", "a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0", "a1.h0")
-    first = ["a0.h0<q>", "a0.h1<q>", "a0.h2<q>", "a0.h3<q>", "a0.g0<k>", "a0.g1<k>", "a0.g0<v>", "a0.g1<v>", "m0", "a1.h0<q>"]
+    first = [
+        "a0.h0<q>",
+        "a0.h1<q>",
+        "a0.h2<q>",
+        "a0.h3<q>",
+        "a0.g0<k>",
+        "a0.g1<k>",
+        "a0.g0<v>",
+        "a0.g1<v>",
+        "m0",
+        "a1.h0<q>",
+    ]
     assert list(scores.readers[:10]) == first and scores.readers[-1] == "logits"
     assert scores.edges.shape == (len(scores.sources), len(scores.readers))
 
@@ -336,7 +347,7 @@ def test_model_and_its_gradients_are_untouched(family):
     assert all(
         torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
     )
-    assert no_hooks(model)
+    assert no_hooks(model) and not any("forward" in vars(m) for m in model.modules())
 
 
 # ---------------------------------------------------------------------- refusals, saving

@@ -9,7 +9,7 @@ import torch
 from toys import toy, toy_pairs
 
 from cdelta.attribution import cost
-from cdelta.attribution.batch import batches
+from cdelta.attribution.batch import batches, fused_activations
 from cdelta.attribution.cost import (
     STEPS_AT_ONCE,
     fitting_micro_batch,
@@ -42,7 +42,7 @@ def kept_by_autograd(model, rows: int, positions: int) -> int:
         return x
 
     start = model.get_input_embeddings()(torch.full((rows, positions), 7)).detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), fused_activations(model):
         output = model(inputs_embeds=start, use_cache=False, logits_to_keep=1)
         del output
     return sum(kept.values())
