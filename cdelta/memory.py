@@ -7,7 +7,6 @@ import resource
 import sys
 import threading
 
-import psutil
 import torch
 
 
@@ -16,6 +15,8 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
+    import psutil  # not at the top: a bare GPU box need not have it
+
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
@@ -31,6 +32,8 @@ def peak_memory(device: torch.device | None = None) -> int:
 
 def resident_bytes() -> int:
     """Resident memory of this process now."""
+    import psutil
+
     return psutil.Process().memory_info().rss
 
 

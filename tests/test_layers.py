@@ -27,8 +27,8 @@ LAYERS = (
 CORE = ("models", "attribution", "circuit", "delta", "edit")
 BARE = {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub"}
 """What a bare GPU box has: tqdm and huggingface_hub come with transformers."""
-CORE_MAY_USE = BARE | {"tokenizers", "jinja2", "jaxtyping", "pandas"}
-"""pandas where rows are handled; jinja2 for model cards and templates."""
+CORE_MAY_USE = BARE | {"tokenizers", "jinja2", "jaxtyping", "pandas", "yaml"}
+"""pandas where rows are handled; jinja2 and yaml for model cards and templates."""
 PACKAGE = ROOT / "cdelta"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -64,8 +64,11 @@ def test_every_artifact_that_a_notebook_reads_is_of_a_declared_stage(stage):
 
 @pytest.mark.parametrize("stage", STAGES, ids=NAMES)
 def test_every_setting_that_a_notebook_reads_is_declared(stage):
-    for node in ast.walk(ast.parse(stage.source.read_text())):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "run.settings":
+    text = stage.source.read_text()
+    names = {"run.settings"} | ({"settings"} if "settings = run.settings\n" in text else set())
+    for node in ast.walk(ast.parse(text)):
+        named = ast.unparse(node.value) if isinstance(node, ast.Attribute) else ""
+        if named in names:
             parts = RECIPE if node.attr == "recipe" else (node.attr,)
             assert set(parts) <= {*stage.reads, *VisibleSettings.ALWAYS}, node.attr
 
