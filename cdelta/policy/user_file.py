@@ -1,34 +1,29 @@
-"""Bring your own category: a CSV, JSONL or Parquet file of `prompt,benign` (optional `category`, `split`)."""
+"""Bring your own category: a table of ``prompt,benign`` (optional ``category``, ``split``)."""
 
 from __future__ import annotations
 
-import csv
-import json
+from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Iterator
-
-import pandas as pd
+from typing import Iterable, Iterator, Mapping, Sequence
 
 from cdelta.errors import CdeltaError
-from cdelta.policy.leakage import near_duplicate_groups
-from cdelta.policy.records import SPLITS, normalise
-
-REQUIRED = ("prompt", "benign")
-OPTIONAL = ("category", "split")
-
-NumberedRow = tuple[int, dict[str, str]]
-"""Where the row stands in the file (line, or row number in Parquet), and its cells."""
+from cdelta.policy.leakage import TEMPLATE_MARK, near_duplicate_groups, template_of
+from cdelta.policy.readers import REQUIRED, NumberedRow, read_rows
+from cdelta.policy.records import SPLITS, assign_split, normalise
 
 
 def read_user_rows(path: str | Path, category: str) -> list[dict[str, str]]:
-    """Row dicts with the columns of `policy.records` from the user's file; every cell becomes a row, empty ones too.
+    """Row dicts with the columns of `policy.records` from the user's file; every cell becomes a
+    row, empty ones too.
 
-    `category` names the rows that have none. Prompts that nearly repeat each other share a group, so that a split never
-    separates them. Raises `CdeltaError` with one sentence naming file, row and remedy.
+    `category` names the rows that have none. Prompts that nearly repeat each other share a group,
+    so that a split never separates them; where that leaves a category without rows in some split,
+    because its prompts fill one template, they are grouped by the words in which they differ
+    (`template_warnings` says so). Raises `CdeltaError` with one sentence naming file, row, remedy.
     """
     path = Path(path)
-    rows = _numbered_rows(path)
-    groups = _groups(rows)
+    rows = read_rows(path)
+    groups = _groups(rows, [cells["category"] or category for _, cells in rows])
     return [
         row
         for (line, cells), group in zip(rows, groups)
@@ -36,170 +31,134 @@ def read_user_rows(path: str | Path, category: str) -> list[dict[str, str]]:
     ]
 
 
-def _numbered_rows(path: Path) -> list[NumberedRow]:
-    if path.suffix.lower() not in READERS:
-        raise CdeltaError(
-            f"{path}: unknown kind of file {path.suffix!r}: give a {', '.join(READERS)} file."
-        )
-    if not path.is_file():
-        raise CdeltaError(
-            f"{path}: no such file: give the path of a CSV, JSONL or Parquet file with the columns prompt and benign."
-        )
-    try:
-        rows = [(line, _cells(path, line, row)) for line, row in READERS[path.suffix.lower()](path)]
-    except UnicodeDecodeError as error:
-        raise CdeltaError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8."
-        ) from error
-    if not rows:
-        raise CdeltaError(
-            f"{path}: the file has no rows: it needs the columns prompt and benign and at least one row."
-        )
-    return rows
+# ---------------------------------------------------------------------- groups
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(
-            file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-        )
-        try:
-            _check_columns(path, reader.fieldnames or [])
-            for row in reader:
-                if None in row:
-                    raise CdeltaError(
-                        f"{path}, line {reader.line_num}: more cells than columns: put text that contains commas in double quotes."
-                    )
-                yield reader.line_num, row
-        except csv.Error as error:
-            where = f"{path}, the row that begins at line {reader.line_num + 1}"  # the reader counts the rows that it could read
-            raise CdeltaError(
-                f"{where}: not valid CSV ({error}): close the double quotes around each cell, and shorten cells of over 100,000 characters."
-            ) from error
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                yield line, _json_object(path, line, text)
-
-
-def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CdeltaError(
-            f"{path}, line {line}: not valid JSON ({error.msg}): write one object per line."
-        ) from error
-    if not isinstance(row, dict):
-        raise CdeltaError(
-            f"{path}, line {line}: a JSON {type(row).__name__}, not an object: write one object with prompt and benign per line."
-        )
-    _check_columns(path, row, f", line {line}")
-    return row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these two kinds
-        raise CdeltaError(
-            f"{path}: not a readable Parquet file ({error}): write it again, or give a CSV."
-        ) from error
-    _check_columns(path, frame.columns)
-    for number, row in enumerate(frame.to_dict("records"), start=1):
-        yield number, row
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet,
-}  # fmt: skip
-
-
-def _check_columns(path: Path, found, where: str = "") -> None:
-    names = [str(name).strip().casefold() for name in found if name is not None]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CdeltaError(
-            f"{path}{where}: the column {', '.join(twice)} is there twice: rename or remove one of them."
-        )
-    missing = [name for name in REQUIRED if name not in names]
-    if missing:
-        raise CdeltaError(
-            f"{path}{where}: no column {' and no column '.join(missing)}: expected prompt,benign (optional category,split) separated by commas, "
-            f"found {', '.join(map(repr, found)) or 'nothing'}."
-        )
-
-
-def _cells(path: Path, line: int, row: dict[str, Any]) -> dict[str, str]:
-    named = {str(name).strip().casefold(): value for name, value in row.items()}
-    return {name: _text(path, line, name, named.get(name)) for name in (*REQUIRED, *OPTIONAL)}
-
-
-def _text(path: Path, line: int, name: str, value: Any) -> str:
-    if value is None or value != value:  # NaN is the one value unequal to itself
-        return ""
-    if not isinstance(value, str):
-        raise CdeltaError(
-            f"{path}, row {line}: {name} is a {type(value).__name__}, not text: write it as a string."
-        )
-    if "\x00" in value or not _encodable(value):
-        raise CdeltaError(
-            f"{path}, row {line}: {name} contains a NUL or half a character: save the file as UTF-8 text."
-        )
-    return value.strip()
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-        return True
-    except UnicodeEncodeError:
-        return False
-
-
-def _groups(rows: list[NumberedRow]) -> list[str]:
-    """A group name per row, shared by the rows without a split whose prompts or benign prompts nearly repeat each other.
-
-    The name is the first of the group's prompts, so that it does not depend on where in the file the rows stand.
+def _groups(rows: Sequence[NumberedRow], categories: Sequence[str]) -> list[str]:
+    """A group name per row: the first prompt of its near-duplicates, so that it does not depend on
+    where in the file the rows stand.
     """
+    cells = [each for _, each in rows]
+    group_of = _near_duplicates(cells)
+    names = _first_prompts(cells, group_of)
+    for category in dict.fromkeys(categories):
+        own = [row for row, name in enumerate(categories) if name == category]
+        _regroup(cells, [row for row in own if not cells[row]["split"]], names)
+    return [f"{each['split']}:{name}" for each, name in zip(cells, names)]
+
+
+def _near_duplicates(cells: Sequence[Mapping[str, str]]) -> Sequence[int]:
+    """A group number per row, shared by rows without a split whose texts nearly repeat each
+    other."""
     texts = [
-        (row, cells[name])
-        for row, (_, cells) in enumerate(rows)
+        (row, each[name])
+        for row, each in enumerate(cells)
         for name in REQUIRED
-        if cells[name] and not cells["split"]
+        if each[name] and not each["split"]
     ]
-    group_of = near_duplicate_groups(
-        [text for _, text in texts], [row for row, _ in texts], len(rows)
-    )
+    return near_duplicate_groups(
+        [text for _, text in texts], [row for row, _ in texts], len(cells)
+    ).tolist()
+
+
+def _first_prompts(cells: Sequence[Mapping[str, str]], group_of: Sequence[int]) -> list[str]:
     first: dict[int, str] = {}
-    for row, (_, cells) in enumerate(rows):
-        name = normalise(cells["prompt"] or cells["benign"])
-        first[group_of[row]] = min(first.get(group_of[row], name), name)
-    return [f"{cells['split']}:{first[group]}" for (_, cells), group in zip(rows, group_of)]
+    for each, group in zip(cells, group_of):
+        name = normalise(each["prompt"] or each["benign"])
+        first[group] = min(first.get(group, name), name)
+    return [first[group] for group in group_of]
+
+
+def _swallowed(names: Sequence[str]) -> bool:
+    """Some split gets none of these rows, or one group holds more than half of eight or more."""
+    splits = {assign_split(f":{name}") for name in names}
+    largest = Counter(names).most_common(1)[0][1]
+    return len(splits) < len(SPLITS) or (len(names) >= 8 and 2 * largest > len(names))
+
+
+def _regroup(cells: Sequence[Mapping[str, str]], own: Sequence[int], names: list[str]) -> None:
+    """Where a category's rows leave a split empty, break its groups up by the words in which their
+    rows differ.
+
+    Nothing changes if some split would still be empty: then there are too few rows.
+    """
+    if not own or not _swallowed([names[row] for row in own]):
+        return
+    new = list(names)
+    for name in {names[row] for row in own}:
+        members = [row for row, other in enumerate(names) if other == name]
+        if len(members) > 1 and TEMPLATE_MARK not in name:
+            for row, words in zip(members, _differing_words([cells[i] for i in members])):
+                new[row] = f"{name}{TEMPLATE_MARK}{words}"
+    if not _swallowed([new[row] for row in own]):
+        names[:] = new
+
+
+def _differing_words(cells: Sequence[Mapping[str, str]]) -> list[str]:
+    """For each row of one template, the words of its prompt that few other rows have, in order.
+
+    A word belongs to the template if a third of the rows have it. Rows that share a whole text keep
+    together: they take the words of the first of them.
+    """
+    words = [normalise(each["prompt"] or each["benign"]).split() for each in cells]
+    counts = Counter(word for row in words for word in set(row))
+    rare = [" ".join(w for w in row if 3 * counts[w] <= len(cells)) for row in words]
+    of_text: dict[str, str] = {}
+    found = []
+    for each, own in zip(cells, rare):
+        texts = [normalise(each[name]) for name in REQUIRED if each[name]]
+        joined = next((of_text[text] for text in texts if text in of_text), own)
+        of_text.update({text: joined for text in texts if text not in of_text})
+        found.append(joined)
+    return found
+
+
+def template_warnings(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """One sentence per category whose splits tell words of one template apart."""
+    counts = Counter(
+        (row["category"], template_of(row["group_id"]).partition(":")[2])
+        for row in rows
+        if row["role"] == "target" and template_of(row["group_id"])
+    )
+    return [
+        f"{count} prompts of category {category!r} fill one template ({template[:60]!r}): they "
+        "were "
+        "split by the words in which they differ, so the test measures whether new words in a "
+        "known "
+        f"template are refused, and not other phrasings."
+        for (category, template), count in counts.items()
+        if count > 1
+    ]
+
+
+# ---------------------------------------------------------------------- records
 
 
 def _both_sides(
-    path: Path, line: int, cells: dict[str, str], group: str, category: str
+    path: Path, line: int, cells: Mapping[str, str], group: str, category: str
 ) -> Iterator[dict[str, str]]:
-    if cells["split"] not in ("", *SPLITS):
+    split = cells["split"].casefold()
+    if split not in ("", *SPLITS):
         raise CdeltaError(
-            f"{path}, row {line}: split {cells['split']!r} is unknown: use {', '.join(SPLITS)} or leave it empty."
+            f"{path}, row {line}: split {cells['split']!r} is unknown: use {', '.join(SPLITS)} or "
+            f"leave it empty."
         )
     common = {
-        "category": cells["category"] or category, "source": f"file:{path.name}", "source_revision": "", "license": "the user's own",
-        "group_id": group, "pair_id": f"{path.name}/{line}", "split": cells["split"],
-    }  # fmt: skip
-    yield common | {
-        "prompt": cells["prompt"],
-        "expected": "refuse",
-        "role": "target",
-        "source_id": f"row {line}",
+        "category": cells["category"] or category,
+        "source": f"file:{path.name}",
+        "source_revision": "",
+        "license": "the user's own",
+        "group_id": group,
+        "pair_id": f"{path.name}/{line}",
+        "split": split,
     }
-    yield common | {
-        "prompt": cells["benign"],
-        "expected": "comply",
-        "role": "benign",
-        "source_id": f"row {line} benign",
-    }
+    for column, expected, role, name in (
+        ("prompt", "refuse", "target", f"row {line}"),
+        ("benign", "comply", "benign", f"row {line} benign"),
+    ):
+        yield common | {
+            "prompt": cells[column],
+            "expected": expected,
+            "role": role,
+            "source_id": name,
+        }

@@ -196,7 +196,7 @@ def test_cast_with_its_external_test_sets_drops_what_leaks_from_training():
     assert (
         report["cast", "dropped: near-duplicate of a test row"],
         report["cast", "dropped: duplicate prompt"],
-    ) == (47, 8)
+    ) == (56, 8)
     test = policy.records[
         (policy.records["source"] == "cast") & (policy.records["split"] == "test")
     ]

@@ -158,8 +158,14 @@ class Lengths:
             for row, n in zip(data, counts, strict=True)
         }
 
-    def apply_chat_template(self, turn, **_):
-        return {"input_ids": [0] * self.of[turn[0]["content"]]}
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
+    def apply_chat_template(self, turns, **_) -> str:
+        return "".join(turn["content"] for turn in turns)
+
+    def __call__(self, text: str, **_) -> dict:
+        return {"input_ids": [0] * self.of[text]}
 
 
 def test_cast_yields_are_the_known_ones_under_gpt2():

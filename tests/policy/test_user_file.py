@@ -192,7 +192,7 @@ def test_each_broken_file_gives_one_sentence(tmp_path):
         return tmp_path / name
 
     fails(tmp_path / "none.csv", "no such file: give the path")
-    fails(text("a.xlsx", ""), "unknown kind of file '.xlsx': give a .csv")
+    fails(text("a.docx", ""), "unknown kind of file '.docx': give a .csv")
     fails(
         text("empty.csv", ""),
         "no column prompt and no column benign: expected prompt,benign .* found nothing",
@@ -201,7 +201,6 @@ def test_each_broken_file_gives_one_sentence(tmp_path):
         text("one.csv", "prompt,answer\na,b\n"),
         "no column benign: expected prompt,benign .* found 'prompt', 'answer'",
     )
-    fails(text("semi.csv", "prompt;benign\na;b\n"), "separated by commas, found 'prompt;benign'")
     fails(text("twice.csv", "prompt,benign,Prompt\na,b,c\n"), "column prompt is there twice")
     fails(text("head.csv", "prompt,benign\n"), "the file has no rows")
     fails(
@@ -221,7 +220,7 @@ def test_each_broken_file_gives_one_sentence(tmp_path):
         text("latin.csv", "prompt,benign\ncafé,b\n", "latin-1"),
         "not UTF-8 text .* save it as UTF-8",
     )
-    fails(text("wide16.csv", "prompt,benign\na,b\n", "utf-16"), "not UTF-8 text")
+    fails(text("wide16.csv", "prompt,benign\na,b\n", "utf-16-le"), "not UTF-8 text")
     fails(text("nul.csv", "prompt,benign\na\0,b\n"), "row 2: prompt contains a NUL")
     fails(
         text("split.csv", "prompt,benign,split\na,b,train\n"),
