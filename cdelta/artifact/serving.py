@@ -1,7 +1,9 @@
-"""What an answer costs: interleaved timings of the base, the edited weights and run-time steering, and when the offline work pays off.
+"""What an answer costs: the base, the edited weights and run-time steering, timed side by side.
 
-Every variant generates the same number of tokens for the same prompts (end tokens are ignored), in random order within each repeat, so that
-drifts of the machine hit all alike. Ratios and their intervals come from the pairs within repeats.
+Every variant generates the same number of tokens for the same prompts (end tokens are ignored), in
+random order within each round, so that drifts of the machine meet all alike. The base runs twice in
+every round; rounds go on until base against base is 1 within the tolerance, and the table always
+shows how near it came.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING, Mapping, NamedTuple, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,17 +20,25 @@ import torch
 from tqdm import tqdm
 
 from cdelta.errors import CdeltaError
-from cdelta.evaluation.stats import bootstrap_mean, bootstrap_ratio
+from cdelta.evaluation.rates import BASE
+from cdelta.evaluation.stats import Estimate
 from cdelta.models.chat import chat_ids, left_pad, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from cdelta.methods.registry import Method
+    from cdelta.methods.base import Applied
 
-
-BASE, EDIT = "base", "cdelta"
+EDIT, CONTROL = "cdelta", "base_again"
+"""Edited weights are the base's graph; the control is the base itself, as one more variant."""
+TOLERANCE = 0.02
+"""Half-width within which base against base must be 1."""
+MOST = 10
+"""So many times the asked rounds are run at most."""
+DRAWS = 2000
+Variant = tuple["Applied", float] | None
+"""(method, strength); None is the model as it stands."""
 
 
 class Timing(NamedTuple):
@@ -46,7 +57,7 @@ def timed(
     """Greedy generation of exactly `new_tokens` per row with a KV cache, timed."""
     where, cache = positions(mask), None
     start, first = _now(model), 0.0
-    for step in range(new_tokens):
+    for _ in range(new_tokens):
         out = model(
             input_ids=ids,
             attention_mask=mask,
@@ -70,7 +81,7 @@ def _now(model) -> float:
 def interleaved(
     model,
     tok,
-    variants: Mapping[str, tuple[Method, float] | None],
+    variants: Mapping[str, Variant],
     prompts: Sequence[str],
     batch_sizes: Sequence[int] = (1, 8, 32),
     new_tokens: int = 32,
@@ -79,46 +90,36 @@ def interleaved(
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """One row per repeat, batch size and variant: ``batch_size, repeat, method, first, total, tokens`` (seconds; tokens over the batch).
+    """One row per batch size, round and variant: ``batch_size, repeat, method, first, total,
+    tokens`` (seconds; tokens over the batch). `CONTROL` is added to the variants.
 
     Args:
-        variants: method key -> (method, strength); None is the model as it stands. "base" must be among them.
-        prompts: drawn anew in every repeat, the same ones for every variant.
-        warmup: repeats that are run and not reported.
+        variants: method key -> variant; `BASE` must be among them.
+        prompts: drawn anew in every round, the same ones for every variant.
+        repeats: rounds at least; up to `MOST` times as many until base against base is 1 within
+            `TOLERANCE`.
+        warmup: rounds that are run and not reported.
     """
     if BASE not in variants:
         raise CdeltaError("timings need the variant 'base' to compare with.")
-    rng, rows = random.Random(seed), []
-    with tqdm(
-        total=len(batch_sizes) * (repeats + warmup),
-        desc="timings",
-        disable=not progress,
-        mininterval=2,
-    ) as bar:
-        for size in batch_sizes:
-            for repeat in range(-warmup, repeats):
-                ids, mask = left_pad(
-                    [chat_ids(tok, p) for p in rng.choices(prompts, k=size)], 0, model.device
-                )
-                for name in rng.sample(list(variants), len(variants)):
-                    timing = _under(model, variants[name], ids, mask, new_tokens)
-                    rows.append(
-                        {
-                            "batch_size": size,
-                            "repeat": repeat,
-                            "method": name,
-                            **timing._asdict(),
-                            "tokens": size * new_tokens,
-                        }
-                    )
-                bar.update()
-    table = pd.DataFrame(rows)
-    return table[table["repeat"] >= 0].reset_index(drop=True)
+    variants, rng, parts = {**variants, CONTROL: None}, random.Random(seed), []
+    for size in batch_sizes:
+        rows: list[dict] = []
+        rounds = tqdm(range(-warmup, MOST * repeats), f"batch {size}", disable=not progress)
+        for repeat in rounds:
+            asked = [chat_ids(tok, prompt) for prompt in rng.choices(prompts, k=size)]
+            batch = left_pad(asked, 0, model.device)
+            for name in rng.sample(list(variants), len(variants)):
+                timing = _under(model, variants[name], *batch, new_tokens)
+                facts = {"batch_size": size, "repeat": repeat, "method": name}
+                rows.append({**facts, **timing._asdict(), "tokens": size * new_tokens})
+            if repeat + 1 >= repeats and _settled(rows):
+                break
+        parts.append(pd.DataFrame(rows).query("repeat >= 0"))
+    return pd.concat(parts, ignore_index=True)
 
 
-def _under(
-    model, variant: tuple[Method, float] | None, ids: Tensor, mask: Tensor, new_tokens: int
-) -> Timing:
+def _under(model, variant: Variant, ids: Tensor, mask: Tensor, new_tokens: int) -> Timing:
     if variant is None:
         return timed(model, ids, mask, new_tokens)
     method, strength = variant
@@ -126,38 +127,82 @@ def _under(
         return timed(model, ids, mask, new_tokens)
 
 
-def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFrame:
-    """`tab_cost`: per batch size and method, speed, latency, the ratio to the base with its interval, and the break-even point.
+def _settled(rows: Sequence[Mapping[str, object]]) -> bool:
+    """Whether base against base is 1 within the tolerance."""
+    table = pd.DataFrame(rows).query("repeat >= 0")
+    control = ratios(table)[CONTROL]
+    return max(abs(control.low - 1), abs(control.high - 1)) <= TOLERANCE
 
-    ``tokens_per_s``; ``first_ms``: mean time to the first token; ``p95_ms``: 95th percentile of a whole answer; ``ratio, low, high``: seconds
-    over the base's; ``overhead_us_value, _low, _high``: microseconds per token beyond the base; ``break_even_tokens``: generated tokens after which the offline work costs less than steering at run time, empty with a
-    ``note`` where the steering's overhead is within noise (its interval reaches zero).
+
+# ---------------------------------------------------------------------- the table
+
+
+def ratios(timings: pd.DataFrame) -> dict[str, Estimate]:
+    """Method -> its seconds over the base's, of one batch size: the median over rounds of the
+    ratio within a round, with its percentile bootstrap interval over rounds (95 %).
+
+    A median, since a machine that is busy with something else for a moment slows one variant of
+    one round, and by any factor.
+    """
+    wide = timings.pivot(index="repeat", columns="method", values="total")
+    within = wide.div(wide[BASE], axis=0)
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(within), (DRAWS, len(within)))
+    found = {}
+    for method in within:
+        values = within[method].to_numpy()
+        low, high = np.quantile(np.median(values[drawn], axis=1), (0.025, 0.975))
+        found[method] = Estimate(float(np.median(values)), float(low), float(high))
+    return found
+
+
+def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFrame:
+    """`tab_cost`: per batch size and method, speed, latency, ratio to the base, break-even point.
+
+    ``tokens_per_s``, of the median answer; ``first_ms``, median time to the first token;
+    ``p95_ms``, 95th percentile of a whole answer; ``ratio, low, high`` as `ratios` says;
+    ``overhead_us, overhead_us_low, overhead_us_high``, microseconds per token beyond the base;
+    ``break_even``, generated tokens after which the offline work costs less than steering at run
+    time, or "none" where the overhead is not beyond what base against base shows.
     """
     found = []
     for size, part in timings.groupby("batch_size", sort=False):
-        wide = part.pivot(index="repeat", columns="method", values="total")
+        estimates = ratios(part)
+        noise = max(1.0, estimates[CONTROL].high if CONTROL in estimates else 1.0)
+        base = part[part["method"] == BASE]
+        seconds = base["total"].median() / base["tokens"].iloc[0]
         for method, own in part.groupby("method", sort=False):
-            ratio = bootstrap_ratio(wide[method], wide[BASE])
-            found.append({
-                "batch_size": size, "method": method, "repeats": len(own), "tokens_per_s": own["tokens"].sum() / own["total"].sum(),
-                "first_ms": 1e3 * own["first"].mean(), "p95_ms": 1e3 * np.quantile(own["total"], 0.95),
-                "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
-                **(break_even(wide[method], wide[BASE], own["tokens"].iloc[0], offline_seconds) if method not in (BASE, EDIT) else {}),
-            })  # fmt: skip
-    return pd.DataFrame(found).sort_values(
-        ["batch_size", "method"], kind="stable", ignore_index=True
-    )
+            ratio = estimates[method]
+            overhead = [1e6 * seconds * (value - 1) for value in ratio]
+            found.append(
+                {
+                    "batch_size": size,
+                    "method": method,
+                    "repeats": len(own),
+                    "tokens_per_s": own["tokens"].iloc[0] / own["total"].median(),
+                    "first_ms": 1e3 * own["first"].median(),
+                    "p95_ms": 1e3 * own["total"].quantile(0.95),
+                    "ratio": ratio.value,
+                    "low": ratio.low,
+                    "high": ratio.high,
+                    "overhead_us": overhead[0],
+                    "overhead_us_low": overhead[1],
+                    "overhead_us_high": overhead[2],
+                    "break_even": _break_even(method, ratio, seconds, noise, offline_seconds),
+                }
+            )
+    table = pd.DataFrame(found)
+    return table.sort_values(["batch_size", "method"], kind="stable", ignore_index=True)
 
 
-def break_even(
-    steered: Sequence[float], plain: Sequence[float], tokens: int, offline_seconds: float
-) -> dict[str, object]:
-    """Offline seconds over the overhead in seconds per token, from paired runs of `tokens` tokens each."""
-    overhead = bootstrap_mean((np.asarray(steered) - np.asarray(plain)) / tokens)
-    row = {f"overhead_us_{name}": 1e6 * value for name, value in overhead._asdict().items()} | {
-        "break_even_tokens": math.nan,
-        "note": "",
-    }
-    if overhead.low <= 0:
-        return row | {"note": "overhead within noise: no break-even"}
-    return row | {"break_even_tokens": offline_seconds / overhead.value}
+def _break_even(
+    method: str, ratio: Estimate, seconds: float, noise: float, offline_seconds: float
+) -> str:
+    """Tokens, or "none"; empty for what has no steering to save. `seconds` are the base's per
+    token.
+    """
+    if method in (BASE, CONTROL, EDIT):
+        return ""
+    if ratio.low <= noise:
+        return "none"
+    return f"{offline_seconds / (seconds * (ratio.value - 1)):,.0f}"
