@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from cdelta.artifact.presets import load_preset, preset_names
+from cdelta.artifact.presets import GROUPS, load_preset, preset_names
 
 PROGRAM = "run_all.sh"
 
@@ -20,7 +20,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all flags."""
-    presets = "\n".join(f"  {n:14} {load_preset(n).description}" for n in preset_names())
+    lines = [f"  {name:14} {load_preset(name).description}" for name in preset_names()]
+    lines += [f"  {name:14} all of {', '.join(members)}" for name, members in GROUPS.items()]
+    presets = "\n".join(lines)
     parser = OneLineParser(
         prog=PROGRAM,
         allow_abbrev=False,

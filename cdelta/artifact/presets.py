@@ -28,6 +28,18 @@ from cdelta.errors import CdeltaError
 from cdelta.settings import changed, parse_overrides
 
 FOLDER = Path(__file__).parent / "presets"
+GROUPS = {
+    "paper": (
+        "qwen2.5-0.5b",
+        "llama-3.2-1b",
+        "llama-3.2-3b",
+        "gemma-2-2b",
+        "qwen2.5-7b",
+        "llama-3.1-8b",
+    )
+}
+"""Names for several presets that run one after the other: the paper's scale is six models, five
+categories and three seeds."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +129,22 @@ class Evaluation:
     labels: str = ""
     """Folder of XSTest's labelled completions; empty: they are downloaded where that is
     possible."""
+    rate_factors: tuple[float, ...] = (1.0,)
+    """Factors on `edit.lr` from which every trained method beside C-ΔΘ chooses on validation; one
+    factor: its learning rate is not tuned, and its title says so."""
+    attack_rates: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01)
+    """Factors on `edit.lr`, falling, from which the benign fine-tuning attack takes the first that
+    does not break the base."""
+    length_tokens: int = 0
+    """Token limit at which the length of answers to the benign prompts is measured (0: not)."""
     data: str = ""
-    """Folder with local copies of the data sets that lm-evaluation-harness reads; empty: it
-    downloads them."""
+    """Folder of the local task files and of WikiText-2; empty: no tasks are measured."""
     harness_tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness."""
+    """Keys of `multiple_choice.TASKS`."""
     harness_limit: int = 100
-    """Examples per task."""
+    """Questions per task (0: all)."""
+    text_windows: int = 0
+    """Windows of 1,024 tokens of WikiText-2 whose perplexity is measured (0: all)."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +263,11 @@ def preset_names() -> list[str]:
     return sorted(names, key=lambda name: not name.startswith("tiny"))
 
 
+def expand(text: str) -> list[str]:
+    """``a,b`` or a group's name as preset names."""
+    return [name for part in text.split(",") for name in GROUPS.get(part, (part,))]
+
+
 @cache
 def load_preset(name: str) -> Preset:
     """The preset of a file. Raises `CdeltaError` for an unknown name and a wrong field."""
@@ -256,7 +282,8 @@ def _values(name: str) -> dict[str, Any]:
     """A preset file's values over those of the preset that it inherits from."""
     path = FOLDER / f"{name}.toml"
     if not re.fullmatch(r"[\w.+-]+", name) or not path.exists():
-        raise CdeltaError(f"unknown preset '{name}': choose one of {', '.join(preset_names())}.")
+        known = ", ".join([*preset_names(), *GROUPS])
+        raise CdeltaError(f"unknown preset '{name}': choose one of {known}.")
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     parent = values.pop("inherits", "")
     return _merged(_values(parent), values) if parent else values

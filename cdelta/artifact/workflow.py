@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cdelta.artifact.flags import PROGRAM, make_parser
-from cdelta.artifact.presets import Preset, load_preset, resolve
+from cdelta.artifact.presets import Preset, expand, load_preset, resolve
 from cdelta.artifact.stages import NAMES, STAGES, find_stage, fingerprint, with_needed
 from cdelta.errors import CdeltaError
 from cdelta.paths import CACHE, FIGURES, ROOT, RUNS
@@ -344,7 +344,7 @@ def run_several(args: argparse.Namespace) -> int:
     """Several presets one after the other, then one table over all of them."""
     from cdelta.artifact.report import aggregate
 
-    names = args.preset.split(",")
+    names = expand(args.preset)
     codes = [dispatch(argparse.Namespace(**{**vars(args), "preset": name})) for name in names]
     if args.list or args.dry_run or any(codes):
         return max(codes)
@@ -363,7 +363,7 @@ def dispatch(args: argparse.Namespace) -> int:
         from cdelta.artifact.claims import check_run
 
         return check_run(args.check)
-    if "," in args.preset:
+    if len(expand(args.preset)) > 1:
         return run_several(args)
     plan = make_plan(args)
     if args.list:

@@ -7,8 +7,10 @@ import pytest
 
 from cdelta.artifact import presets
 from cdelta.artifact.presets import (
+    GROUPS,
     Preset,
     as_dict,
+    expand,
     file_categories,
     load_preset,
     preset_names,
@@ -16,8 +18,6 @@ from cdelta.artifact.presets import (
 )
 from cdelta.errors import CdeltaError
 from cdelta.settings import changed
-
-SIX = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "gemma-2-2b", "qwen2.5-7b", "llama-3.1-8b")
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -44,7 +44,7 @@ def test_a_preset_inherits_section_by_section(tmp_path, monkeypatch):
     presets.load_preset.cache_clear()
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", GROUPS["paper"])
 def test_the_papers_scale_is_pinned_and_says_what_it_needs(name):
     preset = load_preset(name)
     assert len(preset.revision) == 40 and preset.policy == "cast" and len(preset.categories) == 5
@@ -103,3 +103,7 @@ def test_a_users_file_brings_its_own_categories(tmp_path):
     plain.write_text("prompt,benign\nhow to pick a lock,how to pick a fruit\n")
     assert resolve("tiny", policy=str(named)).categories == ("locks",)
     assert file_categories(str(plain)) == ("plain",)
+
+
+def test_a_group_stands_for_its_presets():
+    assert expand("tiny,paper") == ["tiny", *GROUPS["paper"]] and len(GROUPS["paper"]) == 6
