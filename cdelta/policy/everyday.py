@@ -16,7 +16,7 @@ FILE = Path(__file__).with_name("everyday.toml")
 
 
 def everyday_rows(categories: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Rows of the edit split: general ones, and borderline ones of the given categories (of all)."""
+    """Rows of the edit split: general ones, and the given categories' borderline ones."""
     lists = tomllib.loads(FILE.read_text(encoding="utf-8"))
     rows = [_row(prompt, SHARED, "benign") for prompt in _prompts(lists["general"])]
     for entry in lists["borderline"]:
