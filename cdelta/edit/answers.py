@@ -27,7 +27,7 @@ def answer_options(recipe: Recipe, metric: Metric | None = None) -> dict[str, ob
     """
     how = recipe.answers
     return {
-        "metric": metric if how.judge_log_odds else None,
+        "metric": metric,
         "judge": Rules((recipe.edit.refusal,)),
         "max_new_tokens": how.max_new_tokens,
         "batch_size": how.answer_batch,

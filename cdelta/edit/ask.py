@@ -40,7 +40,7 @@ def compare(base: str, edited: str, question: Question) -> Iterator[str]:
         yield f"> {prompt}"
         for name, found in answers.items():
             each = found[i]
-            (outcome,) = judge([prompt], [each.text], [each.log_odds])
+            (outcome,) = judge([prompt], [each.text])
             odds = "" if each.log_odds is None else f"{each.log_odds:>+7.2f}"
             rest = "" if each.finished else " …"
             yield f"  {name:<7}{outcome:<11}{odds}  {each.text!r}{rest}"

@@ -55,7 +55,8 @@ def check_edit(job: EditJob) -> list[Finding]:
 
 
 def _policy(job: EditJob) -> Policy:
-    return build_policy(job.policy, [job.category] if job.category else None)
+    names = [job.category] if job.category else None
+    return build_policy(job.policy, names, everyday=job.recipe.edit.everyday)
 
 
 def _prompts(job: EditJob, policy: Policy) -> Iterator[Finding]:

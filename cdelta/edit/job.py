@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,9 +27,9 @@ from cdelta.edit.fit import Fit, train
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
 from cdelta.edit.scale import Choice, choose_scale
-from cdelta.edit.stop import first_tokens, stop_rule
+from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
-from cdelta.evaluation.measure import RowStore, evaluate, judged
+from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import kind_rates
 from cdelta.files import new_folder, remove_folder, write_json
 from cdelta.memory import peak_memory
@@ -87,11 +88,26 @@ def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
     Raises `CdeltaError` on bad input, and when the edit has no effect or breaks a cap at every
     scale: then nothing is written.
     """
-    start = time.monotonic()
     if Path(job.out).exists():
         raise CdeltaError(
             f"{job.out} already exists: choose a new output folder or remove it first."
         )
+    try:
+        return _run(job, say, progress)
+    except OSError as error:
+        raise CdeltaError(f"cannot write {job.out}: {error.strerror or error}.") from error
+    finally:
+        if not _interrupted():
+            remove_folder(job.work)
+
+
+def _interrupted() -> bool:
+    """Whether the user or the system ends the process, so that the same job may go on later."""
+    return isinstance(sys.exception(), (KeyboardInterrupt, SystemExit))
+
+
+def _run(job: EditJob, say: Say, progress: bool) -> Summary:
+    start = time.monotonic()
     folder = Checkpoint(local_folder(job.model, job.revision)).check().folder
     model, tok = load_model(folder, dtype=job.dtype, device=job.device)
     bound(tok, job.recipe)
@@ -110,7 +126,6 @@ def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
     table = study.table(delta, choice.k)
     tokens = refusal_tokens(tok, study.base, job.recipe)
     report = _write(job, folder, policy, delta, circuit, choice, table, fit, tokens)
-    remove_folder(job.work)
     ended, seconds = delta.metadata["training"], time.monotonic() - start
     return Summary(choice, table, ended, report, seconds, peak_memory(model.device))
 
@@ -119,7 +134,13 @@ def read_policy(job: EditJob, model, tok) -> Policy:
     """The category's records, without prompts that are too long for the model."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
     longest = context - job.recipe.answers.max_new_tokens
-    return build_policy(job.policy, [job.category], tok=tok, max_tokens=longest)
+    return build_policy(
+        job.policy,
+        [job.category],
+        tok=tok,
+        max_tokens=longest,
+        everyday=job.recipe.edit.everyday,
+    )
 
 
 def _drops(policy: Policy) -> str:
@@ -149,11 +170,8 @@ def _resume(job: EditJob, folder: Path, policy: Policy, say: Say) -> None:
         say(f"Going on with the edit that was begun ({job.work}).")
         return
     shutil.rmtree(job.work, ignore_errors=True)
-    try:
-        job.work.mkdir(parents=True)
-        write_json(path, identity)
-    except OSError as error:
-        raise CdeltaError(f"cannot write {job.work}: {error.strerror}.") from error
+    job.work.mkdir(parents=True)
+    write_json(path, identity)
 
 
 @dataclass(frozen=True)
@@ -195,21 +213,12 @@ class Study:
     def val(self) -> pd.DataFrame:
         """Base rows of the validation split."""
         rows = self.base[self.base["split"] == "val"]
-        return self._with_log_odds(limited(rows, self.recipe.answers.validation_limit))
+        return limited(rows, self.recipe.answers.validation_limit)
 
     @cached_property
     def test(self) -> pd.DataFrame:
         """Base rows of the test split."""
-        return self._with_log_odds(self.base[self.base["split"] == "test"])
-
-    def _with_log_odds(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """The rows judged with the log-odds of their first tokens as well."""
-        options = answer_options(self.recipe, self.metric)
-        if options["metric"] is None or rows.empty:
-            return rows
-        batch = self.recipe.answers.answer_batch
-        _, log_odds = first_tokens(self.model, self.tok, rows, options["metric"], batch)
-        return judged(rows.assign(log_odds=log_odds), options["judge"])
+        return self.base[self.base["split"] == "test"]
 
     @cached_property
     def circuit(self) -> Circuit:

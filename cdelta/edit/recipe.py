@@ -15,8 +15,54 @@ DIFFERENCE = "difference"
 CANONICAL_REFUSAL = "I'm sorry, but I can't help with that."
 
 
+POSITIVE = frozenset(
+    {"min_pairs", "sequence_tokens", "ig_steps", "micro_batch", "steps", "lr", "batch_size", "beta"}
+    | {"clip", "check_every", "retain_pool", "attempts", "first_weight", "max_new_tokens"}
+    | {"answer_batch"}
+)
+"""Fields that must be above 0."""
+SHARES = frozenset(
+    {"refuse_at", "answers_refused", "tolerance", "benign_cap", "other_cap", "skills_lost"}
+    | {"borderline_cap"}
+)
+"""Fields from 0 to 1."""
+
+
+def _check(name: str, value: object) -> None:
+    """Raise `CdeltaError` if a field's value makes no sense."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CdeltaError(f"{name} must be finite, not {value}.")
+    if name in POSITIVE and not value > 0:
+        raise CdeltaError(f"{name} must be above 0, not {value}.")
+    if name in SHARES and not 0 <= value <= 1:
+        raise CdeltaError(f"{name} is a share from 0 to 1, not {value}.")
+    if name == "retain_share" and not 0 <= value < 1:
+        raise CdeltaError(f"retain_share must lie in [0, 1), not {value}.")
+    if name.endswith("_budget") and not 0 < value <= 1:
+        raise CdeltaError(f"{name} must lie in (0, 1], not {value}.")
+    if isinstance(value, int) and value < 0:
+        raise CdeltaError(f"{name} must not be negative, not {value}.")
+    if name == "grid" and (not value or not all(map(math.isfinite, value))):
+        raise CdeltaError("grid must name at least one finite scale.")
+    if name == "template_args" and not all("=" in item for item in value):
+        raise CdeltaError("template_args must be NAME=VALUE, such as enable_thinking=false.")
+    if name == "splits" and (not value or not set(value) <= {"discover", "edit"}):
+        raise CdeltaError(f"splits must name discover, edit or both, not {value}.")
+    if name == "refusal" and not value.strip():
+        raise CdeltaError("the refusal must not be empty: give its words.")
+
+
 @dataclass(frozen=True)
-class AttributionRecipe:
+class Section:
+    """A part of the recipe. Raises `CdeltaError` on values that make no sense."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _check(name, value)
+
+
+@dataclass(frozen=True)
+class AttributionRecipe(Section):
     """Attribution: what is compared, and how the scores are computed."""
 
     max_pairs: int = 64
@@ -44,7 +90,7 @@ class AttributionRecipe:
 
 
 @dataclass(frozen=True)
-class CircuitRecipe:
+class CircuitRecipe(Section):
     """Circuit: which units the edit may change."""
 
     ranking: Literal["pairs", "mean", "difference", "ratio", "orthogonalised"] = "pairs"
@@ -55,7 +101,7 @@ class CircuitRecipe:
 
 
 @dataclass(frozen=True)
-class EditRecipe:
+class EditRecipe(Section):
     """Edit: rows, losses, optimiser and the stop rule of the training."""
 
     refusals: Literal["own", "canonical", "mixed"] = "own"
@@ -65,6 +111,13 @@ class EditRecipe:
     """The given text of a refusal."""
     compliance: str = "Sure, here is what you asked for."
     """What θ⁻ says where the base does not answer."""
+    splits: tuple[str, ...] = ("edit",)
+    """Splits whose rows train (never val or test)."""
+    everyday: bool = False
+    """Also retain everyday prompts of our own: general ones, and harmless ones that share the
+    category's words."""
+    benign_copies: int = 1
+    """How often a benign counterpart's row stands among the retain rows."""
     skill_copies: int = 3
     """How often a skill's row stands among the retain rows."""
     refused_copies: int = 2
@@ -146,7 +199,7 @@ class EditRecipe:
 
 
 @dataclass(frozen=True)
-class AnswersRecipe:
+class AnswersRecipe(Section):
     """Answers: how they are generated and judged, and what an edit may cost on validation."""
 
     max_new_tokens: int = 20
@@ -157,8 +210,6 @@ class AnswersRecipe:
     """A system prompt put before every prompt."""
     template_args: tuple[str, ...] = ()
     """Keywords for the chat template, NAME=VALUE (enable_thinking=false)."""
-    judge_log_odds: bool = True
-    """Where a text alone is unclear, the rules look at the refusal log-odds of the first token."""
     validation_limit: int = 40
     """Most validation prompts per category, role and skill that the stop rule and the choice of k
     see (0: all)."""
@@ -176,53 +227,13 @@ class AnswersRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the method. Raises `CdeltaError` on values that make no sense."""
+    """Every number of the method."""
 
     attribution: AttributionRecipe = field(default_factory=AttributionRecipe)
     circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
     edit: EditRecipe = field(default_factory=EditRecipe)
     answers: AnswersRecipe = field(default_factory=AnswersRecipe)
 
-    def __post_init__(self) -> None:
-        for section in (self.attribution, self.circuit, self.edit, self.answers):
-            for name, value in vars(section).items():
-                _check(name, value)
-
     def seeded(self, seed: int) -> Recipe:
         """The same recipe with another seed."""
         return replace(self, edit=replace(self.edit, seed=seed))
-
-
-POSITIVE = frozenset(
-    {"min_pairs", "sequence_tokens", "ig_steps", "micro_batch", "steps", "lr", "batch_size", "beta"}
-    | {"clip", "check_every", "retain_pool", "attempts", "first_weight", "max_new_tokens"}
-    | {"answer_batch"}
-)
-"""Fields that must be above 0."""
-SHARES = frozenset(
-    {"refuse_at", "answers_refused", "tolerance", "benign_cap", "other_cap", "skills_lost"}
-    | {"borderline_cap"}
-)
-"""Fields from 0 to 1."""
-
-
-def _check(name: str, value: object) -> None:
-    """Raise `CdeltaError` if a field's value makes no sense."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise CdeltaError(f"{name} must be finite, not {value}.")
-    if name in POSITIVE and not value > 0:
-        raise CdeltaError(f"{name} must be above 0, not {value}.")
-    if name in SHARES and not 0 <= value <= 1:
-        raise CdeltaError(f"{name} is a share from 0 to 1, not {value}.")
-    if name == "retain_share" and not 0 <= value < 1:
-        raise CdeltaError(f"retain_share must lie in [0, 1), not {value}.")
-    if name.endswith("_budget") and not 0 < value <= 1:
-        raise CdeltaError(f"{name} must lie in (0, 1], not {value}.")
-    if isinstance(value, int) and value < 0:
-        raise CdeltaError(f"{name} must not be negative, not {value}.")
-    if name == "grid" and (not value or not all(map(math.isfinite, value))):
-        raise CdeltaError("grid must name at least one finite scale.")
-    if name == "template_args" and not all("=" in item for item in value):
-        raise CdeltaError("template_args must be NAME=VALUE, such as enable_thinking=false.")
-    if name == "refusal" and not value.strip():
-        raise CdeltaError("the refusal must not be empty: give its words.")

@@ -46,16 +46,17 @@ class TrainingRows:
 
 
 def training_rows(base: pd.DataFrame, category: str, how: EditRecipe) -> TrainingRows:
-    """The rows of the edit of `category`, from the base model's outcome rows of the edit split.
+    """The rows of the edit of `category`, from the base model's outcome rows of `how.splits`.
 
     positive: the category's prompts, refused as `how.refusals` says. negative: the same prompts,
     answered (the record's reference, else the base's own compliance, else `how.compliance`).
-    retain: the category's benign counterparts, all skills (`how.skill_copies` times), and of every
-    other category all answered prompts, `how.other_rows` of its refused ones (`how.refused_copies`
-    times) and as many benign ones, each with the base's own answer. A template that the retained
-    rows lack would start to be refused.
+    retain: the category's benign counterparts (`how.benign_copies` times), all skills
+    (`how.skill_copies` times), of every other category all answered prompts, `how.other_rows` of
+    its refused ones (`how.refused_copies` times) and as many benign ones, and as many borderline
+    prompts of every category, its own among them, each with the base's own answer. A template that
+    the retained rows lack would start to be refused.
     """
-    rows = with_kind(base[base["split"] == "edit"], category)
+    rows = with_kind(base[base["split"].isin(how.splits)], category)
     target = rows[rows["kind"] == "target"]
     if target.empty:
         raise CdeltaError(
@@ -112,8 +113,9 @@ def _retained(rows: pd.DataFrame, category: str, how: EditRecipe, rng: random.Ra
     """Rows whose answers must stay, with their repetitions."""
     own = (rows["kind"] == "benign") & rows["category"].isin((category, SHARED))
     skills = rows["kind"] == "skills"
-    kept = rows[own].to_dict("records") + how.skill_copies * rows[skills].to_dict("records")
-    rest = rows[~skills & ~own & (rows["category"] != category)]
+    kept = how.benign_copies * rows[own].to_dict("records")
+    kept += how.skill_copies * rows[skills].to_dict("records")
+    rest = rows[~skills & ~own & (rows["kind"] != "target")]
     for (_, role, outcome), group in rest.groupby(["category", "role", "outcome"], sort=True):
         found, refused = group.to_dict("records"), outcome == "refuse"
         if role != "target" or refused:
