@@ -1,8 +1,12 @@
-"""Every method on every category and seed: made, tuned on validation, measured on test, and kept, so that a killed comparison goes on where it was.
+"""Every method on every category and seed: made, tuned on validation, measured on test, and kept,
+so that a killed comparison goes on where it was.
 
-    python -m cdelta.artifact.jobs --preset tiny-full --run-dir data/runs/tiny-full
+    python -m cdelta.artifact.jobs --run-dir data/runs/smollm2 --only cdelta,random --device cuda
 
-Any number of processes may share the work: each takes the next job that none has taken. Notebook 05 does the same, and collects the rows.
+Any number of processes may share the work: each takes the next job that none has taken. It may be
+done in parts, and on another machine that has the run's folder (the results lie in its
+``.scratch``); torch, transformers, pandas, pyarrow, safetensors, scipy and scikit-learn suffice.
+Notebook 05 does what is left, and collects the rows.
 """
 
 from __future__ import annotations
@@ -12,452 +16,336 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, Mapping
 
 import pandas as pd
 import torch
 
-from cdelta.artifact.presets import Preset, resolve
-from cdelta.artifact.run import RunReader
+from cdelta.artifact.job_results import DONE, EDITED, Job, Results, described
+from cdelta.artifact.presets import resolve
+from cdelta.artifact.run import RunReader, read_settings
 from cdelta.artifact.subject import load_mask, load_metric, load_subject
 from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.answers import answer_options
 from cdelta.edit.rows import training_rows
 from cdelta.edit.scale import Caps
 from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
-from cdelta.evaluation.lm_eval import harness
-from cdelta.evaluation.measure import RowStore, benign_shift, evaluate, next_token_logits
-from cdelta.files import locked, write_json
-from cdelta.methods.attacks import ATTACKS, measure_attacked
-from cdelta.methods.registry import (
-    BASELINES,
-    NOTHING,
-    UNTRAINED,
-    Candidates,
-    Task,
-    candidates,
-    why_not,
-)
-from cdelta.methods.tuning import Chosen, measure, param_fraction, tune
+from cdelta.evaluation.measure import RowStore, evaluate
+from cdelta.evaluation.multiple_choice import WIKITEXT, answered, running_text
+from cdelta.evaluation.rates import BASE, of_category, with_kind
+from cdelta.evaluation.shift import answered_ids, benign_shift, next_token_logits
+from cdelta.files import locked, replacing, write_json
+from cdelta.methods.attacks import harmless_rate, measure_attacked
+from cdelta.methods.base import Edited, param_fraction
+from cdelta.methods.registry import METHODS, method_of
+from cdelta.methods.steering import SystemPrompt
+from cdelta.methods.task import Task
+from cdelta.methods.tuning import Chosen, measure, tune
 from cdelta.models.spec import ModelSpec
-from cdelta.paths import RUNS
 from cdelta.policy.build import Policy
 from cdelta.policy.records import OTHER, SHARED
 from cdelta.policy.selection import limited
 
 STAGE = "05_evaluation"
-DONE = "done.json"
-NO_CHANGE = Chosen("", NOTHING, 0.0, True, pd.DataFrame())
+NO_CHANGE = Chosen("", SystemPrompt(""), 0.0, True, pd.DataFrame())
 """The base, as what tuning would have chosen."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One method asked to refuse one category, with one seed; the base without a category answers every test prompt."""
+class Comparison(Results):
+    """All methods of a run's preset on its data. What is measured lies in the run's scratch folder,
+    a folder per job.
 
-    method: str
-    category: str = ""
-    seed: int = 0
+    Args:
+        model: folder of the model, where it is not the one that stage 00 names.
+        data: folder of the task files, in place of the preset's.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.method} {self.category or 'all'} {self.seed}"
-
-
-def jobs(settings: Preset) -> list[Job]:
-    """All jobs of a preset, the base first; what draws nothing at random has one seed. Raises `CdeltaError` for an unknown method."""
-    how = settings.evaluation
-    for names, known, what in (
-        ((*how.methods, *how.attacked), BASELINES, "method"),
-        (how.attacks, ATTACKS, "attack"),
-    ):
-        if unknown := [name for name in names if name not in known]:
-            raise CdeltaError(f"unknown {what} {', '.join(unknown)}: use {', '.join(known)}.")
-    seeds = lambda method: settings.seeds[:1] if method in UNTRAINED else settings.seeds
-    fitted_here = lambda method: method not in (*UNTRAINED, "cdelta")
-    categories = lambda method: (
-        settings.categories[: how.trained_categories or None]
-        if fitted_here(method)
-        else settings.categories
-    )
-    attacked = [
-        Job("base", category, settings.seeds[0])
-        for category in settings.categories
-        if "base" in how.attacked
-    ]
-    others = [
-        Job(m, c, s)
-        for s in settings.seeds
-        for m in how.methods
-        if m != "base" and s in seeds(m)
-        for c in categories(m)
-    ]
-    return [Job("base", seed=settings.seeds[0]), *attacked, *others]
-
-
-class Comparison:
-    """All methods of a run's preset on its data. What is found lies in the run's scratch folder, a folder per job."""
-
-    def __init__(self, run: RunReader):
-        self.run, self.settings, self.how = run, run.settings, run.settings.evaluation
-        self.model, self.tok = load_subject(run)
+    def __init__(self, run: RunReader, model: str = "", data: str = ""):
+        super().__init__(run)
+        self.model, self.tok = load_subject(run, {"folder": model} if model else None)
+        self.spec = ModelSpec.from_model(self.model)
         self.metric = load_metric(run)
-        self.ask = {
-            "metric": self.metric,
-            "max_new_tokens": self.settings.answers.max_new_tokens,
-            "batch_size": self.settings.answers.answer_batch,
-        }
+        self.ask = answer_options(self.settings.recipe, self.metric)
         self.base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
         records = Policy.load(run.input("01_dataset", "policy")).records
-        self.test = limited(
-            limited(records[records["split"] == "test"], self.settings.data.limit), self.how.test_limit
-        )
+        self.test = limited(records[records["split"] == "test"], self.settings.data.limit)
         self.val = limited(
             self.base[self.base["split"] == "val"], self.settings.answers.validation_limit
         )
-        self.jobs = jobs(self.settings)
+        self.data = data or self.how.data
 
     @cached_property
-    def val_base(self) -> pd.DataFrame:
-        """The base model's rows on the validation prompts."""
-        return evaluate(self.model, self.tok, self.val, **self.ask)
-
-    @cached_property
-    def shift_rows(self) -> pd.DataFrame:
+    def benign(self) -> pd.DataFrame:
         """Benign test prompts with the base model's own answers, categories in turn."""
-        rows = self.base[
-            (self.base["split"] == "test")
-            & (self.base["role"] == "benign")
-            & (self.base["ood_set"] == "")
-            & (self.base["answer"].str.strip() != "")
-        ]
+        rows = self.base[(self.base["split"] == "test") & (self.base["ood_set"] == "")]
+        rows = rows[(rows["role"] == "benign") & (rows["n_tokens"] > 0)]
         turn = rows.groupby("category").cumcount()
         return rows.loc[turn.sort_values(kind="stable").index].head(self.how.shift_prompts)
 
     @cached_property
-    def shift_logits(self) -> list[torch.Tensor]:
-        """The base model's logits on `shift_rows`."""
-        return next_token_logits(
-            self.model, self.tok, list(self.shift_rows["prompt"]), list(self.shift_rows["answer"])
-        )
+    def benign_logits(self) -> list[torch.Tensor]:
+        """The base model's logits on those answers."""
+        return next_token_logits(self.model, self.tok, answered_ids(self.tok, self.benign))
 
-    def task(self, job: Job) -> Task:
+    def test_of(self, method: str, category: str) -> pd.DataFrame:
+        """The test prompts of a method's table: all in distribution, all safe prompts of external
+        sets, and of the other sets the category's own and the common ones.
+        """
+        fully = method in self.how.measured_fully or not self.how.others_limit
+        test = limited(self.test, self.how.test_limit if fully else self.how.others_limit)
+        if not category:
+            return test
+        external = (test["role"] == "benign") & (test["source"] == test["ood_set"])
+        near = (test["ood_set"] == "") | test["category"].isin((category, SHARED, OTHER))
+        return test[near | external | (test["role"] == "borderline")]
+
+    def task(self, job: Job, folder: Path | None = None) -> Task:
         """The data from which every method of a category is made: the same for all."""
-        spec, how, names = (
-            ModelSpec.from_model(self.model),
-            self.settings.edit,
-            self.settings.categories,
-        )
+        recipe, names = self.settings.recipe.seeded(job.seed), self.settings.categories
         other = names[(names.index(job.category) + 1) % len(names)]
-        trained = job.method not in UNTRAINED
-        stop = (
-            stop_rule(
-                self.model,
-                self.tok,
-                self.val_base,
-                job.category,
-                self.settings.recipe,
-                self.metric,
-            )
-            if trained
-            else None
-        )
-        own, rest = (
-            (self.val["category"] == job.category) & (self.val["role"] == "target"),
-            self.val["role"] != "borderline",
-        )
-        rows = training_rows(
-            self.base, job.category, self.settings.recipe.seeded(job.seed).edit
-        )
-        positive, negative, retain = rows.positive, rows.negative, rows.retain
-        twins = self.base[
-            (self.base["split"] == "edit")
-            & (self.base["role"] == "benign")
-            & self.base["category"].isin((job.category, SHARED))
-        ]
+        trained = METHODS[job.method].trained
+        val = with_kind(self.val, job.category)
+        edit = with_kind(self.base[self.base["split"] == "edit"], job.category)
+        benign = of_category(edit[edit["kind"] == "benign"], job.category)
+        others = ~val["kind"].isin(("target", "borderline"))
         return Task(
-            self.model, self.tok, job.category, load_mask(self.run, job.category, spec), positive, negative, retain, list(twins["prompt"]),
-            list(self.val.loc[own, "prompt"]), list(self.val.loc[~own & rest, "prompt"]),
-            load_mask(self.run, other, spec) if other != job.category else None, job.seed, self.how.layers, stop, asdict(how),
-        )  # fmt: skip
-
-    def test_of(self, category: str) -> pd.DataFrame:
-        """The test prompts that a category's table needs: all in distribution, and its own and the common ones of the other sets."""
-        return self.test[
-            (self.test["ood_set"] == "")
-            | self.test["category"].isin((category, SHARED, OTHER))
-            | (self.test["role"] == "borderline")
-        ]
+            self.model,
+            self.tok,
+            job.category,
+            load_mask(self.run, job.category, self.spec),
+            training_rows(self.base, job.category, recipe.edit),
+            list(benign["prompt"]),
+            recipe,
+            list(val.loc[val["kind"] == "target", "prompt"]),
+            list(val.loc[others, "prompt"]),
+            load_mask(self.run, other, self.spec) if other != job.category else None,
+            self.how.layers,
+            self.how.rate_factors,
+            stop_rule(self.model, self.tok, self.val, job.category, recipe, self.metric)
+            if trained
+            else None,
+            folder,
+        )
 
     # ------------------------------------------------------------------ doing the jobs
 
-    def run_all(self, to_the_end: bool = True, progress: bool = True) -> None:
-        """Do every job that is not done and that no other process is at; then, `to_the_end`, wait for those, and do them if their process died."""
+    def run_all(
+        self,
+        to_the_end: bool = True,
+        progress: bool = True,
+        only: Collection[str] = (),
+        categories: Collection[str] = (),
+    ) -> None:
+        """Do every job that is not done and that no other process is at; then, `to_the_end`, wait
+        for those, and do them if their process died.
+
+        Args:
+            only: methods; empty: all. categories: likewise.
+        """
+        wanted = [
+            job
+            for job in self.jobs
+            if (not only or job.method in only)
+            and (not categories or job.category in ("", *categories))
+        ]
         for wait in (False, True)[: 1 + to_the_end]:
-            for number, job in enumerate(self.jobs, 1):
-                with (
-                    suppress(BlockingIOError),
-                    locked(self._folder(job).parent / f".{job}.lock", wait=wait),
-                ):
+            for number, job in enumerate(wanted, 1):
+                lock = self.folder(job).parent / f".{job}.lock"
+                with suppress(BlockingIOError), locked(lock, wait=wait):
                     if self.facts(job) is not None:
                         continue
                     began = time.monotonic()
                     self.finish(job)
                     if progress:
+                        facts = described(self.facts(job))
+                        seconds = time.monotonic() - began
                         print(
-                            f"{number}/{len(self.jobs)} {job}: {_said(self.facts(job))} ({time.monotonic() - began:.0f} s)",
-                            flush=True,
+                            f"{number}/{len(wanted)} {job}: {facts} ({seconds:.0f} s)", flush=True
                         )
 
     def finish(self, job: Job) -> None:
         """Do one job, from where an earlier attempt left it."""
-        folder = self._folder(job)
-        if job.category == "":
-            evaluate(
-                self.model,
-                self.tok,
-                self.test,
-                store=RowStore(folder / "rows"),
-                method="base",
-                seed=job.seed,
-                **self.ask,
-            )
-            return write_json(
-                folder / DONE, {"k": 0.0, "no_tasks": self._measure_tasks(job, NO_CHANGE, folder)}
-            )
-        task = self.task(job)
-        reason = why_not(job.method, task)
-        if reason:
+        folder = self.folder(job)
+        under = {"method": job.method, "seed": job.seed, "edit_category": job.category}
+        under |= {"store": RowStore(folder / "rows"), **self.ask}
+        if not job.category:
+            evaluate(self.model, self.tok, self.test_of(job.method, ""), **under)
+            self._measure_rest(job, NO_CHANGE, folder)
+            return write_json(folder / DONE, {"k": 0.0})
+        task = self.task(job, folder / "training")
+        if reason := METHODS[job.method].why_not(task):
             return write_json(folder / DONE, {"skipped": reason})
-        chosen = self._chosen(job, task, folder)
-        under = {
-            "method": job.method,
-            "seed": job.seed,
-            "edit_category": job.category,
-            "store": RowStore(folder / "rows"),
-            **self.ask,
-        }
-        if job.method != "base":
+        chosen = self.chosen(job, task, folder)
+        if job.method != BASE:
             self._measure_test(job, chosen, under)
-            self._measure_shift(chosen, folder)
-        no_tasks = self._measure_tasks(job, chosen, folder) if job.method != "base" else ""
-        self._attack(job, task, chosen, under)
-        chosen.curve.to_parquet(folder / "curve.parquet", index=False)
-        write_json(
-            folder / DONE,
-            {
-                "k": chosen.strength,
-                "candidate": chosen.name,
-                "within_caps": bool(chosen.within_caps),
-                "no_tasks": no_tasks,
-            },
-        )
-        shutil.rmtree(folder / "delta", ignore_errors=True)
+            self._measure_rest(job, chosen, folder)
+        facts = {"k": chosen.strength, "candidate": chosen.name}
+        facts |= {"within_caps": bool(chosen.within_caps), **self._attack(job, task, chosen, under)}
+        _save(chosen.curve, folder / "curve.parquet")
+        write_json(folder / DONE, facts)
+        shutil.rmtree(folder / "training", ignore_errors=True)
 
-    def _chosen(self, job: Job, task: Task, folder: Path) -> Chosen:
-        """The method at the strength that validation chooses; C-ΔΘ comes from stage 04, which chose by the same rule."""
-        if job.method == "cdelta":
-            delta = WeightDelta.load(self.run.input("04_edit", f"{job.category}-{job.seed}"))
-            curve = pd.read_parquet(self.run.input("04_edit", "curve.parquet"))
-            curve = curve[(curve["category"] == job.category) & (curve["seed"] == job.seed)].drop(
-                columns=["category", "seed", "chosen"]
-            )
-            return Chosen("", delta, delta.metadata["k"], delta.metadata["within_caps"], curve)
-        if job.method == "base":
+    def chosen(self, job: Job, task: Task, folder: Path) -> Chosen:
+        """The method at the strength that validation chooses; C-ΔΘ comes from stage 04, which chose
+        by the same rule.
+        """
+        if job.method == BASE:
             return NO_CHANGE
-        options = self._candidates(job, task, folder)
-        scales = (
-            self.settings.answers.grid
-            if isinstance(next(iter(options.values())), WeightDelta)
-            else self.how.strengths
-        )
+        if job.method == EDITED:
+            return self._from_stage_04(job)
+        trained = METHODS[job.method].trained
         return tune(
-            self.model, self.tok, options, self.val, self.val_base, job.category, Caps.of(self.val_base, self.settings.answers), scales,
-            store=RowStore(folder / "tuning"), method=job.method, seed=job.seed, **self.ask,
-        )  # fmt: skip
+            self.model,
+            self.tok,
+            METHODS[job.method].candidates(task),
+            self.val,
+            self.val,
+            job.category,
+            Caps.of(self.val, self.settings.answers),
+            self.settings.answers.grid if trained else self.how.strengths,
+            store=RowStore(folder / "tuning"),
+            method=job.method,
+            seed=job.seed,
+            **self.ask,
+        )
 
-    def _candidates(self, job: Job, task: Task, folder: Path) -> Candidates:
-        """What the method could be; a trained delta is kept until its job is done."""
-        if (folder / "delta").exists():
-            return {"": WeightDelta.load(folder / "delta")}
-        options = candidates(job.method, task)
-        if isinstance(options.get(""), WeightDelta):
-            options[""].save(folder / "delta")
-        return options
+    def _from_stage_04(self, job: Job) -> Chosen:
+        delta = WeightDelta.load(self.run.input("04_edit", f"{job.category}-{job.seed}"))
+        curve = pd.read_parquet(self.run.input("04_edit", "curve.parquet"))
+        own = (curve["category"] == job.category) & (curve["seed"] == job.seed)
+        curve = curve[own].drop(columns=["category", "seed", "chosen"])
+        curve = curve.assign(candidate="")
+        facts = delta.metadata
+        return Chosen("", Edited(delta), facts["k"], facts["within_caps"], curve)
+
+    # ------------------------------------------------------------------ measuring
 
     def _measure_test(self, job: Job, chosen: Chosen, under: Mapping) -> None:
         """The test rows; at strength 0 they are the base's, once those are there."""
-        records, base = self.test_of(job.category), self.jobs[0]
+        records, base = self.test_of(job.method, job.category), self.jobs[0]
         if chosen.strength or self.facts(base) is None:
             measure(self.model, self.tok, chosen.method, chosen.strength, records, **under)
             return
-        rows = RowStore(self._folder(base) / "rows").read()
-        share = param_fraction(chosen.method, ModelSpec.from_model(self.model))
-        same = {
-            "method": job.method,
-            "seed": job.seed,
-            "edit_category": job.category,
-            "param_fraction": share,
-        }
-        under["store"].append(rows[rows["id"].isin(records["id"])].assign(**same))
+        rows = RowStore(self.folder(base) / "rows").read()
+        rows = with_kind(rows[rows["id"].isin(records["id"])], job.category)
+        names = {"method": job.method, "seed": job.seed, "edit_category": job.category}
+        share = param_fraction(chosen.method, self.spec)
+        under["store"].append(rows.assign(**names, param_fraction=share))
 
-    def _measure_shift(self, chosen: Chosen, folder: Path) -> None:
-        """KL and perplexity on benign answers, against the base's logits."""
-        rows, base = self.shift_rows, self.shift_logits
-        if base:
+    def _measure_rest(self, job: Job, chosen: Chosen, folder: Path) -> None:
+        """Distance from the base, lengths, and on the first seed capability; each once."""
+        system, first = chosen.method.system, job.seed == self.settings.seeds[0]
+        base = self.benign_logits if job.category else []  # before the method is applied
+        wanted: dict[str, Callable[[], pd.DataFrame]] = {}
+        if job.category and len(self.benign):
+            wanted["shift"] = lambda: benign_shift(self.model, self.tok, self.benign, base, system)
+        if self.how.length_tokens:
+            wanted["lengths"] = lambda: self._lengths(chosen)
+        if self.data and first and not system:  # the tasks have no place for a system prompt
+            wanted |= {"tasks": self._tasks, "text": self._text}
+        for name, make in wanted.items():
+            path = folder / f"{name}.parquet"
+            if path.exists():
+                continue
             with chosen.method.applied(self.model, chosen.strength):
-                found = benign_shift(
-                    self.model,
-                    self.tok,
-                    list(rows["prompt"]),
-                    list(rows["answer"]),
-                    base,
-                    getattr(chosen.method, "system", ""),
-                )
-            found.assign(id=list(rows["id"])).to_parquet(folder / "shift.parquet", index=False)
+                _save(make(), path)
 
-    def _measure_tasks(self, job: Job, chosen: Chosen, folder: Path) -> str:
-        """lm-evaluation-harness on the first seed, and why it could not run; a system prompt is left out, since the harness would not put it there."""
-        if (
-            not self.how.harness_tasks
-            or job.seed != self.settings.seeds[0]
-            or job.method == "system_prompt"
-        ):
-            return ""
-        how = {
-            "limit": self.how.harness_limit or None,
-            "batch_size": self.settings.answers.answer_batch,
-            "chat": self.tok.chat_template is not None,
-        }
-        try:
-            with chosen.method.applied(self.model, chosen.strength):
-                harness(self.model, self.tok, self.how.harness_tasks, **how).to_parquet(
-                    folder / "tasks.parquet", index=False
-                )
-        except CdeltaError as error:
-            return str(error)
-        return ""
-
-    def _attack(self, job: Job, task: Task, chosen: Chosen, under: Mapping) -> None:
-        """Attacks on the first seed of the preset's attacked methods, measured on the category's own prompts and the skills."""
-        if (
-            job.method not in self.how.attacked
-            or job.seed != self.settings.seeds[0]
-            or not task.benign
-        ):
-            return
-        near = self.test[self.test["ood_set"] == ""]
-        own = near[
-            near["category"].isin((job.category, SHARED)) & near["role"].isin(("target", "benign"))
-        ]
-        measure_attacked(
-            task,
-            chosen.method,
-            chosen.strength,
-            pd.concat([own, near[near["role"] == "utility"]]),
-            self.how.attacks,
-            **under,
+    def _lengths(self, chosen: Chosen) -> pd.DataFrame:
+        """Answers to the benign prompts at the longer limit."""
+        rows = evaluate(
+            self.model,
+            self.tok,
+            self.benign,
+            system=chosen.method.system,
+            drop_finished=not chosen.method.keeps_rows,
+            **self.ask | {"max_new_tokens": self.how.length_tokens, "metric": None},
         )
+        return rows[["id", "n_tokens", "finished", "outcome"]]
+
+    def _tasks(self) -> pd.DataFrame:
+        """The local tasks, question by question."""
+        limit, batch = self.how.harness_limit, self.ask["batch_size"]
+        names = self.how.harness_tasks
+        return answered(self.model, self.tok, self.data, names, limit, batch)
+
+    def _text(self) -> pd.DataFrame:
+        """Running text, window by window."""
+        path = Path(self.data) / WIKITEXT
+        if not path.exists():
+            raise CdeltaError(f"running text needs {path}: give the folder of the task files.")
+        text = path.read_text(encoding="utf-8")
+        return running_text(self.model, self.tok, text, limit=self.how.text_windows)
+
+    def _attack(self, job: Job, task: Task, chosen: Chosen, under: Mapping) -> dict[str, float]:
+        """Attacks on the first seed of the preset's attacked methods, measured on the category's
+        own prompts and the skills.
+        """
+        first = job.seed == self.settings.seeds[0]
+        if job.method not in self.how.attacked or not first or not task.benign:
+            return {}
+        test = with_kind(self.test_of("", job.category), job.category)
+        near = test[test["ood_set"] == ""]
+        own = of_category(near[near["kind"].isin(("target", "benign"))], job.category)
+        skills = near[near["kind"] == "skills"]
+        rate = self.attack_rate(task)
+        asked, options = pd.concat([own, skills]), (self.how.attacks, rate)
+        measure_attacked(task, chosen.method, chosen.strength, asked, *options, **under)
         for number, wrapper in enumerate(self.how.wrappers, 1):
-            wrapped = own.assign(prompt=[wrapper.format(prompt=prompt) for prompt in own["prompt"]])
-            measure(
-                self.model,
-                self.tok,
-                chosen.method,
-                chosen.strength,
-                wrapped,
-                attack=f"wrapper {number}",
-                **under,
-            )
+            wrapped = own.assign(prompt=[wrapper.format(prompt=p) for p in own["prompt"]])
+            name = {"attack": f"wrapper {number}"}
+            measure(self.model, self.tok, chosen.method, chosen.strength, wrapped, **name, **under)
+        return {"attack_rate": rate}
 
-    # ------------------------------------------------------------------ collecting
-
-    def facts(self, job: Job) -> dict | None:
-        """What a finished job says of itself: ``k, candidate, within_caps``, or why it was ``skipped``; None while it is not finished."""
-        path = self._folder(job) / DONE
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def rows(self) -> pd.DataFrame:
-        """The test rows of all finished jobs."""
-        return pd.concat(
-            [RowStore(self._folder(job) / "rows").read() for job in self.jobs], ignore_index=True
-        )
-
-    def curves(self) -> pd.DataFrame:
-        """What tuning saw: ``method, category, seed, candidate, k, target, benign, other, utility, chosen``."""
-        found = []
-        for job, curve in self._tables("curve.parquet"):
-            facts = self.facts(job)
-            found.append(
-                curve.assign(
-                    chosen=(curve["k"] == facts["k"]) & (curve["candidate"] == facts["candidate"]),
-                    within_caps=facts["within_caps"],
-                )
-            )
-        return pd.concat(found, ignore_index=True)
-
-    def shifts(self) -> pd.DataFrame:
-        """Per method and benign prompt: ``method, category, seed, id, kl, perplexity, perplexity_base``."""
-        return pd.concat(
-            [table for _, table in self._tables("shift.parquet")]
-            or [pd.DataFrame(columns=["method", "category", "seed", "kl"])],
-            ignore_index=True,
-        )
-
-    def tasks(self) -> pd.DataFrame:
-        """Rows of lm-evaluation-harness per method and category; empty where no tasks were asked for."""
-        return pd.concat(
-            [table for _, table in self._tables("tasks.parquet")] or [pd.DataFrame()],
-            ignore_index=True,
-        )
-
-    def skipped(self) -> dict[str, str]:
-        """Method, or the harness -> why it was left out."""
-        facts = [(job, self.facts(job) or {}) for job in self.jobs]
-        methods = {job.method: said["skipped"] for job, said in facts if "skipped" in said}
-        return methods | {
-            "lm-evaluation-harness": said["no_tasks"] for _, said in facts if said.get("no_tasks")
-        }
-
-    def _tables(self, name: str) -> Iterator[tuple[Job, pd.DataFrame]]:
-        for job in self.jobs:
-            path = self._folder(job) / name
-            if path.exists() and len(table := pd.read_parquet(path)):
-                yield job, table.assign(method=job.method, category=job.category, seed=job.seed)
-
-    def _folder(self, job: Job) -> Path:
-        return self.run.scratch(f"{job.method}-{job.category or 'all'}-{job.seed}")
+    def attack_rate(self, task: Task) -> float:
+        """The learning rate of the benign fine-tuning attack, found once per category."""
+        path = self.run.scratch("attacks") / f"{task.category}.json"
+        if "benign_finetune" not in self.how.attacks:
+            return 1.0
+        if not path.exists():
+            rate = harmless_rate(task, self.val, self.how.attack_rates, **self.ask)
+            write_json(path, {"rate": rate})
+        return json.loads(path.read_text())["rate"]
 
 
-def _said(facts: Mapping) -> str:
-    if "skipped" in facts:
-        return f"left out: {facts['skipped']}"
-    return f"{facts.get('candidate', '')} k = {facts['k']:g}".strip() + (
-        "" if facts.get("within_caps", True) else ", over a cap"
-    )
+def _save(table: pd.DataFrame, path: Path) -> None:
+    with replacing(path) as partial:
+        table.to_parquet(partial, index=False)
 
 
-def main(argv: list[str] | None = None) -> int:
+# ---------------------------------------------------------------------- command line
+
+
+def main(argv: Iterable[str] | None = None) -> int:
     """Do the jobs of a run's comparison that no other process is at."""
     parser = argparse.ArgumentParser(
         prog="python -m cdelta.artifact.jobs",
         description="Do stage 05's jobs, beside other processes that do the same.",
     )
-    parser.add_argument("--preset", required=True)
-    for name in ("run-dir", "model", "policy"):
-        parser.add_argument(f"--{name}", default="")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
+    parser.add_argument("--run-dir", required=True, help="the run's folder")
+    parser.add_argument("--preset", default="tiny", help="where the folder does not name one")
+    parser.add_argument("--only", default="", help="methods, with commas between them")
+    parser.add_argument("--categories", default="", help="categories, with commas between them")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--model", default="", help="folder of the model, if it lies elsewhere")
+    parser.add_argument("--harness-data", default="", help="folder of the task files")
+    args = parser.parse_args(None if argv is None else list(argv))
     try:
-        settings = resolve(args.preset, args.model, args.policy)
+        folder = Path(args.run_dir)
+        settings = read_settings(folder) or resolve(args.preset)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        Comparison(
-            RunReader(STAGE, settings, Path(args.run_dir or RUNS / args.preset), args.device)
-        ).run_all(to_the_end=False)
+        run = RunReader(STAGE, settings, folder, args.device)
+        only, categories = (
+            [name for name in text.split(",") if name] for text in (args.only, args.categories)
+        )
+        for key in only:
+            method_of(key)
+        comparison = Comparison(run, args.model, args.harness_data)
+        comparison.run_all(to_the_end=False, only=only, categories=categories)
     except CdeltaError as error:
         print(error, file=sys.stderr)
         return 2

@@ -84,7 +84,7 @@ TASKS: Mapping[str, Task] = {
         Task("hellaswag", "HellaSwag", "hellaswag/validation_2000.jsonl", by_character=True),
         Task("winogrande", "WinoGrande", "winogrande/winogrande.jsonl", schema=True),
         Task("copa", "COPA", "copa/copa.jsonl"),
-        Task("winograd_wsc273", "WSC273", "winograd_wsc273/winograd_wsc.jsonl", schema=True),
+        Task("wsc273", "WSC273", "winograd_wsc273/winograd_wsc.jsonl", schema=True),
     )
 }
 WIKITEXT = "wikitext2/test.txt"

@@ -1,15 +1,14 @@
-"""Every method beside C-ΔΘ on the same data: one table from the issue's method keys to
-candidates, and one rule that chooses among them.
+"""Every method beside C-ΔΘ on the same data: one entry each, with what tables and figures call it,
+how it is made, and what it needs.
 
-A candidate is anything with ``applied(model, strength)``: a `WeightDelta` or a method of
-`steering`. Its strength (and, for steering, its layer) is chosen on validation rows by
-`edit.choose_scale` under the same caps, for C-ΔΘ as for all others.
+A new baseline is one more `Method`: ``make`` turns a `Task` into candidates, of which one (a layer,
+a learning rate) and its strength are chosen on validation by the rule that chooses C-ΔΘ's k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Callable, ContextManager, Mapping, Protocol, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +25,8 @@ from cdelta.circuit.controls import (
 from cdelta.circuit.mask import ParameterMask
 from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.fit import fit_delta
-from cdelta.edit.verdict import Stop
-from cdelta.errors import CdeltaError, refuse_test
+from cdelta.errors import CdeltaError
+from cdelta.methods.base import Candidates, Edited
 from cdelta.methods.cast import Cast, search_condition
 from cdelta.methods.steering import (
     Addition,
@@ -37,106 +35,82 @@ from cdelta.methods.steering import (
     behaviour_vectors,
     prompt_vectors,
 )
-from cdelta.models.chat import NO_LABEL, answer_logits, collate, example_ids, stop_ids
+from cdelta.methods.task import Task
+from cdelta.models.chat import NO_LABEL, answer_logits, collate, example_ids, pad_id, stop_ids
 from cdelta.models.hooks import trainable
-from cdelta.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other requests as usual."
+REFERENCE, UPDATES, MASKS, STEERING = "reference", "other updates", "other masks", "at run time"
 
-
-class Method(Protocol):
-    """What can be applied to a model at a strength."""
-
-    def applied(self, model, strength: float = 1.0) -> ContextManager: ...
-
-
-Candidates = Mapping[str, Method]
-"""What a method could be (a layer, ...) -> the method; one entry for a weight delta."""
+Make = Callable[[Task], Candidates]
+Need = Callable[[Task], str]
+"""Why a task does not admit a method; "" if it does."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One category's data, from which every method is made. Test rows are refused."""
+class Method:
+    """One way to make a model refuse a category."""
 
-    model: object = field(repr=False)
-    tok: object = field(repr=False)
-    category: str
-    mask: ParameterMask = field(repr=False)
-    """The circuit's mask."""
-    positive: Sequence[tuple[str, str]] = field(repr=False)
-    """The category's prompts, refused."""
-    negative: Sequence[tuple[str, str]] = field(repr=False)
-    """The same prompts, answered."""
-    retain: Sequence[tuple[str, str]] = field(repr=False)
-    """Other prompts (benign twins, other categories, skills) with the base's own answers."""
-    benign: Sequence[str] = field(repr=False)
-    """The benign twins' prompts."""
-    val_target: Sequence[str] = field(repr=False)
-    """Validation prompts of the category, for CAST's condition point."""
-    val_others: Sequence[str] = field(repr=False)
-    """Validation prompts that must not be steered."""
-    other_mask: ParameterMask | None = field(default=None, repr=False)
-    """Another category's circuit mask, for the control."""
-    seed: int = 0
-    layers: tuple[int, ...] = ()
-    """Layers that single-layer steering may choose from; empty: a third, half and two thirds of
-    the depth."""
-    stop: Stop | None = field(default=None, repr=False)
-    settings: Mapping[str, object] = field(default_factory=dict)
-    """Fields of `edit.Settings`, the same for every trained method."""
+    key: str
+    """Its name in rows, presets and files."""
+    title: str
+    """Its name for readers."""
+    family: str
+    """What it varies: the update, the mask, or nothing but the run."""
+    colour: str
+    """Its colour in every figure."""
+    trained: bool
+    """It trains, so that it has a learning rate and draws at random: every seed has its own."""
+    make: Make
+    needs: Need | None = None
+    note: str = ""
+    """What it is, in half a sentence."""
 
-    def __post_init__(self) -> None:
-        for rows in (
-            self.positive,
-            self.negative,
-            self.retain,
-            self.benign,
-            self.val_target,
-            self.val_others,
-        ):
-            refuse_test(rows, "fitting a baseline")
+    def why_not(self, task: Task) -> str:
+        """Why it cannot be made for a task; "" if it can."""
+        return self.needs(task) if self.needs else ""
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The model's sizes."""
-        return ModelSpec.from_model(self.model)
-
-    @property
-    def prompts(self) -> list[str]:
-        """The category's prompts."""
-        return [prompt for prompt, _ in self.positive]
-
-    def depths(self) -> tuple[int, ...]:
-        """Layers for single-layer steering."""
-        n = self.spec.n_layers
-        return self.layers or tuple(sorted({n // 3, n // 2, 2 * n // 3}))
-
-    def fit(self, mask: ParameterMask | None = None, **changes: object) -> WeightDelta:
-        """`fit_delta` on a mask (default: the circuit's) with this task's data and settings."""
-        how = {**self.settings, "seed": self.seed, **changes}
-        return fit_delta(
-            self.model,
-            self.tok,
-            mask or self.mask,
-            self.positive,
-            self.negative,
-            self.retain,
-            stop=self.stop,
-            **how,
-        )
+    def candidates(self, task: Task) -> Candidates:
+        """What it could be. Raises `CdeltaError` where the task does not admit it."""
+        if reason := self.why_not(task):
+            raise CdeltaError(f"no method {self.key} here: {reason}.")
+        return self.make(task)
 
 
-# ---------------------------------------------------------------------- steering
+# ---------------------------------------------------------------------- making
 
 
-def steering_vectors(task: Task, how: str = "mean") -> Addition:
-    """Behaviour vectors of all layers from the task's refused and answered prompts."""
-    refusals, compliances = [a for _, a in task.positive], [a for _, a in task.negative]
-    return behaviour_vectors(task.model, task.tok, task.prompts, refusals, compliances, how)
+def trained(mask_of: Callable[[Task], ParameterMask], **changes: object) -> Make:
+    """One candidate per learning rate: an update on a mask by the recipe, some of its fields
+    changed.
+    """
+
+    def make(task: Task) -> Candidates:
+        mask = mask_of(task)
+        return per_rate(task, lambda rate: task.fit(mask, rate, **changes))
+
+    return make
+
+
+def per_rate(task: Task, fit: Callable[[float], Edited]) -> Candidates:
+    """One update per learning rate, each kept in the task's folder as soon as it is trained."""
+    found = {}
+    for rate in task.rates:
+        name = f"lr {rate * task.recipe.edit.lr:g}" if len(task.rates) > 1 else ""
+        kept = task.folder / f"delta-{rate:g}" if task.folder else None
+        if kept and kept.exists():
+            found[name] = Edited(WeightDelta.load(kept))
+            continue
+        found[name] = fit(rate)
+        if kept:
+            found[name].delta.save(kept)
+    return found
+
+
+def slices_after(task: Task) -> Candidates:
+    """Whole tensors trained, and only the circuit's entries kept (CircuitKIT)."""
+    mask = whole_tensors(task.mask)
+    return per_rate(task, lambda rate: Edited(task.fit(mask, rate).delta.restrict(task.mask)))
 
 
 def per_layer(vectors: Addition, layers: Sequence[int]) -> dict[str, Addition]:
@@ -144,106 +118,342 @@ def per_layer(vectors: Addition, layers: Sequence[int]) -> dict[str, Addition]:
     return {f"layer {layer}": vectors.at(layer) for layer in layers}
 
 
-def upper_half(task: Task) -> range:
-    """Layers for steering at several layers: from the middle to two thirds of the depth (CAST
-    steers 15-23 of 32).
-    """
-    n = task.spec.n_layers
-    return range(n // 2, max(n // 2 + 1, round(0.72 * n)))
+def steering_vectors(task: Task, principal: bool = False) -> Addition:
+    """Behaviour vectors of all layers from the task's refused and answered prompts."""
+    return behaviour_vectors(
+        task.model, task.tok, task.prompts, task.refusals, task.compliances, principal
+    )
 
 
-def cast(task: Task) -> Cast:
+def nothing(task: Task) -> Candidates:
+    """The base, as the method that does nothing."""
+    return {"": SystemPrompt("")}
+
+
+def system_prompt(task: Task) -> Candidates:
+    """An instruction before every prompt."""
+    return {"": SystemPrompt(SYSTEM_PROMPT.format(category=task.category))}
+
+
+def steered(task: Task) -> Candidates:
+    """Activation steering at one layer."""
+    return per_layer(steering_vectors(task), task.depths())
+
+
+def steered_at_several(task: Task) -> Candidates:
+    """Activation steering at several layers."""
+    return {"": steering_vectors(task).at(*task.upper_half())}
+
+
+def as_bias(task: Task) -> Candidates:
+    """Activation steering at one layer as a bias of the weights."""
+    return {name: Bias(one.vectors) for name, one in steered(task).items()}
+
+
+def directional(task: Task) -> Candidates:
+    """Arditi's direction, from benign counterparts to the target, added at one layer."""
+    vectors = prompt_vectors(task.model, task.tok, task.prompts, task.benign)
+    return per_layer(vectors, task.depths())
+
+
+def cast(task: Task) -> Candidates:
     """CAST with the behaviour at several layers and a condition at or before the first of them."""
-    layers = upper_half(task)
-    others = [*task.benign, *(prompt for prompt, _ in task.retain)]
+    layers = task.upper_half()
+    others = [*task.benign, *(prompt for prompt, _ in task.rows.retain)]
     condition = search_condition(
-        task.model, task.tok, task.prompts, others, task.val_target, task.val_others, range(layers.start + 1)
-    )  # fmt: skip
-    return Cast(steering_vectors(task, "pca").at(*layers), condition)
+        task.model,
+        task.tok,
+        task.prompts,
+        others,
+        task.val_target,
+        task.val_others,
+        range(layers.start + 1),
+    )
+    return {"": Cast(steering_vectors(task, principal=True).at(*layers), condition)}
 
 
-def ranked_mask(task: Task, scores: tuple[Tensor, Tensor]) -> ParameterMask:
+# ---------------------------------------------------------------------- masks
+
+
+def circuit_mask(task: Task) -> ParameterMask:
+    """The circuit's own."""
+    return task.mask
+
+
+def all_linear(task: Task) -> ParameterMask:
+    """All linear layers of all blocks."""
+    return dense_mask(task.spec)
+
+
+def random_units(task: Task) -> ParameterMask:
+    """Random units of the circuit's size."""
+    return random_mask(task.spec, task.mask.fraction, task.seed)
+
+
+def random_in_layers(task: Task) -> ParameterMask:
+    """Random units with the circuit's share of every layer."""
+    return layer_matched(task.mask, task.spec, task.seed)
+
+
+def largest_weights(task: Task) -> ParameterMask:
+    """Units of the largest weights."""
+    return ranked_mask(task, magnitude_scores(task.model, task.spec))
+
+
+def largest_gradients(task: Task) -> ParameterMask:
+    """Units of the largest |gradient × weight| of the refusals' loss."""
+    return ranked_mask(task, gradient_scores(task.model, task.spec, refusal_gradients(task)))
+
+
+def other_circuit(task: Task) -> ParameterMask:
+    """Another category's circuit."""
+    return task.other_mask
+
+
+def circuit_layers(task: Task) -> ParameterMask:
+    """All linear layers of the blocks that the circuit touches (SafeTune)."""
+    return whole_layers(task.spec, task.mask)
+
+
+def ranked_mask(task: Task, scores: tuple[torch.Tensor, torch.Tensor]) -> ParameterMask:
     """A mask of the circuit's size from other scores (heads, neurons)."""
     return select_units(task.spec, *scores, task.mask.fraction).to_mask(task.spec)
 
 
-def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, Tensor]:
-    """Gradient of the refusals' cross-entropy (summed over rows' means) with respect to every
+def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, torch.Tensor]:
+    """Gradient of the refusals' cross-entropy (summed over batches' means) with respect to every
     parameter.
     """
-    stops = stop_ids(task.model, task.tok)
-    rows = [example_ids(task.tok, *row, stops) for row in task.positive]
+    stops, pad = stop_ids(task.model, task.tok), pad_id(task.model, task.tok)
+    prompts = zip(task.prompts, task.refusals, strict=True)
+    rows = [example_ids(task.tok, prompt, refusal, stops) for prompt, refusal in prompts]
     with trainable(task.model) as parameters:
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], stops[0], task.model.device)
-            loss = F.cross_entropy(
-                answer_logits(task.model, batch).flatten(0, 1),
-                batch.labels.flatten(),
-                ignore_index=NO_LABEL,
-            )
-            for name, gradient in zip(total, torch.autograd.grad(loss, list(parameters.values()))):
+            batch = collate(rows[start : start + batch_size], pad, task.model.device)
+            logits = answer_logits(task.model, batch).flatten(0, 1)
+            loss = F.cross_entropy(logits, batch.labels.flatten(), ignore_index=NO_LABEL)
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for name, gradient in zip(total, gradients, strict=True):
                 total[name] += gradient
     return total
 
 
-def why_not(key: str, task: Task) -> str:
-    """Why a method cannot be made for a task; "" if it can."""
-    if key == "other_circuit" and task.other_mask is None:
-        return "there is no other category, whose circuit could be edited"
-    if key == "as_bias" and task.spec.layout.mlp_post:
+# ---------------------------------------------------------------------- needs
+
+
+def another_category(task: Task) -> str:
+    """A second circuit."""
+    return "" if task.other_mask else "there is no other category, whose circuit could be edited"
+
+
+def a_bias(task: Task) -> str:
+    """An MLP whose output goes into the residual stream as it is."""
+    if task.spec.layout.mlp_post:
         return "this architecture normalises the MLP's output, so no bias equals a steering vector"
-    if key == "directional" and not task.benign:
-        return "there are no benign prompts to set the target against"
-    if key == "cast" and not (task.val_target and task.val_others):
-        return "the validation split has no prompts to search its condition on"
     return ""
+
+
+def benign_prompts(task: Task) -> str:
+    """Counterparts of the target."""
+    return "" if task.benign else "there are no benign prompts to set the target against"
+
+
+def validation_prompts(task: Task) -> str:
+    """Prompts on both sides of a condition."""
+    if task.val_target and task.val_others:
+        return ""
+    return "the validation split has no prompts to search its condition on"
 
 
 # ---------------------------------------------------------------------- the table
 
-NOTHING = SystemPrompt("")
-"""The base as a method."""
-BASELINES: Mapping[str, Callable[[Task], Candidates]] = {
-    "base": lambda t: {"": NOTHING},
-    "system_prompt": lambda t: {"": SystemPrompt(SYSTEM_PROMPT.format(category=t.category))},
-    "as": lambda t: per_layer(steering_vectors(t), t.depths()),
-    "as_multi": lambda t: {"": steering_vectors(t).at(*upper_half(t))},
-    "directional": lambda t: per_layer(
-        prompt_vectors(t.model, t.tok, t.prompts, t.benign), t.depths()
+_ENTRIES = (
+    Method("base", "base", REFERENCE, "#949494", False, nothing, note="the model as it is"),
+    Method(
+        "cdelta",
+        "C-ΔΘ",
+        REFERENCE,
+        "#0173b2",
+        True,
+        trained(circuit_mask),
+        note="ΔΘ by the recipe, on the circuit",
     ),
-    "as_bias": lambda t: {
-        name: Bias(v.vectors) for name, v in per_layer(steering_vectors(t), t.depths()).items()
-    },
-    "cast": lambda t: {"": cast(t)},
-    "cdelta": lambda t: {"": t.fit()},
-    "dense": lambda t: {"": t.fit(dense_mask(t.spec))},
-    "dense_lora": lambda t: {"": t.fit(dense_mask(t.spec), rank=8)},
-    "positive_only": lambda t: {"": t.fit(objective="positive")},
-    "finetune": lambda t: {"": t.fit(dense_mask(t.spec), objective="positive")},
-    "random": lambda t: {"": t.fit(random_mask(t.spec, t.mask.fraction, t.seed))},
-    "random_layer": lambda t: {"": t.fit(layer_matched(t.mask, t.spec, t.seed))},
-    "magnitude": lambda t: {"": t.fit(ranked_mask(t, magnitude_scores(t.model, t.spec)))},
-    "gradient": lambda t: {
-        "": t.fit(ranked_mask(t, gradient_scores(t.model, t.spec, refusal_gradients(t))))
-    },
-    "other_circuit": lambda t: {"": t.fit(t.other_mask)},
-    "slices_after": lambda t: {"": t.fit(whole_tensors(t.mask)).restrict(t.mask)},
-    "layer_mask": lambda t: {"": t.fit(whole_layers(t.spec, t.mask))},
-}
-"""Method key -> candidates. ``as``: difference of means at one layer. ``directional``: Arditi's
-direction (target against its benign twins), added at one layer. ``finetune``: θ⁺ alone on all
-linear layers."""
-UNTRAINED = ("base", "system_prompt", "as", "as_multi", "directional", "as_bias", "cast")
-"""Methods that draw nothing at random: one seed tells all."""
+    Method(
+        "positive_only",
+        "θ⁺ alone",
+        UPDATES,
+        "#029e73",
+        True,
+        trained(circuit_mask, objective="positive"),
+        note="on the circuit, without the contrast",
+    ),
+    Method(
+        "dense",
+        "ΔΘ, all linear layers",
+        UPDATES,
+        "#d55e00",
+        True,
+        trained(all_linear),
+        note="the contrast without a circuit",
+    ),
+    Method(
+        "dense_lora",
+        "ΔΘ, LoRA of rank 8",
+        UPDATES,
+        "#fbafe4",
+        True,
+        trained(all_linear, rank=8),
+        note="the same, as rank-8 updates of all linear layers",
+    ),
+    Method(
+        "finetune",
+        "full fine-tuning",
+        UPDATES,
+        "#ece133",
+        True,
+        trained(all_linear, objective="positive"),
+        note="θ⁺ alone on all linear layers",
+    ),
+    Method(
+        "slices_after",
+        "circuit cut out afterwards",
+        UPDATES,
+        "#56b4e9",
+        True,
+        slices_after,
+        note="whole tensors trained, the circuit's entries kept",
+    ),
+    Method(
+        "layer_mask",
+        "whole layers",
+        UPDATES,
+        "#b05a7a",
+        True,
+        trained(circuit_layers),
+        note="all linear layers of the circuit's blocks",
+    ),
+    Method(
+        "random",
+        "random mask",
+        MASKS,
+        "#de8f05",
+        True,
+        trained(random_units),
+        note="ΔΘ on random units of the circuit's size",
+    ),
+    Method(
+        "random_layer",
+        "random, same layers",
+        MASKS,
+        "#8c6d31",
+        True,
+        trained(random_in_layers),
+        note="the same with the circuit's share of every layer",
+    ),
+    Method(
+        "magnitude",
+        "largest weights",
+        MASKS,
+        "#ca9161",
+        True,
+        trained(largest_weights),
+        note="ΔΘ on units of the largest weights",
+    ),
+    Method(
+        "gradient",
+        "largest gradients",
+        MASKS,
+        "#7a9c3f",
+        True,
+        trained(largest_gradients),
+        note="ΔΘ on units of the largest |gradient × weight|",
+    ),
+    Method(
+        "other_circuit",
+        "another circuit",
+        MASKS,
+        "#cc78bc",
+        True,
+        trained(other_circuit),
+        another_category,
+        note="ΔΘ on another category's circuit",
+    ),
+    Method(
+        "system_prompt",
+        "system prompt",
+        STEERING,
+        "#4d4d4d",
+        False,
+        system_prompt,
+        note="an instruction before every prompt",
+    ),
+    Method(
+        "as",
+        "steering, one layer",
+        STEERING,
+        "#7b5ea7",
+        False,
+        steered,
+        note="difference of means of refused and answered prompts",
+    ),
+    Method(
+        "as_multi",
+        "steering, several layers",
+        STEERING,
+        "#3f8f8f",
+        False,
+        steered_at_several,
+        note="the same at the middle layers",
+    ),
+    Method(
+        "as_bias",
+        "steering as a bias",
+        STEERING,
+        "#a0522d",
+        False,
+        as_bias,
+        a_bias,
+        note="the same in the weights, without a hook",
+    ),
+    Method(
+        "directional",
+        "directional",
+        STEERING,
+        "#2f6f4f",
+        False,
+        directional,
+        benign_prompts,
+        note="the direction from benign counterparts to the target, added (Arditi)",
+    ),
+    Method(
+        "cast",
+        "CAST",
+        STEERING,
+        "#8b1a4a",
+        False,
+        cast,
+        validation_prompts,
+        note="steering behind a condition on the prompt",
+    ),
+)
+METHODS: Mapping[str, Method] = {method.key: method for method in _ENTRIES}
+"""Method key -> the method, in the order of tables and figures."""
 
 
-def candidates(key: str, task: Task) -> Candidates:
-    """The candidates of a method key. Raises `CdeltaError` for an unknown one, and for one that
-    this task does not admit.
+def method_of(key: str) -> Method:
+    """A method by its key. Raises `CdeltaError` for an unknown one."""
+    if key not in METHODS:
+        raise CdeltaError(f"unknown method {key}: use {', '.join(METHODS)}.")
+    return METHODS[key]
+
+
+def title_of(key: str, tuned: bool) -> str:
+    """A method's title, which says so where its learning rate is C-ΔΘ's and was not tuned for it.
+
+    Args:
+        tuned: several learning rates were tried for every trained method.
     """
-    if key not in BASELINES:
-        raise CdeltaError(f"unknown method {key!r}: use {', '.join(BASELINES)}.")
-    if why_not(key, task):
-        raise CdeltaError(f"no method {key} here: {why_not(key, task)}.")
-    return BASELINES[key](task)
+    method = method_of(key)
+    plain = tuned or not method.trained or method.family == REFERENCE
+    return method.title if plain else f"{method.title} (not tuned)"

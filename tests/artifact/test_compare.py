@@ -1,4 +1,8 @@
-"""A comparison does every job once, also when it is killed or shared, and its rows make every table."""
+"""A comparison does every job once, also when it is killed, shared or done in parts, and its rows
+make every table.
+"""
+
+from __future__ import annotations
 
 import json
 import threading
@@ -11,19 +15,22 @@ import torch
 from edits import random_delta
 from toys import save_chat_toy
 
-from cdelta.artifact import jobs as compare
-from cdelta.artifact.jobs import STAGE, Comparison, Job, jobs, main
-from cdelta.artifact.presets import METHODS, PRESETS, TINY, changed
-from cdelta.artifact.run import Reader
+from cdelta.artifact import jobs as jobs_module
+from cdelta.artifact.job_results import Job, Results, jobs
+from cdelta.artifact.jobs import STAGE, Comparison, main
+from cdelta.artifact.presets import load_preset
+from cdelta.artifact.run import RunReader, write_settings
+from cdelta.artifact.targets import Evidence, targets_met
 from cdelta.circuit.controls import magnitude_scores
 from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
-from cdelta.evaluation.comparison import (
-    compare,
-    harness_utility,
+from cdelta.evaluation.comparison import compare, measured
+from cdelta.evaluation.measure import RowStore, evaluate
+from cdelta.evaluation.multiple_choice import TASKS, WIKITEXT, differences, perplexity_ratios
+from cdelta.evaluation.tables import (
+    lengths,
     matrix,
-    measured,
     ood,
     overrefusal,
     robustness,
@@ -32,10 +39,9 @@ from cdelta.evaluation.comparison import (
     tradeoff,
     utility,
 )
-from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.files import locked
-from cdelta.methods import registry as baselines
 from cdelta.methods.attacks import ATTACKS
+from cdelta.methods.registry import METHODS
 from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
@@ -43,16 +49,33 @@ from cdelta.paths import ROOT
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.records import content_hash
 from cdelta.policy.selection import limited
+from cdelta.settings import changed
 
 UPSTREAM = ROOT.parent / "shared" / "data"
-SETTINGS = changed(TINY, {
-    "name": "tiny", "model": "toy", "categories": ["crime", "hate"], "seeds": [0, 1], "data": {"validation_limit": 2},
-    "edit": {"max_steps": 2, "check_every": 2, "batch_size": 4, "scales": [0.0, 1.0]},
-    "evaluation": {
-        "max_new_tokens": 2, "limit": 2, "methods": ["base", "cdelta", "random", "cast"], "layers": [1], "strengths": [0.0, 1.0],
-        "attacked": ["base", "cdelta"], "attacks": ["benign_finetune", "ablated_direction"], "trained_categories": 0, "wrappers": ["Please: {prompt}"], "shift_prompts": 3,
+EVALUATION = {
+    "methods": ["base", "cdelta", "random", "cast"],
+    "test_limit": 2,
+    "layers": [1],
+    "strengths": [0.0, 1.0],
+    "attacked": ["base", "cdelta"],
+    "attacks": ["benign_finetune", "ablated_direction"],
+    "attack_rates": [1.0, 0.1],
+    "trained_categories": 0,
+    "wrappers": ["Please: {prompt}"],
+    "shift_prompts": 3,
+    "length_tokens": 4,
+}
+SETTINGS = changed(
+    load_preset("tiny"),
+    {
+        "model": "organism",  # fp32, so that no answer depends on its batch
+        "categories": ["crime", "hate"],
+        "seeds": [0, 1],
+        "edit": {"steps": 2, "check_every": 2, "batch_size": 4},
+        "answers": {"max_new_tokens": 2, "validation_limit": 2, "grid": [0.0, 1.0]},
+        "evaluation": EVALUATION,
     },
-})  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,73 +85,53 @@ def folder(tmp_path_factory):
 
 
 def make_run(root: Path, full: Policy) -> Path:
-    keep = full.records["category"].isin((*SETTINGS.categories, "weapons", "other", "benign")) & (
-        full.records["prompt"].str.len() < 200
-    )
-    records = limited(
-        full.records[keep & (full.records["ood_set"] != "held_out_templates")], 2
-    ).reset_index(drop=True)
-    place = lambda stage, name: (root / stage).mkdir(exist_ok=True) or root / stage / name
-    model_folder = save_chat_toy(place("00_organism", "model"), records["prompt"].tolist())
-    place("00_organism", "model.json").write_text(
-        json.dumps({"name": "toy", "path": "model", "revision": ""})
-    )
-    lm, tok = load_model(model_folder, dtype="float32", device="cpu")
-    spec = ModelSpec.from_model(lm)
-    replace(full, records=records, manifest=full.manifest | {"sha256": content_hash(records)}).save(
-        place("01_dataset", "policy")
-    )
-    evaluate(lm, tok, records, max_new_tokens=2).to_parquet(place("01_dataset", "base.parquet"))
-    place("02_attribution", "token_sets.json").write_text(
-        json.dumps({"refuse": [5, 6], "comply": [7]})
-    )
-    heads, neurons = magnitude_scores(lm, spec)
-    for category in SETTINGS.categories:
-        circuit = select_units(spec, heads, neurons, 0.1)
-        circuit.save(place("03_circuit", f"{category}.json"))
-        for seed in SETTINGS.seeds:
-            delta = random_delta(lm, mask=circuit.to_mask(spec), seed=seed, size=0.02)
-            delta.with_metadata(k=0.5, within_caps=True).save(
-                place("04_edit", f"{category}-{seed}")
-            )
-    row = {
-        "candidate": "",
-        "k": 0.5,
-        "target": 0.0,
-        "benign": 0.0,
-        "other": 0.0,
-        "utility": 0.0,
-        "chosen": True,
-    }
-    curve = [row | {"category": c, "seed": s} for c in SETTINGS.categories for s in SETTINGS.seeds]
-    pd.DataFrame(curve).to_parquet(place("04_edit", "curve.parquet"))
+    """The artifacts that a comparison reads."""
+    known = full.records["category"].isin((*SETTINGS.categories, "weapons", "other", "benign"))
+    keep = known & (full.records["prompt"].str.len() < 200)
+    keep &= full.records["ood_set"] != "held_out_templates"
+    records = limited(full.records[keep], 2).reset_index(drop=True)
+
+    def place(stage: str, name: str) -> Path:
+        (root / stage).mkdir(exist_ok=True)
+        return root / stage / name
+
+    model = save_chat_toy(place("00_subject", "model"), records["prompt"].tolist())
+    subject = {"name": "toy", "path": "model", "revision": ""}
+    place("00_subject", "model.json").write_text(json.dumps(subject))
+    lm, tok = load_model(model, dtype="float32", device="cpu")
+    manifest = full.manifest | {"sha256": content_hash(records)}
+    replace(full, records=records, manifest=manifest).save(place("01_dataset", "policy"))
+    base = evaluate(lm, tok, records, max_new_tokens=2)
+    base.to_parquet(place("01_dataset", "base.parquet"))
+    tokens = json.dumps({"refuse": [5, 6], "comply": [7]})
+    place("02_attribution", "token_sets.json").write_text(tokens)
+    _make_edits(lm, place)
     for stage in root.iterdir():
         (stage / "stage.json").write_text("{}")
     return root
 
 
-@pytest.mark.skipif(not UPSTREAM.exists(), reason="no local copies of the upstream data")
-def test_external_sets_flow_through_to_the_tables(tmp_path):
-    external = [f"{name}={UPSTREAM / name}" for name in ("xstest", "harmbench")]
-    run = make_run(tmp_path, build_policy("synthetic", SETTINGS.categories, external))
-    few = comparison(
-        run,
-        "external",
-        changed(
-            SETTINGS, {"seeds": [0], "evaluation": {"methods": ["base", "cdelta"], "attacked": []}}
-        ),
-    )
-    few.run_all(progress=False)
-    rows = few.rows()
-    assert {"crime", "hate"} == set(
-        ood(rows).query("ood_set == 'harmbench' and method == 'cdelta'")["category"]
-    )
-    assert "xstest" in set(overrefusal(rows).query("method == 'cdelta'")["borderline_set"])
+def _make_edits(lm, place) -> None:
+    """Circuits, and random deltas on them."""
+    spec, curve = ModelSpec.from_model(lm), []
+    for category in SETTINGS.categories:
+        circuit = select_units(spec, *magnitude_scores(lm, spec), 0.1)
+        circuit.save(place("03_circuit", f"{category}.json"))
+        for seed in SETTINGS.seeds:
+            delta = random_delta(lm, mask=circuit.to_mask(spec), seed=seed, size=0.02)
+            delta = delta.with_metadata(k=0.5, within_caps=True)
+            delta.save(place("04_edit", f"{category}-{seed}"))
+            rates = dict.fromkeys(("target", "benign", "other", "borderline", "utility"), 0.0)
+            names = {"category": category, "seed": seed, "k": 0.5, "chosen": True}
+            curve.append(names | rates)
+    pd.DataFrame(curve).to_parquet(place("04_edit", "curve.parquet"))
 
 
-def comparison(folder, name, settings=SETTINGS) -> Comparison:
+def comparison(folder, name, **evaluation) -> Comparison:
     """On the run in `folder`; `name` keeps its scratch folder apart from others'."""
-    return Comparison(Reader(STAGE, changed(settings, {"description": name}), folder, "cpu"))
+    top = {key: evaluation.pop(key) for key in ("seeds", "categories") if key in evaluation}
+    settings = changed(SETTINGS, {"description": name, "evaluation": evaluation, **top})
+    return Comparison(RunReader(STAGE, settings, folder, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -140,57 +143,100 @@ def whole(folder):
 
 
 def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """In an order of their own."""
     keys = ["method", "edit_category", "seed", "attack", "id"]
     return rows.sort_values(keys).reset_index(drop=True)
 
 
+# ---------------------------------------------------------------------- what is measured
+
+
 def test_every_method_seed_and_attack_has_its_rows(whole):
     rows = whole.rows()
-    assert not rows.duplicated(["method", "edit_category", "seed", "attack", "id"]).any() and set(
-        rows["split"]
-    ) == {"test"}
+    assert not rows.duplicated(["method", "edit_category", "seed", "attack", "id"]).any()
+    assert set(rows["split"]) == {"test"}
     seeds = rows[rows["edit_category"] != ""].groupby("method")["seed"].nunique().to_dict()
     assert seeds == {"base": 1, "cdelta": 2, "random": 2, "cast": 1}, (
         "what draws nothing at random has one seed"
     )
     attacks = rows.groupby("method")["attack"].unique().map(set)
-    assert attacks["base"] == attacks["cdelta"] == {"", *ATTACKS, "wrapper 1"} and attacks[
-        "random"
-    ] == {""}
-    own = rows[
-        (rows["method"] == "random")
-        & (rows["edit_category"] == "crime")
-        & (rows["ood_set"] != "")
-        & (rows["role"] == "target")
-    ]
-    assert set(own["category"]) == {"crime"}
-    assert set(whole.shifts()["method"]) == {"cdelta", "random", "cast"} and not whole.skipped()
+    assert attacks["base"] == attacks["cdelta"] == {"", *ATTACKS, "wrapper 1"}
+    assert attacks["random"] == {""}
+    own = rows[(rows["method"] == "random") & (rows["edit_category"] == "crime")]
+    own = own[(own["ood_set"] != "") & (own["role"] == "target")]
+    assert set(own["category"]) == {"crime"} and set(own["kind"]) == {"target"}
+    shifted = whole.collected("shift")
+    assert set(shifted["method"]) == {"cdelta", "random", "cast"} and not whole.skipped()
+    assert set(whole.collected("lengths")["method"]) == {"base", "cdelta", "random", "cast"}
+    rate = whole.facts(Job("cdelta", "crime"))["attack_rate"]
+    assert rate in (1.0, 0.1) and whole.facts(Job("cdelta", "crime", 1)).get("attack_rate") is None
 
 
 def test_strength_0_has_the_bases_rows(folder, whole):
-    task = whole.task(Job("random", "crime"))
-    still = replace(whole._chosen(Job("cdelta", "crime"), task, folder), strength=0.0)
-    made, measured = RowStore(folder / "made"), RowStore(folder / "measured")
+    job = Job("cdelta", "crime")
+    still = replace(whole.chosen(job, whole.task(job), folder), strength=0.0)
     under = {"method": "cdelta", "seed": 0, "edit_category": "crime", **whole.ask}
-    whole._measure_test(Job("cdelta", "crime"), still, under | {"store": made})
-    measure(
-        whole.model, whole.tok, still.method, 0.0, whole.test_of("crime"), **under, store=measured
-    )
-    pd.testing.assert_frame_equal(ordered(made.read()), ordered(measured.read()), atol=1e-5)
+    made, found = RowStore(folder / "made"), RowStore(folder / "measured")
+    whole._measure_test(job, still, under | {"store": made})
+    records = whole.test_of("cdelta", "crime")
+    measure(whole.model, whole.tok, still.method, 0.0, records, **under, store=found)
+    pd.testing.assert_frame_equal(ordered(made.read()), ordered(found.read()), atol=1e-5)
 
 
 def test_the_rows_make_every_table(whole):
     rows, curves = whole.rows(), whole.curves()
     for make in (selectivity, matrix, ood, overrefusal, utility, robustness, measured):
         assert len(make(rows)), make
-    assert len(compare(rows, "cdelta", ["base", "random"])) and len(shift(whole.shifts()))
+    assert len(compare(rows, "cdelta", ["base", "random"]))
+    shifts, sizes = shift(whole.collected("shift")), lengths(whole.collected("lengths"))
+    assert (sizes.loc[sizes["method"] == "base", "ratio"] == 1).all() and len(shifts)
     trade = tradeoff(curves)
     assert trade.groupby(["method", "category"])["chosen"].any().all() and (trade["x"] >= 0).all()
+    table = targets_met(Evidence(rows, shifts=shifts, lengths=sizes))
+    assert set(table["category"]) == {"crime", "hate"} and table["met"].notna().any()
+
+
+def test_methods_with_few_prompts_answer_a_part_of_the_others(folder):
+    few = comparison(folder, "few", others_limit=1, measured_fully=["base", "cdelta"])
+    some, all_of_them = few.test_of("cast", "crime"), few.test_of("cdelta", "crime")
+    assert set(some["id"]) < set(all_of_them["id"])
+    groups = ["category", "role", "skill", "ood_set"]
+    assert some.groupby(groups).size().max() == 1 and all_of_them.groupby(groups).size().max() == 2
+
+
+def test_tasks_and_running_text_are_measured_on_the_first_seed(folder, tmp_path):
+    question = {"query": "how", "choices": ["one", "two three"], "gold": 0}
+    (tmp_path / TASKS["copa"].file).parent.mkdir()
+    (tmp_path / TASKS["copa"].file).write_text("\n".join([json.dumps(question)] * 3))
+    (tmp_path / WIKITEXT).parent.mkdir()
+    (tmp_path / WIKITEXT).write_text("make a cake . " * 30)
+    names = {"harness_tasks": ["copa"], "methods": ["base", "cdelta"], "attacked": []}
+    some = comparison(folder, "tasks", data=str(tmp_path), seeds=[0], **names)
+    some.run_all(progress=False)
+    table = differences(some.collected("tasks"))
+    assert set(table["method"]) == {"base", "cdelta"} and set(table["n"]) == {3}
+    assert perplexity_ratios(some.collected("text")).set_index("method").loc["base", "ratio"] == 1
+
+
+@pytest.mark.skipif(not UPSTREAM.exists(), reason="no local copies of the upstream data")
+def test_external_sets_flow_through_to_the_tables(tmp_path):
+    external = [f"{name}={UPSTREAM / name}" for name in ("xstest", "harmbench")]
+    run = make_run(tmp_path, build_policy("synthetic", SETTINGS.categories, external))
+    few = comparison(run, "external", seeds=[0], methods=["base", "cdelta"], attacked=[])
+    few.run_all(progress=False)
+    rows = few.rows()
+    far = ood(rows).query("ood_set == 'harmbench' and method == 'cdelta'")
+    assert set(far["category"]) == {"crime", "hate"}
+    safe = overrefusal(rows).query("method == 'cdelta'")
+    assert "xstest" in set(safe["borderline_set"])
+
+
+# ---------------------------------------------------------------------- how the work is done
 
 
 def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatch):
     appended, fitted = [], []
-    append, fit = RowStore.append, baselines.fit_delta
+    append, train = RowStore.append, jobs_module.Task.fit
 
     def dies(self, rows):
         append(self, rows)
@@ -198,10 +244,12 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatc
         if len(appended) in (5, 12, 20):
             raise KeyboardInterrupt
 
+    def fit(self, *args, **changes):
+        fitted.append(self.category)
+        return train(self, *args, **changes)
+
     monkeypatch.setattr(RowStore, "append", dies)
-    monkeypatch.setattr(
-        baselines, "fit_delta", lambda *a, **k: fitted.append(k.get("objective")) or fit(*a, **k)
-    )
+    monkeypatch.setattr(jobs_module.Task, "fit", fit)
     kills = 0
     while True:
         killed = comparison(folder, "killed")
@@ -213,21 +261,16 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatc
     assert kills == 3
     pd.testing.assert_frame_equal(ordered(killed.rows()), ordered(whole.rows()))
     pd.testing.assert_frame_equal(killed.curves(), whole.curves())
-    assert fitted.count("contrastive") == 4, "a trained delta is kept until its job is done"
+    assert len(fitted) == 4, "a trained delta is kept until its job is done"
     comparison(folder, "killed").run_all(progress=False)
-    assert fitted.count("contrastive") == 4, "a finished job is never done again"
+    assert len(fitted) == 4, "a finished job is never done again"
 
 
 def test_processes_share_the_work(folder, whole):
-    shared = comparison(
-        folder,
-        "shared",
-        changed(
-            SETTINGS, {"seeds": [0], "evaluation": {"methods": ["base", "cdelta"], "attacked": []}}
-        ),
-    )
+    few = {"seeds": [0], "methods": ["base", "cdelta"], "attacked": []}
+    shared = comparison(folder, "shared", **few)
     held = shared.jobs[1]
-    with locked(shared._folder(held).parent / f".{held}.lock"):
+    with locked(shared.folder(held).parent / f".{held}.lock"):
         worker = threading.Thread(target=shared.run_all, kwargs={"progress": False})
         worker.start()
         while shared.facts(shared.jobs[-1]) is None:
@@ -239,86 +282,57 @@ def test_processes_share_the_work(folder, whole):
     assert all(shared.facts(job) is not None for job in shared.jobs)
 
 
-def test_cdelta_is_stage_04s_delta(folder, whole, monkeypatch):
-    task = whole.task(Job("cdelta", "crime", 1))
-    chosen = whole._chosen(Job("cdelta", "crime", 1), task, folder)
+def test_parts_are_done_by_the_command_from_the_runs_own_settings(folder, capsys):
+    settings = changed(SETTINGS, {"description": "parts", "evaluation": {"attacked": []}})
+    write_settings(folder, settings)
+    asked = ["--run-dir", str(folder), "--device", "cpu", "--categories", "hate"]
+    assert main([*asked, "--only", "cast,cdelta"]) == 0
+    results = Results(RunReader(STAGE, settings, folder, "cpu"))
+    done = {str(job) for job in results.jobs if results.facts(job)}
+    assert done == {"cast hate 0", "cdelta hate 0", "cdelta hate 1"}
+    assert "1/3 cdelta hate 0: k = 0.5" in capsys.readouterr().out
+    (folder / "run.json").unlink()
+
+
+def test_wrong_calls_of_the_command_are_one_line(folder, capsys):
+    assert main(["--run-dir", str(folder / "nowhere"), "--device", "cpu"]) == 2
+    assert "not finished" in capsys.readouterr().err
+    assert main(["--run-dir", str(folder), "--only", "nonsense"]) == 2
+    assert "unknown method nonsense" in capsys.readouterr().err
+
+
+def test_cdelta_is_stage_04s_delta(folder, whole):
+    job = Job("cdelta", "crime", 1)
+    chosen = whole.chosen(job, whole.task(job), folder)
     assert (chosen.strength, chosen.within_caps) == (0.5, True)
-    saved = WeightDelta.load(folder / "04_edit" / "crime-1")
-    assert all(
-        torch.equal(chosen.method.values[name], value) for name, value in saved.values.items()
-    )
-
-
-def test_harness_rows_become_utility_rows_and_a_harness_that_cannot_run_is_named(
-    folder, monkeypatch
-):
-    few = comparison(
-        folder,
-        "tasks",
-        changed(
-            SETTINGS,
-            {
-                "seeds": [0],
-                "evaluation": {
-                    "methods": ["base", "cdelta"],
-                    "attacked": [],
-                    "harness_tasks": ["mmlu"],
-                },
-            },
-        ),
-    )
-    row = {"task": "mmlu", "metric": "acc", "filter": "none", "value": 0.5, "stderr": 0.1, "n": 4}
-    monkeypatch.setattr(
-        compare,
-        "harness",
-        lambda model, tok, tasks, **how: pd.DataFrame([row | {"task": task} for task in tasks]),
-    )
-    few.finish(Job("cdelta", "crime"))
-    assert harness_utility(few.tasks())[["category", "method", "skill"]].values.tolist() == [
-        ["crime", "cdelta", "mmlu (acc, none)"]
-    ]
-
-    def out_of_reach(*args, **how):
-        raise CdeltaError("the harness could not run mmlu: no network")
-
-    monkeypatch.setattr(compare, "harness", out_of_reach)
-    few.finish(Job("cdelta", "hate"))
-    assert few.skipped() == {"lm-evaluation-harness": "the harness could not run mmlu: no network"}
+    saved = WeightDelta.load(folder / "04_edit" / "crime-1").values
+    assert all(torch.equal(chosen.method.delta.values[name], v) for name, v in saved.items())
 
 
 def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
-    alone = comparison(
-        folder,
-        "alone",
-        changed(
-            SETTINGS,
-            {"categories": ["crime"], "seeds": [0], "evaluation": {"methods": ["other_circuit"]}},
-        ),
-    )
+    alone = comparison(folder, "alone", categories=["crime"], seeds=[0], methods=["other_circuit"])
     alone.finish(Job("other_circuit", "crime", 0))
     assert "no other category" in alone.skipped()["other_circuit"]
 
 
 def test_jobs_of_the_full_preset_and_unknown_methods():
-    preset = PRESETS["tiny-full"]
+    preset = load_preset("tiny-full")
     assert len(jobs(preset)) == len(set(jobs(preset))) == 1 + 5 * (1 + 12 * 3 + 6), (
         "the base is attacked once per category"
     )
     few = jobs(changed(preset, {"evaluation": {"trained_categories": 2}}))
-    seeds = {
-        method: sorted(job.seed for job in few if job.method == method and job.category == "crime")
-        for method in METHODS
-    }
+    own = [job for job in few if job.category == "crime"]
+    seeds = {key: sorted(job.seed for job in own if job.method == key) for key in METHODS}
     assert seeds["cdelta"] == seeds["dense"] == [0, 1, 2] and seeds["cast"] == seeds["as"] == [0]
     assert {job.category for job in few if job.method == "dense"} == {"crime", "hate"}
     with pytest.raises(CdeltaError, match="unknown method nonsense"):
-        jobs(changed(TINY, {"evaluation": {"methods": ["nonsense"]}}))
+        jobs(changed(SETTINGS, {"evaluation": {"methods": ["nonsense"]}}))
+    with pytest.raises(CdeltaError, match="unknown attack nonsense"):
+        jobs(changed(SETTINGS, {"evaluation": {"attacks": ["nonsense"]}}))
 
 
-def test_the_command_does_the_jobs(folder, monkeypatch, capsys):
-    monkeypatch.setitem(
-        compare.__dict__, "resolve", lambda *a: changed(SETTINGS, {"description": "whole"})
-    )
-    assert main(["--preset", "tiny", "--run-dir", str(folder), "--device", "cpu"]) == 0
-    assert main(["--preset", "tiny", "--run-dir", str(folder / "nowhere"), "--device", "cpu"]) == 2
-    assert "not finished" in capsys.readouterr().err
+def test_titles_say_what_was_not_tuned(folder):
+    one = Results(RunReader(STAGE, SETTINGS, folder, "cpu"))
+    two = changed(SETTINGS, {"evaluation": {"rate_factors": [0.3, 1.0]}})
+    assert one.titles()["random"] == "random mask (not tuned)"
+    assert Results(RunReader(STAGE, two, folder, "cpu")).titles()["random"] == "random mask"

@@ -1,4 +1,8 @@
-"""Every method key of the issue makes a method; strengths are chosen on validation under the caps; masks are what they say."""
+"""Every registered method makes something that applies; strengths are chosen on validation under
+the caps; masks are what they say.
+"""
+
+from __future__ import annotations
 
 import random
 from dataclasses import replace
@@ -7,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import WORDS, toy
+from toys import WORDS, toy, toy_tokenizer
 
-from cdelta.artifact.presets import METHODS
 from cdelta.attribution.metrics import refusal_log_odds
-from cdelta.circuit.controls import (  # fmt: skip
+from cdelta.circuit.controls import (
     dense_mask,
     magnitude_scores,
     random_mask,
@@ -19,130 +22,146 @@ from cdelta.circuit.controls import (  # fmt: skip
     whole_tensors,
 )
 from cdelta.circuit.mask import layer_of
-from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.recipe import EditRecipe, Recipe
+from cdelta.edit.rows import TrainingRows
 from cdelta.edit.scale import Caps
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.evaluation.measure import evaluate
-from cdelta.methods.attacks import ATTACKS, benign_finetuned, measure_attacked
+from cdelta.methods.attacks import ATTACKS, benign_finetuned, harmless_rate, measure_attacked
+from cdelta.methods.base import Applied, as_method, param_fraction
 from cdelta.methods.registry import (
-    BASELINES,
-    Task,
-    candidates,
+    METHODS,
+    method_of,
     ranked_mask,
     refusal_gradients,
-    why_not,
+    title_of,
 )
 from cdelta.methods.steering import SystemPrompt
-from cdelta.methods.tuning import curve_row, measure, param_fraction, tune, tune_layers
+from cdelta.methods.task import Task
+from cdelta.methods.tuning import measure, tune, tune_layers
 from cdelta.models.chat import example_ids
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.records import SplitRows
 
-KEYS = (
-    "system_prompt as as_multi directional as_bias cast dense dense_lora positive_only finetune random random_layer magnitude gradient "
-    "other_circuit slices_after layer_mask cdelta"
-).split()
 METRIC = refusal_log_odds([3], [7])
 RNG = random.Random(0)
 PROMPTS = list(dict.fromkeys(" ".join(RNG.choices(WORDS, k=RNG.randint(2, 9))) for _ in range(40)))
+ROLES = ("target", "target", "benign", "benign", "utility")
 RECORDS = [
     {
         "id": str(i),
-        "prompt": p,
+        "prompt": prompt,
         "category": ("crime", "hate")[i % 2],
-        "role": ("target", "target", "benign", "benign", "utility")[i % 5],
+        "role": ROLES[i % 5],
         "split": "val",
     }
-    for i, p in enumerate(PROMPTS[16:30])
+    for i, prompt in enumerate(PROMPTS[16:30])
 ]
+RECIPE = Recipe(edit=EditRecipe(steps=2, batch_size=4, warmup=1))
 
 
 @pytest.fixture
 def task():
+    """Few rows of a random model."""
     model = toy("llama")
     spec = ModelSpec.from_model(model)
     return make_task(model, random_mask(spec, 0.2, 1), random_mask(spec, 0.2, 2))
 
 
-def make_task(model, mask, other):
-    import toys
+def make_task(model, mask, other, **changes) -> Task:
+    def answered(prompts, answer):
+        return [(prompt, answer) for prompt in prompts]
 
-    pairs = lambda rows, answer: [(prompt, answer) for prompt in rows]
+    rows = TrainingRows(
+        answered(PROMPTS[:8], "please cake"),
+        answered(PROMPTS[:8], "one two"),
+        answered(PROMPTS[8:16], "red blue"),
+    )
     return Task(
-        model, toys.toy_tokenizer(), "crime", mask, pairs(PROMPTS[:8], "please cake"), pairs(PROMPTS[:8], "one two"),
-        pairs(PROMPTS[8:16], "red blue"), PROMPTS[8:16], PROMPTS[16:20], PROMPTS[20:24], other, settings=dict(steps=2, batch_size=4, warmup=1),
-    )  # fmt: skip
+        model,
+        toy_tokenizer(),
+        "crime",
+        mask,
+        rows,
+        PROMPTS[8:16],
+        RECIPE,
+        PROMPTS[16:20],
+        PROMPTS[20:24],
+        other,
+        **changes,
+    )
 
 
-def test_the_table_has_the_issues_keys():
-    assert set(BASELINES) == {"base", *KEYS} == set(METHODS)
+def test_the_registry_names_every_method_once():
+    assert list(METHODS)[:2] == ["base", "cdelta"] and all(k == m.key for k, m in METHODS.items())
+    for unique in ("title", "colour"):
+        assert len({getattr(method, unique) for method in METHODS.values()}) == len(METHODS)
+    with pytest.raises(CdeltaError, match="unknown method nonsense: use base, cdelta"):
+        method_of("nonsense")
+    assert title_of("dense", tuned=False) == "ΔΘ, all linear layers (not tuned)"
+    assert title_of("dense", tuned=True) == METHODS["dense"].title
+    assert "not tuned" not in title_of("cdelta", tuned=False) + title_of("cast", tuned=False)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", list(METHODS))
 def test_every_method_applies_and_leaves_the_model_as_it_was(task, key):
     before = {name: p.clone() for name, p in task.model.named_parameters()}
-    for method in candidates(key, task).values():
+    for method in METHODS[key].candidates(task).values():
         with method.applied(task.model, 1.0):
             changed = any(
                 not torch.equal(p, before[name])
                 for name, p in task.model.named_parameters()
                 if name in before
             )
-            assert changed == isinstance(method, WeightDelta)
-        rows = measure(
-            task.model,
-            task.tok,
-            method,
-            1.0,
-            RECORDS[:4],
-            max_new_tokens=2,
-            method=key,
-            metric=METRIC,
-        )
-        assert (
-            rows["log_odds"].notna().all()
-            and set(rows["method"]) == {key}
-            and set(rows["k"]) == {1.0}
-        )
+            assert changed == METHODS[key].trained == (method.n_changed > 0)
+        options = {"max_new_tokens": 2, "method": key, "metric": METRIC}
+        rows = measure(task.model, task.tok, method, 1.0, RECORDS[:4], **options)
+        assert rows["log_odds"].notna().all()
+        assert set(rows["method"]) == {key} and set(rows["k"]) == {1.0}
     after = dict(task.model.named_parameters())
-    assert after.keys() == before.keys() and all(
-        torch.equal(p, before[name]) and not p.requires_grad for name, p in after.items()
-    )
+    assert after.keys() == before.keys()
+    assert all(torch.equal(p, before[n]) and not p.requires_grad for n, p in after.items())
 
 
-def test_unknown_method_and_missing_mask(task):
-    with pytest.raises(CdeltaError, match="unknown method"):
-        candidates("nonsense", task)
-    with pytest.raises(CdeltaError, match="no other category"):
-        candidates("other_circuit", make_task(task.model, task.mask, None))
+def test_a_method_says_how_it_is_measured(task):
+    assert METHODS["cast"].candidates(task)[""].keeps_rows and not Applied.keeps_rows
+    assert "crime" in METHODS["system_prompt"].candidates(task)[""].system
+    edited = METHODS["random"].candidates(task)[""]
+    assert as_method(edited.delta) == edited and as_method(edited) is edited
+    assert edited.strengths != Applied.strengths
 
 
 def test_what_a_method_lacks_is_said(task):
     bare = replace(task, benign=[], val_target=[], other_mask=None)
-    assert {key for key in BASELINES if why_not(key, bare)} == {
+    assert {key for key, method in METHODS.items() if method.why_not(bare)} == {
         "other_circuit",
         "directional",
         "cast",
     }
-    assert not any(why_not(key, task) for key in BASELINES)
-    gemma = toy("gemma2")
-    assert "no bias equals" in why_not("as_bias", replace(task, model=gemma))
+    assert not any(method.why_not(task) for method in METHODS.values())
+    assert "no bias equals" in METHODS["as_bias"].why_not(replace(task, model=toy("gemma2")))
+    with pytest.raises(CdeltaError, match="no method other_circuit here: there is no other"):
+        METHODS["other_circuit"].candidates(bare)
+
+
+def test_learning_rates_are_candidates_and_trained_updates_are_kept(task, tmp_path, monkeypatch):
+    wide = replace(task, rates=(0.1, 1.0), folder=tmp_path)
+    found = METHODS["random"].candidates(wide)
+    assert list(found) == ["lr 0.0003", "lr 0.003"]
+    assert found["lr 0.0003"].delta.norm() < found["lr 0.003"].delta.norm()
+
+    def trains_again(*args, **options):
+        raise AssertionError
+
+    monkeypatch.setattr("cdelta.methods.task.train", trains_again)
+    again = METHODS["random"].candidates(wide)
+    assert [m.delta.hash() for m in again.values()] == [m.delta.hash() for m in found.values()]
 
 
 def test_test_rows_are_refused(task):
+    asked = SplitRows((("p", "a"),), "test")
     with pytest.raises(TestSplitError):
-        Task(
-            task.model,
-            task.tok,
-            "crime",
-            task.mask,
-            SplitRows((("p", "a"),), "test"),
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+        replace(task, rows=TrainingRows(asked, [], []))
     base = evaluate(task.model, task.tok, RECORDS, max_new_tokens=1).assign(split="test")
     with pytest.raises(TestSplitError):
         tune(task.model, task.tok, {}, RECORDS, base, "crime", Caps())
@@ -168,7 +187,7 @@ def test_masks_are_what_they_say(task):
 
 
 def test_slices_after_keeps_only_the_circuit(task):
-    delta = candidates("slices_after", task)[""]
+    delta = METHODS["slices_after"].candidates(task)[""].delta
     assert delta.mask_hash() == task.mask.hash() and param_fraction(
         delta, task.spec
     ) == pytest.approx(task.mask.fraction)
@@ -179,7 +198,7 @@ def test_gradients_are_those_of_the_refusals_loss(task):
     name = "model.layers.1.mlp.down_proj.weight"
     weight = dict(task.model.named_parameters())[name].requires_grad_(True)
     losses = []
-    for prompt, answer in task.positive:
+    for prompt, answer in task.rows.positive:
         head, tail = example_ids(task.tok, prompt, answer, [1])
         logits = task.model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
         losses.append(F.cross_entropy(logits, torch.tensor(tail)))
@@ -201,6 +220,7 @@ def rows_of(**refused):
             share = refused.get(f"{category}_{role}", 0.0)
             found += [
                 dict(
+                    id=f"{category}{role}{i}",
                     category=category,
                     role=role,
                     split="val",
@@ -211,6 +231,7 @@ def rows_of(**refused):
             ]
     found += [
         dict(
+            id=f"skill{i}",
             category="other",
             role="utility",
             split="val",
@@ -222,14 +243,7 @@ def rows_of(**refused):
     return pd.DataFrame(found)
 
 
-def test_a_curve_row_by_hand():
-    row = curve_row(
-        rows_of(crime_target=1.0, hate_target=0.25, hate_benign=0.5, utility=0.75),
-        rows_of(hate_target=1.0),
-        "crime",
-        0.5,
-    )
-    assert row == {"k": 0.5, "target": 1.0, "benign": 0.5, "other": 0.75, "utility": 0.75}
+SECOND = Applied()
 
 
 def test_the_strongest_within_the_caps_wins(task, monkeypatch):
@@ -246,7 +260,7 @@ def test_the_strongest_within_the_caps_wins(task, monkeypatch):
     chosen = tune(
         task.model,
         task.tok,
-        {"a": 1, "b": 2},
+        {"a": Applied(), "b": SECOND},
         [],
         rows_of(),
         "crime",
@@ -255,7 +269,7 @@ def test_the_strongest_within_the_caps_wins(task, monkeypatch):
     )
     assert (chosen.name, chosen.method, chosen.strength, chosen.within_caps, len(chosen.curve)) == (
         "b",
-        2,
+        SECOND,
         1.0,
         True,
         6,
@@ -267,11 +281,13 @@ def test_the_strongest_within_the_caps_wins(task, monkeypatch):
 
 
 def test_layers_that_nothing_needs_fall_to_zero_and_caps_hold(task, monkeypatch):
-    """Layer 0 does nothing, more of layer 1 refuses more, and layer 2 beyond its scale costs twins."""
-    delta = task.fit()
-    size = lambda method, layer: (
-        sum(v.norm().item() ** 2 for n, v in method.values.items() if layer_of(n) == layer) ** 0.5
-    )
+    """Layer 0 does nothing; more of layer 1 refuses more; more of layer 2 costs benign prompts."""
+    delta = task.fit(task.mask).delta
+
+    def size(method, layer):
+        own = [v.norm().item() ** 2 for n, v in method.values.items() if layer_of(n) == layer]
+        return sum(own) ** 0.5
+
     whole = {layer: size(delta, layer) for layer in range(3)}
 
     def fake(model, tok, method, strength, records, /, **how):
@@ -301,8 +317,27 @@ def test_layers_that_nothing_needs_fall_to_zero_and_caps_hold(task, monkeypatch)
 def test_attacks_are_measured_on_top_and_taken_away(task):
     before = {name: p.clone() for name, p in task.model.named_parameters()}
     rows = measure_attacked(
-        task, task.fit(), 1.0, RECORDS, max_new_tokens=2, method="cdelta", edit_category="crime"
+        task,
+        task.fit(task.mask),
+        1.0,
+        RECORDS,
+        max_new_tokens=2,
+        method="cdelta",
+        edit_category="crime",
     )
     assert set(rows["attack"]) == set(ATTACKS) and len(rows) == 2 * len(RECORDS)
     assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
-    assert benign_finetuned(task).count() == dense_mask(task.spec).count()
+    assert benign_finetuned(task).n_changed == dense_mask(task.spec).count()
+
+
+def test_the_attack_takes_the_largest_learning_rate_that_does_not_break_the_base(task, monkeypatch):
+    asked = []
+
+    def fake(model, tok, method, strength, records, /, **options):
+        asked.append(method)
+        return rows_of(crime_benign=1.0 if len(asked) < 3 else 0.0)
+
+    monkeypatch.setattr("cdelta.methods.attacks.measure", fake)
+    monkeypatch.setattr("cdelta.methods.attacks.benign_finetuned", lambda task, rate: rate)
+    assert harmless_rate(task, rows_of(), (1.0, 0.1, 0.01, 0.001)) == 0.01
+    assert asked == [1.0, 0.1, 0.01]

@@ -1,4 +1,6 @@
-"""Steering: identity at strength 0, exact restoration, the same for every row of a batch, with a cache and without."""
+"""Steering: identity at strength 0, exact restoration, the same for every row of a batch, with a
+cache and without.
+"""
 
 import copy
 import random
@@ -15,17 +17,13 @@ from cdelta.methods.cast import (  # fmt: skip
     condition_similarity,
     search_condition,
 )
-from cdelta.methods.steering import (
-    Ablation,
-    Addition,
-    Bias,
-    behaviour_vectors,
+from cdelta.methods.residual import (
     centred_direction,
     mean_difference,
     principal_direction,
-    prompt_vectors,
     read_residual,
 )
+from cdelta.methods.steering import Ablation, Addition, Bias, behaviour_vectors, prompt_vectors
 from cdelta.models.chat import chat_ids, left_pad, positions
 from cdelta.models.generation import decode, first_logits, generate
 from cdelta.models.loading import load_model
@@ -97,7 +95,8 @@ def test_every_row_of_a_batch_is_steered_as_if_alone(family, tokenizer, name):
             first_logits(model, tokenizer, PROMPTS, batch_size=size) for size in (12, 1)
         )
         answers = [
-            generate(model, tokenizer, PROMPTS, 6, size, drop_finished=False) for size in (12, 1)
+            generate(model, tokenizer, PROMPTS, 6, batch_size=size, drop_finished=False)
+            for size in (12, 1)
         ]
     assert torch.allclose(whole, alone, atol=2e-3)
     assert answers[0] == answers[1]
@@ -289,9 +288,11 @@ def test_the_search_finds_what_tells_the_groups_apart(llama, tokenizer):
     )
     condition = search_condition(llama, tokenizer, cake[:4], red[:4], cake[4:], red[4:])
     assert condition.f1 == 1.0
-    fires = lambda prompts: condition.fires(
-        read_residual(llama, tokenizer, prompts, pool="mean")[:, condition.layer]
-    )
+
+    def fires(prompts):
+        pooled = read_residual(llama, tokenizer, prompts, pool="mean")
+        return condition.fires(pooled[:, condition.layer])
+
     assert fires(cake[4:]).all() and not fires(red[4:]).any()
 
 
@@ -312,7 +313,10 @@ def test_directions_of_planted_differences():
 
 def test_fitted_vectors_are_differences_of_means(llama, tokenizer):
     refusals, compliances = ["please"] * 12, ["red one"] * 12
-    read = lambda answers: read_residual(llama, tokenizer, PROMPTS, answers, pool="mean").mean(0)
+
+    def read(answers):
+        return read_residual(llama, tokenizer, PROMPTS, answers, pool="mean").mean(0)
+
     found = behaviour_vectors(llama, tokenizer, PROMPTS, refusals, compliances)
     assert torch.allclose(
         torch.stack(list(found.vectors.values())), read(refusals) - read(compliances), atol=1e-5
@@ -327,6 +331,6 @@ def test_fitted_vectors_are_differences_of_means(llama, tokenizer):
 def test_fitting_leaves_the_model_alone(tokenizer):
     model = toy("llama")
     before = copy.deepcopy(model.state_dict())
-    behaviour_vectors(model, tokenizer, PROMPTS, ["please"] * 12, ["red"] * 12, how="pca")
+    behaviour_vectors(model, tokenizer, PROMPTS, ["please"] * 12, ["red"] * 12, principal=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
