@@ -29,8 +29,8 @@ def test_checkpoint_is_small_and_carries_its_model_card():
 
 
 def test_meets_its_requirements_on_a_sample_of_test_prompts(shipped):
-    records = to_records(records())
-    test = records[(records["split"] == "test") & (records["ood_set"] == "")]
+    all_records = to_records(records())
+    test = all_records[(all_records["split"] == "test") & (all_records["ood_set"] == "")]
     rows = evaluate(*shipped, limited(test, 20), max_new_tokens=20, batch_size=128)
     table = check(rows)
     benign, refused = table[table["kind"] == "benign"], table[table["kind"] == "other_harm"]

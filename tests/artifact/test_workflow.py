@@ -21,7 +21,7 @@ from cdelta.paths import ROOT
 pytestmark = pytest.mark.e2e
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=600):
     """Poll until `condition()`; fail after `seconds`."""
     deadline = time.time() + seconds
     while not condition():
@@ -49,7 +49,7 @@ def resumed(tmp_path_factory):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     project.after_kill = project.stamps()
-    wait_for(lambda: not processes_of(project), 20)
+    wait_for(lambda: not processes_of(project), 60)
     held.unlink()
     project.second = project.run()
     return project
@@ -181,7 +181,7 @@ def test_a_stage_left_behind_cannot_publish(project):
     second = project.run()
     first.communicate()
     assert second.returncode == 0 and project.finished() == list(NAMES)
-    wait_for(lambda: not processes_of(project), 20)
+    wait_for(lambda: not processes_of(project), 60)
     assert project.run("--dry-run").stdout.strip() == "Nothing to be done."
 
 
