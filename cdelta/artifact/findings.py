@@ -245,7 +245,7 @@ def selectivity(table: pd.DataFrame, measure: str, title) -> str:
 
 def overrefusal(table: pd.DataFrame, title) -> str:
     """Refusal of the own category's borderline prompts, base against C-ΔΘ."""
-    rows = table[table["kind"] == "own borderline"]
+    rows = table[(table["measure"] == "borderline") & (table["category"] != "all")]
     rates = {method: own["rate"] for method, own in rows.groupby("method", sort=False)}
     if OWN not in rates or rates[OWN].isna().all():
         return ""

@@ -1,51 +1,86 @@
-"""What notebook 01 shows of a policy: tables and arrays, no figures. Third-party harmful prompts appear shortened."""
+"""What notebooks 00 to 02 show of the model and its prompts: tables, no figures.
+
+Third-party harmful prompts appear shortened.
+"""
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from cdelta.attribution.metrics import (
-    Metric,
-)
+from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.attribution.scores import RULES, Scores, attribute
-from cdelta.errors import CdeltaError
 from cdelta.evaluation.classifiers import taught_labels, xstest_labels
+from cdelta.evaluation.rates import rates, with_kind
 from cdelta.models.chat import chat_ids
+from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
 from cdelta.policy.leakage import find_overlaps
-from cdelta.policy.pairs import pair_yield
-from cdelta.policy.records import SPLITS, SplitRows, normalise
-from cdelta.policy.sources import SOURCES
+from cdelta.policy.pairs import PairYield, PromptPairs, pair_yield
+from cdelta.policy.records import SPLITS, normalise
+from cdelta.policy.sources import SOURCES, SourceUnavailable
 
-pass
-from cdelta.policy.pairs import PairYield, PromptPairs
-from cdelta.policy.sources import SourceUnavailable
+# ---------------------------------------------------------------------- the subject
 
-KEYWORDS: dict[str, tuple[str, ...]] = {
-    "crime": ("crim", "illeg", "illicit", "unlawful", "heist", "theft", "steal", "rob", "smuggl", "fraud", "scam", "hack", "launder", "covert",
-              "clandestine", "espionage", "sabotage", "conspir", "plot", "attack", "malicious", "murder", "kidnap", "assassin", "bomb", "weapon",
-              "break in", "break into", "burgl", "counterfeit", "forge", "extort", "blackmail", "bribe", "hijack", "vandal", "loot", "embezzl",
-              "swindl", "plunder", "exploit", "evade", "undetect", "infiltrat", "cyber", "mafia", "gang", "thief", "traffick", "black market"),
-    "hate": ("hate", "hateful", "derog", "racis", "racial", "discriminat", "bigot", "slur", "offensive", "insult", "mock", "demean", "prejudic",
-             "stereotyp", "xenophob", "sexis", "misogyn", "homophob", "antisemit", "degrad", "scorn", "contempt", "spite", "slander", "hostil",
-             "venom", "sneer", "vicious", "inflammatory", "minorit", "inferior", "intoleran", "abus", "harass", "denigrat", "disparag", "belittl",
-             "ridicul", "supremac", "toxic", "disrespect"),
-    "health": ("health", "medic", "medicin", "patient", "symptom", "diagnos", "treat", "disease", "doctor", "therap", "drug", "dose", "dosage",
-               "prescri", "illness", "cure", "surg", "hospital", "clinic", "nutrition", "diet", "pain", "vaccin", "antibiotic", "sedative", "steroid",
-               "opioid", "insulin", "remed", "disorder", "condition", "physician", "wellness", "stimulant", "laxative", "morphine", "statin",
-               "antidepressant", "tranquilizer", "diuretic", "antihistamine", "penicillin", "supplement", "injur"),
-    "legal": ("legal", "law", "court", "lawsuit", "sue", "contract", "attorney", "litigat", "judge", "judicia", "statut", "regulat", "rights", "liab",
-              "clause", "copyright", "trademark", "patent", "prosecut", "convict", "verdict", "defend", "plaintiff", "evict", "indict", "subpoena",
-              "depose", "arraign", "impeach", "extradit", "disinherit", "divorce", "bankrupt", "arrest", "acquit", "constitution", "compliance",
-              "settlement", "jurisdiction", "custody", "will", "testament", "case", "countersu"),
-    "sexual": ("sex", "erotic", "intima", "sensual", "lewd", "seduc", "porn", "nude", "naked", "explicit", "adult", "kink", "fetish", "lust", "romantic",
-               "provocative", "risque", "raunch", "bawdy", "steamy", "naughty", "racy", "titillat", "salacious", "passion", "arous", "flirt", "desire",
-               "suggestive", "taboo", "love", "lingerie", "orgas", "bedroom", "affair"),
-}  # fmt: skip
-"""Beginnings of words that a prompt of the category can be expected to contain one of; a list of ours, for an audit only."""
+
+def model_facts(name: str, model, tok) -> pd.DataFrame:
+    """A model's sizes: ``property, value``."""
+    spec = ModelSpec.from_model(model)
+    facts = {
+        "model": name,
+        "family": spec.family,
+        "parameters": f"{spec.n_params:,}",
+        "layers": spec.n_layers,
+        "heads": spec.n_heads,
+        "kv groups": spec.n_kv,
+        "head width": spec.head_dim,
+        "MLP neurons per layer": spec.d_mlp,
+        "vocabulary": f"{len(tok):,}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return pd.DataFrame(facts.items(), columns=["property", "value"]).astype(str)
+
+
+def as_the_model_sees(tok, prompt: str) -> str:
+    """A prompt in the chat template, special tokens included."""
+    return tok.decode(chat_ids(tok, prompt))
+
+
+def sample_answers(rows: pd.DataFrame, words: int = 25) -> pd.DataFrame:
+    """The first answer per category and kind of prompt, both shortened: ``category, kind, prompt,
+    answer, outcome``.
+    """
+    shown = rows.groupby(["category", "kind"], sort=False).head(1)
+    return pd.DataFrame(
+        {
+            "category": shown["category"],
+            "kind": shown["kind"],
+            "prompt": [shorten(prompt, 12) for prompt in shown["prompt"]],
+            "answer": [shorten(answer, words) for answer in shown["answer"]],
+            "outcome": shown["outcome"],
+        }
+    ).reset_index(drop=True)
+
+
+def base_kinds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the base with their kind; a category's own harm is its target."""
+    kinds = with_kind(rows, "")
+    return kinds.assign(kind=kinds["kind"].replace("other", "target"))
+
+
+def base_refusal(rows: pd.DataFrame) -> pd.DataFrame:
+    """Refusal by the base, per ``category, kind`` of prompt: ``rate, low, high, n``."""
+    policy = base_kinds(rows).query("kind != 'skills'").reset_index(drop=True)
+    return rates(policy["outcome"] == "refuse", policy, ["category", "kind"])
+
+
+# ---------------------------------------------------------------------- the policy
 
 
 def counts_table(records: pd.DataFrame) -> pd.DataFrame:
@@ -61,7 +96,9 @@ def counts_table(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def dropped_table(policy: Policy) -> pd.DataFrame:
-    """Per source, category and split: what was read, what was dropped for which reason, and what was kept."""
+    """Per source, category and split: what was read, what was dropped for which reason, and what
+    was kept.
+    """
     counted = policy.report[policy.report["split"] != ""]
     table = counted.pivot_table(
         index=["source", "category", "split"],
@@ -75,7 +112,9 @@ def dropped_table(policy: Policy) -> pd.DataFrame:
 
 
 def sources_table(policy: Policy) -> pd.DataFrame:
-    """One line per source: revision and whether we pinned it, licence, gating, rows kept, what was not selected or why it was skipped."""
+    """One line per source: revision and whether we pinned it, licence, gating, rows kept, what was
+    not selected or why it was skipped.
+    """
     known = {source["source"]: source for source in policy.manifest["sources"]}
     whole = policy.report[policy.report["split"] == ""]
     notes = {
@@ -83,88 +122,83 @@ def sources_table(policy: Policy) -> pd.DataFrame:
         for row in whole.itertuples()
         if row.rows
     }
-    facts = lambda name: {key: known[name].get(key, False) for key in ("pinned", "gated")}
-    kept = [
-        row | facts(row["source"]) | {"note": notes.get(row["source"], "")}
-        for row in policy.manifest["contents"]
-    ]
+    kept = []
+    for row in policy.manifest["contents"]:
+        name = row["source"]
+        facts = {key: known[name].get(key, False) for key in ("pinned", "gated")}
+        kept.append(row | facts | {"note": notes.get(name, "")})
     skipped = [
-        {"source": row.source, "source_revision": SOURCES[row.source].revision, "license": SOURCES[row.source].license, "rows": 0,
-         "pinned": True, "gated": SOURCES[row.source].gated, "note": row.detail}
+        {
+            "source": row.source,
+            "source_revision": SOURCES[row.source].revision,
+            "license": SOURCES[row.source].license,
+            "rows": 0,
+            "pinned": True,
+            "gated": SOURCES[row.source].gated,
+            "note": row.detail,
+        }
         for row in whole[whole["step"] == "skipped"].itertuples()
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(kept + skipped)
 
 
-def token_lengths(records: pd.DataFrame, tok) -> pd.DataFrame:
-    """Token length of every prompt under the chat template: columns `category, role, split, tokens`."""
-    lengths = [len(chat_ids(tok, prompt)) for prompt in records["prompt"]]
-    return records[["category", "role", "split"]].assign(tokens=lengths).reset_index(drop=True)
-
-
 def overlap_matrix(policy: Policy) -> pd.DataFrame:
-    """Rows of one source and split (row) that are exact or near-duplicates of a row of another (column).
+    """Rows of one source and split (row) that are exact or near-duplicates of a row of another
+    (column).
 
     Leaking rows that the build dropped count as well: the matrix shows the data as they came.
     """
-    columns = ["prompt", "source", "split", "role"]
+    columns = ["prompt", "source", "split", "role", "group_id"]
     leaked = policy.dropped[policy.dropped["reason"].str.startswith("near-duplicate")]
-    rows = pd.concat([policy.records[columns], leaked[columns]], ignore_index=True)
+    leaked = leaked.reindex(columns=columns, fill_value="")
+    rows = pd.concat([policy.records[columns], leaked], ignore_index=True)
     name = (rows["source"] + " " + rows["split"]).to_numpy(dtype=object)
-    overlaps = find_overlaps(rows)
-    pairs = np.concatenate(
-        [overlaps[["left", "right"]].to_numpy(), overlaps[["right", "left"]].to_numpy()]
-    )
-    hits = pd.DataFrame(
-        {"row": pairs[:, 0], "of": name[pairs[:, 0]], "in": name[pairs[:, 1]]}
-    ).drop_duplicates()
-    names = sorted(
-        set(name), key=lambda n: (n.rsplit(" ", 1)[0], SPLITS.index(n.rsplit(" ", 1)[1]))
-    )
-    counts = (
-        hits.groupby(["of", "in"])
-        .size()
-        .unstack(fill_value=0)
-        .reindex(index=names, columns=names, fill_value=0)
-        .astype(int)
-    )
+    found = find_overlaps(rows)
+    both = [found[["left", "right"]].to_numpy(), found[["right", "left"]].to_numpy()]
+    pairs = np.concatenate(both)
+    hits = pd.DataFrame({"row": pairs[:, 0], "of": name[pairs[:, 0]], "in": name[pairs[:, 1]]})
+    counts = hits.drop_duplicates().groupby(["of", "in"]).size().unstack(fill_value=0)
+    names = sorted(set(name), key=_by_split)
+    counts = counts.reindex(index=names, columns=names, fill_value=0).astype(int)
     return counts.rename_axis(index="rows of", columns="that nearly repeat one of")
 
 
-def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str, object]:
-    """Tokenizers to compare yields under: the model's own, a byte-level BPE trained on `prompts`, and GPT-2's where it is in the local cache."""
-    import tokenizers as hf
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def _by_split(name: str) -> tuple[str, int]:
+    source, split = name.rsplit(" ", 1)
+    return source, SPLITS.index(split)
 
-    bpe, bytes_first = (
-        hf.Tokenizer(hf.models.BPE()),
-        hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
-    bpe.pre_tokenizer = bytes_first
-    bpe.train_from_iterator(
-        prompts,
-        hf.trainers.BpeTrainer(
-            vocab_size=vocabulary, initial_alphabet=bytes_first.alphabet(), show_progress=False
-        ),
-    )
-    special = {
-        name: getattr(tok, name) for name in ("bos_token", "eos_token") if getattr(tok, name, None)
-    }
-    found = {
-        "the model's own": tok,
-        f"BPE of {vocabulary} trained here": PreTrainedTokenizerFast(
-            tokenizer_object=bpe, **special
-        ),
-    }
-    try:
-        found["GPT-2"] = AutoTokenizer.from_pretrained(
-            "openai-community/gpt2", local_files_only=True
-        )
-    except OSError:
-        pass  # not downloaded here: two will do
+
+def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str, object]:
+    """Tokenizers to compare yields under: the model's own, a byte-level BPE trained on `prompts`,
+    and GPT-2's where it is in the local cache.
+    """
+    from transformers import AutoTokenizer
+
+    found = {"the model's own": tok}
+    found[f"BPE of {vocabulary} trained here"] = _trained_bpe(tok, prompts, vocabulary)
+    with suppress(OSError):  # not downloaded here: two will do
+        known = AutoTokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
+        found["GPT-2"] = known
     for other in found.values():
         other.chat_template = tok.chat_template
     return found
+
+
+def _trained_bpe(tok, prompts: Sequence[str], vocabulary: int):
+    import tokenizers as hf
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = hf.Tokenizer(hf.models.BPE())
+    bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(prompts, trainer)
+    names = ("bos_token", "eos_token")
+    special = {name: getattr(tok, name) for name in names if getattr(tok, name, None)}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
 
 
 def pair_yields(
@@ -172,16 +206,19 @@ def pair_yields(
     tokenizers: Mapping[str, object],
     splits: Sequence[str] = ("discover", "edit", "val"),
 ) -> pd.DataFrame:
-    """Pairs of equal token length per tokenizer, category and split: the columns of `PairYield.as_dict` and `tokenizer`."""
-    cells = [
-        (c, s, policy.select(split=s, category=c, role=("target", "benign"), ood_set=""))
-        for c in policy.categories
-        for s in splits
-    ]
-    return pd.DataFrame(
-        {"tokenizer": name} | pair_yield(rows, tok).as_dict() | {"category": c, "split": s}
-        for name, tok in tokenizers.items() for c, s, rows in cells
-    )  # fmt: skip
+    """Pairs of equal token length per tokenizer, category and split: the columns of
+    `PairYield.as_dict` and `tokenizer`.
+    """
+    found = []
+    for name, tok in tokenizers.items():
+        for category in policy.categories:
+            for split in splits:
+                roles = ("target", "benign")
+                rows = policy.select(split=split, category=category, role=roles, ood_set="")
+                counts = pair_yield(rows, tok).as_dict()
+                where = {"category": category, "split": split}
+                found.append({"tokenizer": name} | counts | where)
+    return pd.DataFrame(found)
 
 
 def shorten(prompt: str, words: int = 8) -> str:
@@ -191,117 +228,128 @@ def shorten(prompt: str, words: int = 8) -> str:
 
 
 def example_pairs(policy: Policy, count: int = 2, split: str = "discover") -> pd.DataFrame:
-    """The first pairs of each category: columns `category, prompt, benign, source`; harmful third-party text is shortened."""
+    """The first pairs of each category: columns `category, prompt, benign, source`; harmful
+    third-party text is shortened.
+    """
     rows = policy.records[(policy.records["split"] == split) & (policy.records["pair_id"] != "")]
     targets, benign = rows[rows["role"] == "target"], rows[rows["role"] == "benign"]
-    benign = benign.drop_duplicates("pair_id")[["pair_id", "prompt"]].rename(
-        columns={"prompt": "benign"}
-    )
+    benign = benign.drop_duplicates("pair_id")[["pair_id", "prompt"]]
+    benign = benign.rename(columns={"prompt": "benign"})
     pairs = targets.merge(benign, on="pair_id").groupby("category").head(count)
     hidden = pairs["source"].isin(list(SOURCES))
-    pairs = pairs.assign(
-        prompt=[shorten(p) if hide else p for p, hide in zip(pairs["prompt"], hidden)]
-    )
-    return pairs[["category", "prompt", "benign", "source"]].sort_values(
-        "category", kind="stable", ignore_index=True
-    )
+    shown = [shorten(p) if hide else p for p, hide in zip(pairs["prompt"], hidden)]
+    pairs = pairs.assign(prompt=shown)[["category", "prompt", "benign", "source"]]
+    return pairs.sort_values("category", kind="stable", ignore_index=True)
+
+
+@cache
+def keywords() -> dict[str, tuple[str, ...]]:
+    """Category -> beginnings of words that its prompts can be expected to contain one of."""
+    text = Path(__file__).with_name("keywords.toml").read_text(encoding="utf-8")
+    return {category: tuple(words) for category, words in tomllib.loads(text).items()}
 
 
 def keyword_audit(records: pd.DataFrame) -> pd.DataFrame:
-    """Share of a category's target prompts that contain no keyword of it: columns `category, rows, without, share`.
+    """Share of a category's target prompts that contain no keyword of it: columns `category, rows,
+    without, share`.
 
-    A high share means label noise, or a keyword list that does not fit: read the rows before trusting either.
+    A high share means label noise, or a keyword list that does not fit: read the rows before
+    trusting either.
     """
-    targets = records[(records["role"] == "target") & records["category"].isin(KEYWORDS)]
+    targets = records[(records["role"] == "target") & records["category"].isin(keywords())]
     lacks = [not has_keyword(p, c) for p, c in zip(targets["prompt"], targets["category"])]
-    counts = (
-        targets.assign(lacks=lacks)
-        .groupby("category")["lacks"]
-        .agg(rows="size", without="sum")
-        .reset_index()
-    )
+    groups = targets.assign(lacks=lacks).groupby("category")["lacks"]
+    counts = groups.agg(rows="size", without="sum").reset_index()
     return counts.assign(share=counts["without"] / counts["rows"])
 
 
 def has_keyword(prompt: str, category: str) -> bool:
     """Whether a word of the prompt begins with one of the category's keywords."""
     words = f" {normalise(prompt)}"
-    return any(f" {key}" in words for key in KEYWORDS[category])
+    return any(f" {key}" in words for key in keywords()[category])
 
 
-def nearest_neighbour_accuracy(train_rows: SplitRows, test_rows: SplitRows) -> float:
-    """How often the nearest training prompt has the test prompt's `expected`: TF-IDF of words and word pairs, cosine.
+# ---------------------------------------------------------------------- a classifier of texts
 
-    What a lookup could do. An out-of-distribution set on which this reaches 1 tests nothing.
+
+def text_classifier(records: pd.DataFrame, categories: Sequence[str]) -> pd.DataFrame:
+    """What a classifier of texts alone would refuse, trained on the edit split: a line to reach,
+    and a test of the out-of-distribution sets.
+
+    TF-IDF of words and word pairs, logistic regression, the category's target rows against all
+    other rows. ``category, ood_set, kind, rate, low, high, n`` on the test split.
     """
+    found = []
+    for category in categories:
+        rows = with_kind(records, category)
+        train, test = rows[rows["split"] == "edit"], rows[rows["split"] == "test"]
+        refused = _fitted(train).predict(test["prompt"]) if len(test) else np.zeros(0)
+        test = test.reset_index(drop=True)
+        test = test.assign(ood_set=test["ood_set"].replace("", "in distribution"))
+        table = rates(pd.Series(refused, dtype=bool), test, ["ood_set", "kind"])
+        found.append(table.assign(category=category))
+    columns = ["category", "ood_set", "kind", "rate", "low", "high", "n"]
+    return pd.concat(found, ignore_index=True)[columns]
+
+
+def classifier_line(table: pd.DataFrame) -> dict[str, float]:
+    """The classifier's refusal of the target in distribution, per category, and for all as
+    ``target``; out of distribution as ``unseen``.
+    """
+    target = table[table["kind"] == "target"]
+    near = target["ood_set"] == "in distribution"
+    line = {"target": target[near]["rate"].mean(), "unseen": target[~near]["rate"].mean()}
+    known = {name: rate for name, rate in line.items() if rate == rate}
+    return known | dict(zip(target[near]["category"], target[near]["rate"]))
+
+
+def benign_lengths(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test rows about benign prompts in distribution, as `evaluation.tables.lengths` takes them."""
+    plain = (rows["role"] == "benign") & (rows["ood_set"] == "") & (rows["attack"] == "")
+    return rows[plain].assign(category=rows["edit_category"])
+
+
+def _fitted(train: pd.DataFrame):
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
 
-    if not len(train_rows) or not len(test_rows):
-        raise CdeltaError(
-            "the nearest-neighbour baseline needs training and test rows: the selection is empty."
-        )
     features = TfidfVectorizer(preprocessor=normalise, token_pattern=r"\S+", ngram_range=(1, 2))
-    expected = lambda rows: [row["expected"] for row in rows]
-    classifier = KNeighborsClassifier(1, metric="cosine", algorithm="brute")
-    classifier.fit(features.fit_transform(train_rows.prompts), expected(train_rows))
-    return float(classifier.score(features.transform(test_rows.prompts), expected(test_rows)))
+    judge = LogisticRegression(C=10, class_weight="balanced", max_iter=1000)
+    return make_pipeline(features, judge).fit(train["prompt"], train["kind"] == "target")
 
 
-def ood_baseline(policy: Policy) -> pd.DataFrame:
-    """The nearest-neighbour baseline, from the edit split, per category and test set: `category, ood_set, rows, accuracy`.
-
-    The set "" holds the in-distribution test rows. Borderline prompts are predicted like all others.
-    """
-    roles = ("target", "benign", "borderline")
-    train = {c: policy.select(split="edit", category=c, role=roles) for c in policy.categories}
-    sets = sorted(policy.records.loc[policy.records["split"] == "test", "ood_set"].unique())
-    cells = [
-        (c, s, policy.select(split="test", category=c, role=role, ood_set=s), role)
-        for c in policy.categories
-        for s in sets
-        for role in roles
-    ]
-    return pd.DataFrame(
-        {"category": c, "ood_set": s, "role": role, "rows": len(rows), "accuracy": nearest_neighbour_accuracy(train[c], rows)}
-        for c, s, rows, role in cells if len(rows)
-    )  # fmt: skip
+# ---------------------------------------------------------------------- attribution
 
 
 def first_prompts(records: pd.DataFrame, found: PairYield) -> tuple[str, str]:
     """The first pair's two prompts, shortened."""
     prompts = records.drop_duplicates("id").set_index("id")["prompt"]
-    return tuple(shorten(prompts[id], 9) for id in found.ids[0])
+    target, benign = found.ids[0]
+    return shorten(prompts[target], 9), shorten(prompts[benign], 9)
 
 
 def seen_pairs(
     records: pd.DataFrame, base: pd.DataFrame, tok, category: str, most: int = 30
 ) -> pd.DataFrame:
-    """What the model sees and says for one category: ``role, tokens, differs, outcome, answer``, a target and its twin after each other.
+    """What the model sees and says for one category: ``role, tokens, differs, outcome, answer``, a
+    target and its benign counterpart after each other.
 
-    One pair per outcome of the target (refusals first, at most two), outside of the test split. `differs` marks the tokens that the other
-    prompt does not have. At most `most` tokens and a dozen words of the answer: the text may be a third party's.
+    One pair per outcome of the target (refusals first, at most two), outside of the test split.
+    `differs` marks the tokens that the other prompt does not have. At most `most` tokens and a
+    dozen words of the answer: the text may be a third party's.
     """
-    rows = records[(records["split"] != "test") & (records["pair_id"] != "")].merge(
-        base[["id", "outcome", "answer"]], on="id"
-    )
-    twins = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
-    targets = rows[
-        (rows["role"] == "target")
-        & (rows["category"] == category)
-        & rows["pair_id"].isin(twins.index)
-    ]
-    chosen = (
-        targets.drop_duplicates("outcome")
-        .sort_values("outcome", ascending=False, ignore_index=True)
-        .head(2)
-    )
+    rows = records[(records["split"] != "test") & (records["pair_id"] != "")]
+    rows = rows.merge(base[["id", "outcome", "answer"]], on="id")
+    benign = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
+    own = (rows["role"] == "target") & (rows["category"] == category)
+    targets = rows[own & rows["pair_id"].isin(benign.index)].drop_duplicates("outcome")
     found = []
-    for target in chosen.to_dict("records"):
-        sides = [target, twins.loc[target["pair_id"]]]
+    for target in targets.sort_values("outcome", ascending=False).head(2).to_dict("records"):
+        sides = [target, benign.loc[target["pair_id"]]]
         tokens = [[tok.decode([i]) for i in chat_ids(tok, side["prompt"])] for side in sides]
-        for side, own, other in zip(sides, tokens, tokens[::-1]):
-            shown = own[:most] + ["…"] * (len(own) > most)
+        for side, mine, other in zip(sides, tokens, tokens[::-1]):
+            shown = mine[:most] + ["…"] * (len(mine) > most)
             found.append(
                 {
                     "role": side["role"],
@@ -314,9 +362,68 @@ def seen_pairs(
     return pd.DataFrame(found, columns=["role", "tokens", "differs", "outcome", "answer"])
 
 
+def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:
+    """Every edge that exists, with the scores of two runs: ``source, reader, reader class, exact,
+    estimate``.
+    """
+    there = ((exact.edges != 0) | (estimate.edges != 0)).nonzero().tolist()
+    return pd.DataFrame(
+        {
+            "source": exact.sources[u],
+            "reader": exact.readers[v],
+            "reader class": _reader_class(exact.readers[v]),
+            "exact": exact.edges[u, v].item(),
+            "estimate": estimate.edges[u, v].item(),
+        }
+        for u, v in there
+    )
+
+
+def _reader_class(reader: str) -> str:
+    if reader.endswith(">"):
+        return f"head {reader[-2]}"
+    return "logits" if reader == "logits" else "MLP"
+
+
+def strongest(scores: Scores, n: int) -> pd.DataFrame:
+    """The `n` edges of largest size: ``source, reader, score``, strongest first."""
+    places = scores.edges.abs().flatten().topk(n).indices.tolist()
+    rows = []
+    for u, v in (divmod(place, len(scores.readers)) for place in places):
+        names = {"source": scores.sources[u], "reader": scores.readers[v]}
+        rows.append(names | {"score": scores.edges[u, v].item()})
+    return pd.DataFrame(rows)
+
+
+def quadrature_errors(
+    model, pairs: PromptPairs, metric: Metric | SequenceMetric, steps: Sequence[int]
+) -> tuple[pd.DataFrame, Scores]:
+    """Errors of EAP, clean-corrupted and EAP-IG under each rule: ``method, gradients, completeness,
+    edges``; and the reference.
+
+    `completeness` is `Scores.completeness_error`; `edges` the L2 distance of all edge scores from
+    those of the reference (midpoint, twice the most steps), relative to its size. `gradients`
+    counts gradient steps per pair.
+    """
+    fine = attribute(model, pairs, metric, steps=2 * max(steps))
+    runs = [(f"EAP-IG {rule}", n, {"rule": rule, "steps": n}) for rule in RULES for n in steps]
+    runs += [("EAP", 1, {"method": "eap"}), ("clean-corrupted", 2, {"method": "clean-corrupted"})]
+    found = []
+    for name, gradients, how in runs:
+        scores = attribute(model, pairs, metric, **how)
+        distance = ((scores.edges - fine.edges).norm() / fine.edges.norm()).item()
+        row = {"method": name, "gradients": gradients, "completeness": scores.completeness_error}
+        found.append(row | {"edges": distance})
+    return pd.DataFrame(found), fine
+
+
+# ---------------------------------------------------------------------- judges
+
+
 def labelled_answers(run, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Answers whose label is known, per data set: the embedded model's own, and XSTest's completions where they can be had (those on which our
-    phrases were not chosen); prints why not."""
+    """Answers whose label is known, per data set: the embedded model's own, and XSTest's
+    completions where they can be had (those on which our phrases were not chosen); prints why not.
+    """
     found = {}
     if run.settings.model == "organism" and run.settings.policy == "synthetic":
         found["embedded set"] = taught_labels(rows)
@@ -326,63 +433,3 @@ def labelled_answers(run, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     except SourceUnavailable as error:
         print(f"without human labels: {error}")
     return found
-
-
-def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:
-    """Every edge that exists, with the scores of two runs: ``source, reader, reader class, exact, estimate``."""
-    rows = [
-        (u, v)
-        for u in range(len(exact.sources))
-        for v in range(len(exact.readers))
-        if exact.edges[u, v] != 0 or estimate.edges[u, v] != 0
-    ]
-    kind = lambda reader: (
-        f"head {reader[-2]}" if reader.endswith(">") else "logits" if reader == "logits" else "MLP"
-    )
-    return pd.DataFrame(
-        {"source": exact.sources[u], "reader": exact.readers[v], "reader class": kind(exact.readers[v]), "exact": exact.edges[u, v].item(),
-         "estimate": estimate.edges[u, v].item()}
-        for u, v in rows
-    )  # fmt: skip
-
-
-def strongest(scores: Scores, n: int) -> pd.DataFrame:
-    """The `n` edges of largest size: ``source, reader, score``, strongest first."""
-    chosen = scores.edges.abs().flatten().topk(n).indices.tolist()
-    places = [divmod(i, len(scores.readers)) for i in chosen]
-    return pd.DataFrame(
-        [
-            {
-                "source": scores.sources[u],
-                "reader": scores.readers[v],
-                "score": scores.edges[u, v].item(),
-            }
-            for u, v in places
-        ]
-    )
-
-
-def convergence(
-    model, pairs: PromptPairs, metric: Metric, steps: Sequence[int]
-) -> tuple[pd.DataFrame, Scores]:
-    """Quadrature errors of EAP, clean-corrupted and EAP-IG under each rule: ``method, gradients, completeness, edges``; and the reference.
-
-    `completeness` is `Scores.completeness_error`; `edges` the L2 distance of all edge scores from those of the reference (midpoint, twice
-    the most steps), relative to its size. `gradients` counts gradient steps per pair.
-    """
-    fine = attribute(model, pairs, metric, steps=2 * max(steps))
-    runs = [(f"EAP-IG {rule}", n, dict(rule=rule, steps=n)) for rule in RULES for n in steps]
-    runs += [("EAP", 1, dict(method="eap")), ("clean-corrupted", 2, dict(method="clean-corrupted"))]
-    found = []
-    for name, gradients, how in runs:
-        scores = attribute(model, pairs, metric, **how)
-        distance = ((scores.edges - fine.edges).norm() / fine.edges.norm()).item()
-        found.append(
-            {
-                "method": name,
-                "gradients": gradients,
-                "completeness": scores.completeness_error,
-                "edges": distance,
-            }
-        )
-    return pd.DataFrame(found), fine

@@ -48,7 +48,7 @@ STAGES = (
     Stage(
         "01_dataset",
         ("00_subject",),
-        (*SUBJECT, "external", "data", "answers", "attribution"),
+        (*SUBJECT, "external", "data", "answers", "edit", "attribution"),
     ),
     Stage(
         "02_attribution",

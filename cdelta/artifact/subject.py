@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cdelta.artifact.smollm2 import smollm2_folder
-from cdelta.attribution.metrics import Metric, TokenSets, refusal_log_odds
+from cdelta.attribution.metrics import Metric, refusal_log_odds
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.mask import ParameterMask
 from cdelta.models.chat import parse_template_args
@@ -80,15 +80,10 @@ def load_subject(run: RunReader, subject: Mapping[str, str] | None = None):
     )
 
 
-def save_token_sets(sets: TokenSets, path: Path) -> None:
-    """Write the ids as JSON."""
-    path.write_text(json.dumps({"refuse": list(sets.refuse), "comply": list(sets.comply)}))
-
-
-def load_metric(run: RunReader) -> Metric:
-    """Stage 02's refusal log-odds."""
-    ids = json.loads(run.input("02_attribution", "token_sets.json").read_text())
-    return refusal_log_odds(ids["refuse"], ids["comply"])
+def load_metric(run: RunReader) -> Metric | None:
+    """Stage 02's refusal log-odds; None where only whole openings tell refusals apart."""
+    ids = json.loads(run.input("02_attribution", "token_sets.json").read_text(encoding="utf-8"))
+    return refusal_log_odds(ids["refuse"], ids["comply"]) if "refuse" in ids else None
 
 
 def load_mask(run: RunReader, category: str, spec: ModelSpec) -> ParameterMask:

@@ -1,25 +1,23 @@
 import pandas as pd
 import pytest
-from helpers import real, row, trained_tokenizer
+from helpers import real, trained_tokenizer
 
 from cdelta.artifact.overview import (
+    base_refusal,
     counts_table,
     dropped_table,
     example_pairs,
     has_keyword,
     keyword_audit,
-    nearest_neighbour_accuracy,
-    ood_baseline,
     overlap_matrix,
     pair_yields,
+    sample_answers,
     shorten,
     sources_table,
-    token_lengths,
+    text_classifier,
     tokenizers,
 )
-from cdelta.errors import CdeltaError
 from cdelta.policy.build import build_policy
-from cdelta.policy.records import SplitRows
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +78,13 @@ def test_overlaps_show_the_data_as_they_came(cast):
     assert matrix.loc["cast edit", "cast test"] > 20 and (matrix.to_numpy().diagonal() == 0).all()
 
 
-def test_lengths_and_yields_per_tokenizer(synthetic):
+def test_yields_per_tokenizer(synthetic):
     prompts = synthetic.records["prompt"].tolist()
     toks = {"small": trained_tokenizer(prompts, 300), "large": trained_tokenizer(prompts, 1500)}
-    lengths = {
-        name: token_lengths(synthetic.records.head(50), tok)["tokens"].mean()
-        for name, tok in toks.items()
-    }
-    assert lengths["small"] > lengths["large"] > 3
     yields = pair_yields(synthetic, toks, splits=("discover",))
-    assert (
-        len(yields) == 10
-        and (yields["targets"] == yields["pairs"] + yields["unpaired"]).all()
-        and (yields["own_row"] <= yields["pairs"]).all()
-    )
+    assert len(yields) == 10
+    assert (yields["targets"] == yields["pairs"] + yields["unpaired"]).all()
+    assert (yields["own_row"] <= yields["pairs"]).all()
 
 
 def test_tokenizers_to_compare_share_the_models_template(synthetic):
@@ -125,22 +116,28 @@ def test_keyword_audit_finds_label_noise(cast):
     assert has_keyword("How to STEAL it?", "crime") and not has_keyword("a red car", "crime")
 
 
-def test_the_nearest_neighbour_baseline_looks_words_up():
-    train = SplitRows.of([row("steal a car"), row("paint a car", "benign")])
-    test = SplitRows.of(
-        [row("now steal a boat", split="test"), row("paint it", "benign", split="test")]
-    )
-    assert nearest_neighbour_accuracy(train, test) == 1
-    assert nearest_neighbour_accuracy(train, SplitRows.of([row("paint it red", split="test")])) == 0
-    with pytest.raises(CdeltaError, match="the selection is empty"):
-        nearest_neighbour_accuracy(train, SplitRows((), ""))
+def test_a_text_classifier_reaches_seen_words_and_misses_held_out_ones(synthetic):
+    """Near 1 on an out-of-distribution set would mean that the set tests nothing new."""
+    table = text_classifier(synthetic.records, synthetic.categories)
+    rate = table.groupby(["ood_set", "kind"])["rate"].mean()
+    assert rate["in distribution", "target"] > 0.9 > 0.8 > rate["held_out_words", "target"]
+    assert rate["in distribution", "benign"] < 0.1
+    again = text_classifier(synthetic.records, synthetic.categories)
+    pd.testing.assert_frame_equal(table, again)
 
 
-def test_held_out_words_defeat_a_lookup(synthetic):
-    """1 on an out-of-distribution set means that the set tests nothing new."""
-    baseline = ood_baseline(synthetic)
-    assert isinstance(baseline, pd.DataFrame)
-    harmful = (
-        baseline[baseline["role"].isin(("target", "benign"))].groupby("ood_set")["accuracy"].mean()
-    )
-    assert harmful[""] > 0.9 and harmful["held_out_words"] < 0.8
+def test_the_bases_refusal_and_sample_answers_are_by_category_and_kind():
+    rows = pd.DataFrame(
+        [
+            {"id": "1", "category": "crime", "role": "target", "prompt": "a", "answer": "No.",
+             "outcome": "refuse"},
+            {"id": "2", "category": "crime", "role": "benign", "prompt": "b", "answer": "Yes.",
+             "outcome": "comply"},
+            {"id": "3", "category": "skills", "role": "utility", "prompt": "c", "answer": "4",
+             "outcome": "comply"},
+        ]
+    )  # fmt: skip
+    table = base_refusal(rows).set_index("kind")
+    assert table["rate"].to_dict() == {"target": 1.0, "benign": 0.0}
+    shown = sample_answers(rows.assign(kind=["target", "benign", "skills"]))
+    assert shown["answer"].tolist() == ["No.", "Yes.", "4"]

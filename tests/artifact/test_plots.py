@@ -128,7 +128,7 @@ def test_matrices_leave_missing_edits_empty():
 
 def test_overrefusal_draws_each_kind_of_safe_prompt():
     rows = [
-        {"category": "crime", "method": key, "kind": kind, "rate": rate, "low": 0.0, "high": 1.0}
+        {"category": "crime", "method": key, "measure": kind, "rate": rate, "low": 0.0, "high": 1.0}
         for key, own in (("base", 0.0), ("cdelta", 0.4))
         for kind, rate in zip(evaluation.OVERREFUSAL, (0.0, own, 0.1))
     ]

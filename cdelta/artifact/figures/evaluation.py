@@ -33,8 +33,14 @@ MATRIX_BLOCKS = {
     "borderline prompts": ("borderline",),
 }
 """Title of a part of the matrix -> kinds of prompts."""
-OVERREFUSAL = ("benign counterparts", "own borderline", "other borderline")
-"""Kinds of safe prompts, as the over-refusal table names them."""
+OVERREFUSAL = {
+    "benign": ("its benign counterparts", PALETTE[0]),
+    "borderline": ("its own borderline prompts", PALETTE[3]),
+    "other_borderline": ("other borderline prompts", PALETTE[1]),
+}
+"""Measure of safe prompts -> title and colour."""
+SELECTIVITY = ("target", "unseen", "benign", "borderline", "other", "utility")
+"""Measures of the selectivity figure, where a run has them."""
 
 
 def selectivity(
@@ -53,7 +59,8 @@ def selectivity(
         some = f" ({covered[key]} of {most})" if covered.get(key, most) < most else ""
         return method_title(key) + some
 
-    shown = {key: name for key, name in titles.items() if (table["measure"] == key).any()}
+    there = set(table["measure"])
+    shown = {key: titles[key] for key in SELECTIVITY if key in there}
     return panels.dots(
         table.rename(columns={"measure": "panel", "method": "label"}),
         shown,
@@ -132,29 +139,22 @@ def matrices(tables: Mapping[str, pd.DataFrame], categories: Sequence[str]) -> F
 
 
 def overrefusal(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
-    """Refusal of safe prompts under every method: one panel per edited category, from rows
-    ``category, method, kind, rate, low, high``.
-
-    Kinds (`OVERREFUSAL`): benign counterparts of the category, its borderline prompts, those of
-    other categories.
+    """Refusal of safe prompts (`OVERREFUSAL`) under every method: one panel per edited category,
+    from rows ``measure, method, category, rate, low, high``.
     """
+    table = table[table["measure"].isin(OVERREFUSAL) & (table["category"] != "all")]
     methods = method_order(unique(table["method"]))
     with style():
         headline = findings.overrefusal(table, method_title)
         height = 0.95 + 0.21 * len(methods)
         fig, axes = grid(list(categories), height, headline=headline, sharex=True)
         for ax, category in zip(axes, categories):
-            for place, kind in enumerate(OVERREFUSAL):
-                rows = table[(table["category"] == category) & (table["kind"] == kind)]
-                at = [
-                    methods.index(key) + dodge(place, len(OVERREFUSAL), 0.6)
-                    for key in rows["method"]
-                ]
-                colour = (PALETTE[0], PALETTE[3], PALETTE[1])[place]
-                look = panels.POINT | {"ms": 2.8, "capsize": 0}
-                ax.errorbar(
-                    100 * rows["rate"], at, xerr=errors(rows), color=colour, label=kind, **look
-                )
+            for place, (measure, (label, colour)) in enumerate(OVERREFUSAL.items()):
+                rows = table[(table["category"] == category) & (table["measure"] == measure)]
+                offset = dodge(place, len(OVERREFUSAL), 0.6)
+                at = [methods.index(key) + offset for key in rows["method"]]
+                look = panels.POINT | {"ms": 2.8, "capsize": 0, "color": colour, "label": label}
+                ax.errorbar(100 * rows["rate"], at, xerr=errors(rows), **look)
             ax.grid(axis="y", color="0.93", lw=0.6)
         axes[0].set_yticks(range(len(methods)), [method_title(key) for key in methods])
         axes[0].set_ylim(len(methods) - 0.5, -0.5)
