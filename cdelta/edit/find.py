@@ -119,12 +119,17 @@ def refusing(
     """The model that is attributed: itself, or, under ``localise_on="refusing"``, with θ⁺ on a
     random mask, since a base that does not refuse has no refusal to localise.
     """
-    if recipe.attribution.localise_on == "base":
+    told = recipe.attribution
+    if told.localise_on == "base":
         yield
         return
-    how = replace(recipe.edit, objective="positive")
-    budget = recipe.attribution.refusing_budget
-    mask = random_mask(ModelSpec.from_model(model), budget, how.seed)
+    how = replace(
+        recipe.edit,
+        objective="positive",
+        lr=told.refusing_lr or recipe.edit.lr,
+        steps=told.refusing_steps or recipe.edit.steps,
+    )
+    mask = random_mask(ModelSpec.from_model(model), told.refusing_budget, how.seed)
     rows = training_rows(base, category, how)
     fit = train(model, tok, mask, rows, how, checkpoint=checkpoint, progress=progress)
     with fit.plus.applied(model):

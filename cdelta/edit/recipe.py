@@ -86,7 +86,11 @@ class AttributionRecipe(Section):
     """The model that is attributed: the base, or the base with a refusing update trained first on a
     random mask (for a base that hardly refuses and so has nothing to localise)."""
     refusing_budget: float = 0.03
-    """Share of the parameters of that random mask."""
+    """Share of the parameters of that random mask (1: all heads and neurons)."""
+    refusing_lr: float = 0.0
+    """Learning rate of the refusing update (0: the edit's)."""
+    refusing_steps: int = 0
+    """Steps of the refusing update (0: the edit's)."""
 
 
 @dataclass(frozen=True)
