@@ -83,7 +83,7 @@ def test_the_core_uses_few_packages(room):
 
 def test_the_gpu_script_loads_only_what_a_bare_gpu_box_has():
     """Imports at the top of modules alone, since only they are loaded with the script."""
-    waiting, seen, used = [ROOT / "tests" / "benchmarks" / "gpu_attribution.py"], set(), set()
+    waiting, seen, used = [ROOT / "tests" / "benchmarks" / "gpu.py"], set(), set()
     while waiting:
         seen.add(path := waiting.pop())
         names = list(imports(path, everywhere=False))

@@ -3,52 +3,70 @@
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
+from toys import toy_tokenizer
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parent
 
 
 def script(name: str):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_gpu_script_goes_through_everything_on_a_cpu(tmp_path, capsys):
-    script("gpu_attribution").main(
-        ["--dry-run", "--micro-batch", "2", "4", "--out", str(tmp_path / "out.json")]
-    )
+def test_the_gpu_script_goes_through_everything(tmp_path):
+    gpu = script("gpu")
+    gpu.main(["--tiny", "--out", str(tmp_path / "out.json")])
     facts = json.loads((tmp_path / "out.json").read_text())
-    assert facts["device"] == "CPU" and [run["micro_batch"] for run in facts["runs"]] == [2, 4]
-    for run in facts["runs"]:
-        assert (
-            run["seconds"] > 0
-            and run["peak_over_weights"] >= 1
-            and math.isfinite(run["completeness_error"])
-        )
-        assert (
-            run["estimated_seconds"] > 0
-            and run["tokens_per_second"] > 0
-            and 0 < run["share_of_matmul_ceiling"] < 1
-        )
-    assert json.loads(capsys.readouterr().out) == facts
+    assert [part for part in gpu.PARTS if "failed" in facts[part]] == []
+    for run in facts["attribution"]["runs"]:
+        assert run["seconds"] > 0 and run["peak_over_weights"] >= 1
+        assert 0 < run["share_of_matmul_ceiling"] < 1 and math.isfinite(run["completeness_error"])
+    assert facts["edit"]["entries"] > 0 and facts["edit"]["peak_over_weights"] > 1
+    assert facts["answers"]["runs"][0]["answers_per_second"] > 0
+    assert facts["apply"]["checkpoint_gb"] > facts["apply"]["largest_shard_gb"]
+
+
+def test_a_failing_part_does_not_lose_the_others(tmp_path, monkeypatch):
+    gpu = script("gpu")
+    parts = {"edit": lambda *_: 1 / 0, "answers": lambda *_: {"runs": []}}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    gpu.main(["--tiny", "--only", "edit", "answers", "--out", str(tmp_path / "out.json")])
+    facts = json.loads((tmp_path / "out.json").read_text())
+    assert "ZeroDivisionError" in facts["edit"]["failed"] and facts["answers"]["runs"] == []
 
 
 def test_the_gpu_script_counts_the_arithmetic_of_a_forward_pass():
-    """2 FLOP per weight and token, forward; a step is a forward, a backward to the activations alone, and the reader products."""
-    gpu = script("gpu_attribution")
+    """2 FLOP per weight and token, forward; a step is a forward and a backward pass."""
+    gpu = script("gpu")
     spec = gpu.ModelSpec.from_model(gpu.random_model(gpu.TOY, "cpu"))
-    weights = spec.n_params - 2 * gpu.TOY["vocab_size"] * spec.d_model
-    assert gpu.flop(spec, gpu.TOY["vocab_size"], 10) == pytest.approx(
-        20 * weights * (2 + 5 * (2 + (gpu.passes(spec, 1) - 4)))
+    vocabulary = gpu.TOY["vocab_size"]
+    weights = spec.n_params - 2 * vocabulary * spec.d_model
+    products = gpu.passes(spec, 1) - 4
+    expected = 20 * weights * (2 + 5 * 2 + products)
+    assert gpu.flop(spec, vocabulary, 10) == pytest.approx(expected)
+
+
+def test_training_rows_are_as_long_as_asked():
+    gpu = script("gpu")
+    tok, rows = toy_tokenizer(), gpu.training_rows(gpu.TINY)
+    prompt, reply = rows.positive[0]
+    text = tok.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    n = len(ids) + len(tok(reply, add_special_tokens=False)["input_ids"])
+    assert abs(n - gpu.TINY.row_tokens) <= 2
 
 
-def test_no_gpu_is_one_line(capsys):
-    gpu = script("gpu_attribution")
+def test_no_gpu_is_one_line():
+    gpu = script("gpu")
     if gpu.torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit, match="torch sees no GPU here"):
