@@ -12,17 +12,26 @@ from edits import random_delta
 from transformers import AutoModelForCausalLM
 
 from cdelta.cli import main
-from cdelta.commands.edit import REFUSAL
 from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.recipe import CANONICAL_REFUSAL
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint `base`, a delta `delta`, and a policy `policy.csv`."""
-    base = toys.save_toy(tmp_path / "base")
+    base = save_editable(tmp_path / "base")
     random_delta(AutoModelForCausalLM.from_pretrained(base, dtype="auto")).save(tmp_path / "delta")
     write_policy(tmp_path / "policy.csv")
     return tmp_path
+
+
+def save_editable(folder, seed=0):
+    """A toy whose unembedding is sharp enough for an edit to have an effect."""
+    model = toys.toy("llama", seed=seed)
+    model.lm_head.weight.data *= 5
+    model.save_pretrained(folder)
+    toys.toy_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def write_policy(path, n=30, benign=True, category="weapons"):
@@ -41,9 +50,21 @@ def write_policy(path, n=30, benign=True, category="weapons"):
 
 def edit_arguments(folder, **changes):
     given = {
-        "model": folder / "base", "policy": folder / "policy.csv", "category": "weapons", "out": folder / "out", "steps": 20, "check-every": 10,
-        "batch-size": 8, "max-new-tokens": 6, "param-budget": 0.2, "lr": 0.01,
-    }  # fmt: skip
+        "model": folder / "base",
+        "policy": folder / "policy.csv",
+        "category": "weapons",
+        "out": folder / "out",
+        "recipe": "tiny",
+        "steps": 30,
+        "check-every": 10,
+        "batch-size": 16,
+        "max-new-tokens": 6,
+        "param-budget": 0.5,
+        "min-pairs": 4,
+        "lr": 0.02,
+        "objective": "positive",
+        "refusal": "please tell me",
+    }
     return [
         "edit",
         *(str(part) for key, value in {**given, **changes}.items() for part in (f"--{key}", value)),
@@ -146,7 +167,7 @@ def test_edit_says_what_it_drops_and_records_it(folder, capsys):
     rows = (folder / "policy.csv").read_text().splitlines()
     too_long = f"{'bomb ' * 600},a cake of w900 w901 w902,weapons,edit"
     (folder / "policy.csv").write_text("\n".join([*rows, rows[1], too_long]))
-    assert main(edit_arguments(folder, steps=2)) == 0
+    assert main(edit_arguments(folder)) == 0
     assert capsys.readouterr().out.startswith(
         "Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), first row 32, row 32 benign, row 33; policy.json "
     )
@@ -160,9 +181,9 @@ def test_edit_says_what_it_drops_and_records_it(folder, capsys):
 
 
 def test_no_chat_template_falls_back_and_says_so(folder, capsys):
-    toys.save_toy(folder / "base", seed=2)  # one that says something to the bare template
+    save_editable(folder / "base", seed=2)  # one that says something to the bare template
     (folder / "base" / "chat_template.jinja").unlink()
-    assert main(edit_arguments(folder, steps=2, refusal="please tell me")) == 0
+    assert main(edit_arguments(folder)) == 0
     assert "no chat template; prompts are written as" in capsys.readouterr().out.splitlines()[0]
 
 
@@ -239,9 +260,9 @@ def test_bad_input(folder, capsys, command, prepare, message):
         ({"policy": "/nowhere.csv"}, None, "no such file"),
         ({}, lambda folder: write_policy(folder / "policy.csv", benign=False), "benign"),
         ({}, lambda folder: write_policy(folder / "policy.csv", n=0), "no rows"),
-        ({"param-budget": 2}, None, "fraction"),
-        ({"steps": 0}, None, "steps must be positive"),
-        ({"lr": "nan"}, None, "lr must be positive and finite"),
+        ({"param-budget": 2}, None, "param_budget must lie in (0, 1]"),
+        ({"steps": 0}, None, "steps must be above 0"),
+        ({"lr": "nan"}, None, "lr must be finite"),
         ({"dtype": "float7"}, None, "unknown dtype"),
         ({"min-pairs": 99}, None, "99 needed"),
         ({"out": "/proc/x"}, None, "cannot write"),
@@ -270,4 +291,4 @@ def refused(folder, capsys, arguments, message):
 def test_the_default_refusal_is_judged_one():
     from cdelta.evaluation.judges import judge
 
-    assert judge(REFUSAL) == "refuse"
+    assert judge(CANONICAL_REFUSAL) == "refuse"

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from cdelta.attribution.metrics import Metric, SequenceMetric, TokenSets
 from cdelta.circuit.circuit import Circuit
@@ -94,8 +95,9 @@ def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
         )
     try:
         return _run(job, say, progress)
-    except OSError as error:
-        raise CdeltaError(f"cannot write {job.out}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CdeltaError(f"cannot write {job.out}: {reason}.") from error
     finally:
         if not _interrupted():
             remove_folder(job.work)

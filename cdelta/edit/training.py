@@ -186,7 +186,7 @@ class Training:
 
     def _retain(self, which: str, share: float) -> Tensor:
         """Add the gradient of the retain loss of an update; returns the loss."""
-        with self.applied(which):
+        with self.applied(which), products_in_bf16(self.device, self.how.bf16):
             rows = self._hardest(self.data.retain_plan[self._step])
         parts = [partial(self._kept, part) for part in self._passes("retain", rows)]
         return self._backward(which, parts, share)
