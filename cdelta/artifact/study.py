@@ -47,24 +47,37 @@ def attribution_tables(
     """Scores of every edited category, and of harm that the base refuses already, saved as they
     come; ``tab_attribution``'s rows, and what each took.
     """
-    recipe, edited = run.settings.recipe, run.settings.categories
+    edited = run.settings.categories
     harm = data.records.loc[data.records["role"] == "other_harm", "category"].unique()
     scores, rows, costs = {}, [], []
     for category in (*edited, *(name for name in harm if name not in edited)):
-        pairs = recipe_pairs(data.records, category, tok, recipe)
-        how = recipe if category in edited else _on_base(recipe)
-        work = run.scratch(category)
-        if not (work / DONE).exists():
-            with refusing(model, tok, base, how, category, checkpoint=work):
-                found, cost = _attributed(model, pairs, metric, recipe)
-            found.save(work / "scores")
-            write_json(work / DONE, cost)
-        found, cost = Scores.load(work / "scores"), json.loads((work / DONE).read_text())
+        found, cost = category_scores(run, model, tok, data, base, metric, category)
         found.save(run.path(f"scores/{category}"))
         scores[category] = found
-        rows.append({"category": category, "pairs": len(pairs), **_facts(found)})
-        costs.append({"category": category, "pairs": len(pairs), **cost})
+        rows.append({"category": category, "pairs": found.n_pairs, **_facts(found)})
+        costs.append({"category": category, "pairs": found.n_pairs, **cost})
     return scores, pd.DataFrame(rows), pd.DataFrame(costs)
+
+
+def category_scores(
+    run: RunReader,
+    model,
+    tok,
+    data: Policy,
+    base: pd.DataFrame,
+    metric: Metric | SequenceMetric,
+    category: str,
+) -> tuple[Scores, dict[str, float]]:
+    """Scores of one category and what they took, kept in the run's scratch folder."""
+    recipe, work = run.settings.recipe, run.scratch(category)
+    if not (work / DONE).exists():
+        pairs = recipe_pairs(data.records, category, tok, recipe)
+        how = recipe if category in run.settings.categories else _on_base(recipe)
+        with refusing(model, tok, base, how, category, checkpoint=work):
+            found, cost = _attributed(model, pairs, metric, recipe)
+        found.save(work / "scores")
+        write_json(work / DONE, cost)
+    return Scores.load(work / "scores"), json.loads((work / DONE).read_text())
 
 
 def _on_base(recipe: Recipe) -> Recipe:
