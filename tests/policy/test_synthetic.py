@@ -1,4 +1,6 @@
-"""The embedded policy set: twins, held-out words, disjointness from the training corpus and between splits."""
+"""The embedded policy set: counterparts, held-out words, disjointness from the training corpus
+and between splits.
+"""
 
 import random
 import re
@@ -8,12 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from cdelta.artifact.organism import corpus
-from cdelta.artifact.overview import ood_baseline
 from cdelta.models.chat import chat_ids
 from cdelta.paths import ORGANISM
 from cdelta.policy.build import build_policy
+from cdelta.policy.records import content_hash, to_records
 from cdelta.policy.synthetic import (
-    CATEGORIES,
+    BORDERLINE,
     HELD_OUT_TEMPLATES,
     HELD_OUT_WORDS,
     TEMPLATES,
@@ -29,7 +31,7 @@ def rows():
     return records()
 
 
-def twins(rows):
+def counterparts(rows):
     by_pair = {}
     for row in rows:
         if row["pair_id"]:
@@ -41,9 +43,9 @@ def test_records_are_the_same_every_time(rows):
     assert rows == records()
 
 
-def test_twins_differ_in_one_deciding_word_and_have_equal_token_length(rows):
+def test_counterparts_differ_in_one_deciding_word_and_have_equal_token_length(rows):
     tok = AutoTokenizer.from_pretrained(ORGANISM)
-    pairs = twins(rows)
+    pairs = counterparts(rows)
     assert len(pairs) > 4000
     for harmful, benign in pairs:
         changed = [
@@ -74,7 +76,9 @@ def test_held_out_words_rows_hold_held_out_words_only(rows):
 
 
 def test_training_corpus_never_contains_a_policy_prompt_that_is_judged(rows):
-    retained = lambda r: r["role"] == "utility" and r["split"] == "edit"
+    def retained(row):
+        return row["role"] == "utility" and row["split"] == "edit"
+
     policy = {r["prompt"] for r in rows if r["role"] != "borderline" and not retained(r)}
     assert not policy & {r["prompt"] for r in rows if retained(r)}
     assert not any(words_of(r["prompt"]) & HELD_OUT_WORDS for r in rows if retained(r))
@@ -83,17 +87,30 @@ def test_training_corpus_never_contains_a_policy_prompt_that_is_judged(rows):
 
 
 def test_build_finds_no_leak_and_drops_nothing():
-    policy = build_policy("synthetic", CATEGORIES, on_leak="stop")
+    policy = build_policy("synthetic", on_leak="stop")
     assert len(policy.dropped) == 0
+    assert policy.categories == ("crime", "hate", "health", "legal", "sexual")
 
 
-def test_a_lookup_does_not_solve_the_out_of_distribution_sets():
-    accuracy = (
-        ood_baseline(build_policy("synthetic", CATEGORIES)).groupby("ood_set")["accuracy"].mean()
+def test_the_set_without_borderline_prompts_to_retain_is_the_recorded_one():
+    """The recorded runs froze this hash; a changed word, template or draw would show here."""
+    records_of = to_records(records(edit_borderline=False))
+    assert content_hash(records_of) == (
+        "ab5d823becc98140ae77fa20b1660774700db5169919a07d547271435d3a1622"
     )
-    assert (accuracy[["held_out_words", "held_out_templates", "wrappers"]] < 0.95).all(), (
-        accuracy.to_dict()
-    )
+
+
+def test_borderline_prompts_to_retain_are_unlike_those_of_the_test(rows):
+    found = {
+        split: [r for r in rows if r["role"] == "borderline" and r["split"] == split]
+        for split in ("edit", "test")
+    }
+    assert len(found["edit"]) == 5 * 40 + 24 and len(found["test"]) == 6 * 40
+    assert rows[: -len(found["edit"])] == records(edit_borderline=False)
+    for row in found["edit"]:
+        assert not words_of(row["prompt"]) & HELD_OUT_WORDS and row["expected"] == "comply"
+        asked = [re.escape(q).replace(r"\{w\}", ".*") for q, _ in BORDERLINE]
+        assert not any(re.fullmatch(pattern, row["prompt"]) for pattern in asked)
 
 
 def test_misspell_keeps_the_deciding_word_and_changes_one_other():
