@@ -37,19 +37,24 @@ import pandas as pd
 from cdelta.artifact import conclusions
 from cdelta.artifact.figures import evaluation as draw
 from cdelta.artifact.jobs import Comparison
-from cdelta.artifact.overview import benign_lengths, classifier_line, labelled_answers
+from cdelta.artifact.overview import classifier_line, labelled_answers
 from cdelta.artifact.run import open_run
 from cdelta.artifact.targets import LLM, ORGANISM, Evidence, targets_met
 from cdelta.evaluation import tables
 from cdelta.evaluation.calibration import calibrations, reliability
 from cdelta.evaluation.classifiers import RULE_JUDGES, classifier
 from cdelta.evaluation.comparison import MEASURES, compare, measured, verdicts
+from cdelta.evaluation.multiple_choice import differences, perplexity_ratios
 from cdelta.evaluation.rates import with_pooled
+from cdelta.methods.registry import METHODS
 
 run = open_run("05_evaluation", preset, run_dir, device, model_path, policy)
 comparison, settings = Comparison(run), run.settings
-classifier_rates = pd.read_parquet(run.input("01_dataset", "classifier.parquet"))
-print(f"{len(comparison.jobs)} jobs; {len(comparison.test)} test prompts")
+used = [METHODS[key] for key in settings.evaluation.methods]
+methods = pd.DataFrame(
+    [{"method": m.title, "varies": m.family, "what it is": m.note} for m in used]
+)
+run.table("tab_methods", methods, "The methods of this run.")
 
 # %% [markdown]
 # ## Making, choosing, measuring
@@ -60,7 +65,7 @@ print(f"{len(comparison.jobs)} jobs; {len(comparison.test)} test prompts")
 
 # %%
 comparison.run_all()
-rows, tuning, shifts = comparison.rows(), comparison.curves(), comparison.shifts()
+rows, tuning, shifts = comparison.rows(), comparison.curves(), comparison.collected("shift")
 for name, frame in (("rows", rows), ("tuning", tuning), ("shift", shifts)):
     frame.to_parquet(run.path(f"{name}.parquet"), index=False)
 for method, reason in comparison.skipped().items():
@@ -71,14 +76,14 @@ for method, reason in comparison.skipped().items():
 #
 # *Target refused*: share of the category's harmful test prompts that are refused. *Benign,
 # borderline*: refusals of harmless prompts. *Other harm kept*: harmful prompts of other categories
-# that are treated as the base treats them. *Skills*: correct answers. The dashed line is what the
-# classifier of texts of notebook 01 refuses.
+# that are treated as the base treats them. *Skills*: correct answers. The dashed line: a
+# classifier of texts on the same training rows, in front of the base.
 
 # %%
 table, rates = tables.selectivity(rows), measured(rows)
 run.table("tab_selectivity", table, "Selectivity on the test split, per category and method.")
 titles = {key: measure.title for key, measure in MEASURES.items()}
-line = classifier_line(classifier_rates)
+line = classifier_line(rows, comparison.reference())
 run.figure(
     "fig_selectivity",
     draw.selectivity(rates, titles, line),
@@ -142,9 +147,19 @@ run.figure(
 
 # %%
 run.table("tab_utility", tables.utility(rows), "Accuracy per skill under every method.")
-shift, lengths = tables.shift(shifts), tables.lengths(benign_lengths(rows))
+shift, lengths = tables.shift(shifts), tables.lengths(comparison.collected("lengths"))
 run.table("tab_shift", shift, "KL and perplexity on the base's benign answers.", digits=4)
 run.table("tab_lengths", lengths, "Length of the answers to benign prompts.")
+
+# %% [markdown]
+# Multiple-choice tasks and running text, where the preset names them: change from the base on the
+# same questions, and whether it lies within the margin of equivalence.
+
+# %%
+tasks = differences(comparison.collected("tasks"))
+perplexities = perplexity_ratios(comparison.collected("text"))
+run.table("tab_tasks", tasks, "Accuracy on tasks, and its change from the base's.")
+run.table("tab_perplexity", perplexities, "Perplexity of running text over the base's.", digits=4)
 
 # %%
 conclusions.side_effects(matrix, rates)
@@ -222,7 +237,7 @@ run.figure(
 # ## Were the targets met?
 
 # %%
-evidence = Evidence(rows, shifts=shift, lengths=lengths)
+evidence = Evidence(rows, shifts=shift, lengths=lengths, tasks=tasks, perplexities=perplexities)
 goals = ORGANISM if settings.policy == "synthetic" else LLM
 met = targets_met(evidence, goals)
 run.table("tab_targets", met, "The targets set beforehand, and what was measured (test split).")

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cdelta.artifact.jobs import Comparison, Job
+from cdelta.artifact.job_results import Job
+from cdelta.artifact.jobs import Comparison
 from cdelta.artifact.run import RunReader, read_stage
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.methods.registry import candidates, why_not
+from cdelta.methods.registry import METHODS
 
 if TYPE_CHECKING:
-    from cdelta.methods.registry import Method
+    from cdelta.methods.base import Applied
 
 OFFLINE = ("02_attribution", "03_circuit", "04_edit")
 """Stages whose work makes the edits."""
@@ -36,12 +37,12 @@ def offline_seconds(run: RunReader) -> float:
 
 def timed_variants(
     comparison: Comparison, category: str, seed: int
-) -> dict[str, tuple[Method, float] | None]:
+) -> dict[str, tuple[Applied, float] | None]:
     """Base, edited weights, run-time steering at 1: method key -> (method, strength)."""
     delta = WeightDelta.load(comparison.run.input("04_edit", f"{category}-{seed}"))
-    found = {"base": None, "cdelta": (delta, delta.metadata["k"])}
+    found: dict[str, Variant] = {"base": None, "cdelta": (delta, delta.metadata["k"])}
     task = comparison.task(Job("cast", category, seed))
     for key in ("as", "as_bias", "cast"):
-        if not why_not(key, task):
-            found[key] = (next(iter(candidates(key, task).values())), 1.0)
+        if not METHODS[key].why_not(task):
+            found[key] = (next(iter(METHODS[key].candidates(task).values())), 1.0)
     return found

@@ -200,6 +200,8 @@ def differences(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     ``difference`` with its paired interval ``low, high``; ``p`` of McNemar's exact test;
     ``equivalent``: the interval lies within ``margin`` (two one-sided tests).
     """
+    if not len(rows):
+        return pd.DataFrame()
     base = rows[rows["method"] == BASE]
     found = []
     for (category, method, task), own in rows.groupby(["category", "method", "task"], sort=False):
@@ -234,6 +236,8 @@ def perplexity_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     """`tab_perplexity`: perplexity per token of running text, and its ratio to the base's with a
     bootstrap interval over windows, from rows ``method, category, seed, item, nll, tokens``.
     """
+    if not len(rows):
+        return pd.DataFrame()
     base = rows[rows["method"] == BASE].groupby("item")["nll"].mean()
     sizes = rows.groupby("item")["tokens"].first()
     found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from rows import ROWS, make
+from outcome_rows import ROWS, make
 
 from cdelta.evaluation.comparison import MEASURES, compare, measured, verdicts
 from cdelta.evaluation.stats import holm

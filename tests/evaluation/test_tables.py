@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from rows import ROWS, make
+from outcome_rows import ROWS, make
 
 from cdelta.evaluation.rates import Rate, with_pooled
 from cdelta.evaluation.stats import wilson
