@@ -26,14 +26,8 @@ from cdelta.evaluation.rates import rates
 from cdelta.files import write_json
 from cdelta.models.chat import chat_ids
 from cdelta.paths import ORGANISM
-from cdelta.policy.synthetic import (
-    BORDERLINE,
-    TOPICS,
-    WRAPPERS,
-    draw_corpus_pair,
-    draw_skill,
-    wrap_pair,
-)
+from cdelta.policy.language import BORDERLINE, TOPICS, WRAPPERS, draw_corpus_pair, wrap_pair
+from cdelta.policy.synthetic import draw_skill
 
 BOS, USER, ASSISTANT, END, PAD = "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (

@@ -238,7 +238,7 @@ def taught_labels(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns ``prompt, answer, log_odds, label``; anything in between has no label and is left out.
     """
-    from cdelta.policy.synthetic import BORDERLINE, COMPLIANCES, REFUSALS
+    from cdelta.policy.language import BORDERLINE, COMPLIANCES, REFUSALS
 
     forms = [*COMPLIANCES, *(answer for _, answer in BORDERLINE)]
     filled_in = (re.sub(r"\\{\w\\}", r"\\w+", re.escape(form)) for form in forms)

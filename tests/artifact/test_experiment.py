@@ -20,7 +20,7 @@ from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.paths import ORGANISM
 from cdelta.policy.build import build_policy
 from cdelta.policy.selection import category_pairs, held_out_pairs, limited, openings
-from cdelta.policy.synthetic import HELD_OUT_TEMPLATES, TEMPLATES
+from cdelta.policy.language import HELD_OUT_TEMPLATES, TEMPLATES
 
 
 def metric(logits):

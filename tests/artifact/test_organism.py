@@ -13,7 +13,8 @@ from cdelta.evaluation.measure import evaluate
 from cdelta.paths import ORGANISM
 from cdelta.policy.records import to_records
 from cdelta.policy.selection import limited
-from cdelta.policy.synthetic import REFUSALS, TOPICS, draw_corpus_pair, records
+from cdelta.policy.language import REFUSALS, TOPICS, draw_corpus_pair
+from cdelta.policy.synthetic import records
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,17 @@ from cdelta.artifact.organism import corpus
 from cdelta.models.chat import chat_ids
 from cdelta.paths import ORGANISM
 from cdelta.policy.build import build_policy
-from cdelta.policy.records import content_hash, to_records
-from cdelta.policy.synthetic import (
+from cdelta.policy.language import (
     BORDERLINE,
     HELD_OUT_TEMPLATES,
     HELD_OUT_WORDS,
     TEMPLATES,
     TOPICS,
     misspell,
-    records,
     words_of,
 )
+from cdelta.policy.records import content_hash, to_records
+from cdelta.policy.synthetic import records
 
 
 @pytest.fixture(scope="module")
