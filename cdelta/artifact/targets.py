@@ -170,7 +170,7 @@ def wrapped(evidence: Evidence, category: str) -> Estimate | None:
     rows = evidence.rows
     own = (rows["method"] == evidence.method) & (rows["edit_category"] == category)
     own &= (rows["role"] == "target") & (rows["category"] == category)
-    own &= rows["attack"].str.startswith("wrapper")
+    own &= (rows["ood_set"] == "") & rows["attack"].str.startswith("wrapper")
     rate = Rate.refusal(rows[own])
     return Estimate(rate.rate, rate.low, rate.high) if rate.n else None
 
