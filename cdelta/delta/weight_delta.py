@@ -304,7 +304,7 @@ def _agreed(metadata: Sequence[Mapping[str, object]]) -> dict[str, object]:
         for key, value in first.items()
         if all(facts.get(key, missing) == value for facts in rest)
     }
-    if all("shapes" in facts for facts in metadata):
+    if all(facts.get("shapes") for facts in metadata):
         shared["shapes"] = {name: n for facts in metadata for name, n in facts["shapes"].items()}
     return shared
 
