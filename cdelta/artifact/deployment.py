@@ -77,7 +77,9 @@ def flip_a_bit(edited: Path, delta: WeightDelta) -> None:
 def runtimes_table(
     bench: Bench, edited: Path, ours: pd.DataFrame, category: str, runtimes: Iterable[str]
 ) -> pd.DataFrame:
-    """Answers of processes without cdelta beside ours, word for word, and their rates."""
+    """Answers of processes without cdelta beside ours, word for word, and their rates; why a
+    runtime cannot answer is printed.
+    """
     limit = bench.run.settings.answers.max_new_tokens
     prompts = [chat_ids(bench.tok, prompt) for prompt in ours["prompt"]]
     found = []
@@ -85,16 +87,16 @@ def runtimes_table(
         try:
             answers = runtime_answers(edited, prompts, limit, runtime)
         except CdeltaError as error:
-            found.append({"runtime": runtime, "n": 0, "note": str(error)})
+            print(error)
             continue
         rows = judged(ours.assign(answer=answers))
         rates = kind_rates(rows, category).set_index("kind")["rate"]
         same = int((rows["answer"] == ours["answer"]).sum())
-        row = {"runtime": runtime, "n": len(rows), "same answers": same, "note": ""}
+        row = {"runtime": runtime, "n": len(rows), "same answers": same}
         found.append(
             row | {f"{kind}_rate": rates.get(kind) for kind in ("target", "benign", "skills")}
         )
-    columns = ["runtime", "n", "same answers", "target_rate", "benign_rate", "skills_rate", "note"]
+    columns = ["runtime", "n", "same answers", "target_rate", "benign_rate", "skills_rate"]
     return pd.DataFrame(found).reindex(columns=columns)
 
 
@@ -113,14 +115,14 @@ def lora_table(
             logits[name] = load_model(folder, dtype="float32", device="cpu")[0](prompt).logits
         plain = load_model(base, dtype="float32", device="cpu")[0]
         adapted = PeftModel.from_pretrained(plain, adapter).eval()
-        ranks = adapted.peft_config["default"].rank_pattern.values()
+        rank = adapted.peft_config["default"].r
         logits["adapter"] = adapted(prompt).logits
         logits["merged"] = adapted.merge_and_unload()(prompt).logits
     rows = []
     for name in ("base", "adapter", "merged"):
         gap = (logits[name] - logits["edited"]).abs().max().item()
         rows.append({"against the edited checkpoint": name, "largest |difference of logits|": gap})
-    return pd.DataFrame(rows), max(ranks, default=0)
+    return pd.DataFrame(rows), rank
 
 
 def formats_table(

@@ -30,8 +30,8 @@ from cdelta.models.checkpoint import INDEX, Checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENTRIES_AT_ONCE = 1 << 22
-"""Entries of a tensor that are compared at once: about 100 MB with everything around them."""
+ENTRIES_AT_ONCE = 1 << 20
+"""Entries of a tensor that are compared at once: about 25 MB with everything around them."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -71,3 +71,4 @@ def test_peak_memory_of_a_streaming_apply(tmp_path):
     assert found["total"] > 100e6 and found["delta"] >= 4 * delta.count()
     assert (tmp_path / "out").is_dir()
     assert 0 < found["peak"] < found["largest"] + found["delta"]
+    assert 0 < found["verify"] < found["largest"] < found["total"] / 3
