@@ -161,8 +161,14 @@ def _harmbench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     return [_harmful(row["BehaviorID"], prompt, to_category(HARMBENCH, row["SemanticCategory"]))]
 
 
+NEVER_ASKED = (64, 69)
+"""Harmful rows of JailbreakBench that no model here is asked: they concern child abuse."""
+
+
 def _jailbreakbench(split: str, index: int, row: Mapping[str, Any]) -> list[Row]:
     """Harmful and benign behaviours are aligned row by row, so a row pairs with its namesake of the other split."""
+    if split == "harmful" and index in NEVER_ASKED:
+        return []
     category = to_category(JAILBREAKBENCH, row["Category"])
     pair = {"group_id": str(index), "pair_id": f"jailbreakbench/{index}"}
     if split == "harmful":
@@ -257,7 +263,7 @@ SOURCES: dict[str, Source] = {
             hub="sorry-bench/sorry-bench-202503", gated=True, selects="prompt_style base", revision="612a4e1f45db8adf884fa62318ddf9fa1c6e75e9",
         ),
         Source(
-            "jailbreakbench", "MIT", ("Index", "Goal", "Category"), _jailbreakbench, ("harmful", "benign"),
+            "jailbreakbench", "MIT", ("Goal", "Category"), _jailbreakbench, ("harmful", "benign"),
             hub="JailbreakBench/JBB-Behaviors", config="behaviors", revision="886acc352a31533ffbcf4ef22c744658688086fc",
         ),
         Source(
@@ -330,7 +336,8 @@ def _records(source: Source, split: str, index: int, row: Mapping[str, Any]) -> 
         raise CdeltaError(
             f"{source.name}, {split} row {index}: a {type(row).__name__}, not an object with {', '.join(source.columns)}: download it from {source.home}."
         )
-    named = {source.aliases.get(column, column): value for column, value in row.items()}
+    canonical = {column.casefold(): column for column in source.columns} | source.aliases
+    named = {canonical.get(column.casefold(), column): value for column, value in row.items()}
     missing = [c for c in source.columns if c not in named]
     if missing:
         raise CdeltaError(
@@ -356,7 +363,20 @@ def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
         raise CdeltaError(
             f"{path}: no such file or folder: give a local copy of {source.name} ({source.home})."
         )
+    files = _files_of_splits(source, path)
+    if files:
+        tables = [_read_file(source, file)[source.splits[0]] for file in files]
+        return dict(zip(source.splits, tables)), f"folder:{path.name}"
     return _load_dataset(source, str(path), None), f"folder:{path.name}"
+
+
+def _files_of_splits(source: Source, folder: Path) -> list[Path]:
+    """One table per split in a folder: named after the split, or the only table there is."""
+    tables = [f for f in sorted(folder.iterdir()) if f.suffix in (".csv", ".jsonl", ".parquet")]
+    if len(source.splits) == 1:
+        return tables if len(tables) == 1 else []
+    named = [[f for f in tables if f.name.startswith(split)] for split in source.splits]
+    return [found[0] for found in named] if all(len(found) == 1 for found in named) else []
 
 
 def sha256(path: Path) -> str:

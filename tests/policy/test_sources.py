@@ -7,7 +7,6 @@ from helpers import real
 
 from cdelta import paths
 from cdelta.errors import CdeltaError
-from cdelta.paths import CACHE
 from cdelta.policy import category_maps
 from cdelta.policy.category_maps import CATQA, SORRY_BENCH, to_category
 from cdelta.policy.sources import CAST_COLUMNS, SOURCES, SourceUnavailable, load, sha256
@@ -403,7 +402,7 @@ def test_what_cannot_be_reached_is_unavailable_with_the_reason(monkeypatch):
         load("sorry-bench")
 
 
-def test_downloads_are_checked_before_they_count(monkeypatch):
+def test_downloads_are_checked_before_they_count(monkeypatch, tmp_path):
     class Answer:
         def __init__(self, content):
             self.content = content
@@ -417,10 +416,11 @@ def test_downloads_are_checked_before_they_count(monkeypatch):
         def read(self):
             return self.content
 
+    monkeypatch.setattr("cdelta.policy.sources.CACHE", tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(b"tampered"))
     with pytest.raises(CdeltaError, match="does not have the pinned sha256 1178"):
         load("xstest")
-    assert not list((CACHE / "sources").rglob("*.*"))
+    assert not list(tmp_path.rglob("*.*"))
     content = (real("xstest") / "xstest_prompts.csv").read_bytes()
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(content))
     assert len(load("xstest").rows) == 450
@@ -445,3 +445,9 @@ def test_category_maps_are_total():
         "sexual",
     }
     assert CAST_COLUMNS.keys() == {"crime", "hate", "health", "legal", "sexual"}
+
+
+def test_local_folders_with_a_table_per_split():
+    jailbreaks = load("jailbreakbench", real("jailbreakbench")).rows
+    assert len(jailbreaks) == 198 and {row["role"] for row in jailbreaks} >= {"target", "benign"}
+    assert len(load("catqa", real("catqa")).rows) == 500
