@@ -1,4 +1,5 @@
-"""One record per prompt: its columns, its id, its split, and `SplitRows`, the only way in which rows reach a training step."""
+"""One record per prompt: its columns, its id, its split, and `SplitRows`, the only way in which
+rows reach a training step."""
 
 from __future__ import annotations
 
@@ -24,9 +25,23 @@ OTHER = "other"
 """Category of harm outside the policy's categories, and of utility prompts."""
 
 COLUMNS = (
-    "id", "prompt", "category", "expected", "role", "source", "source_revision", "source_id", "license", "group_id",
-    "pair_id", "split", "ood_set", "reference", "skill", "must_mention",
-)  # fmt: skip
+    "id",
+    "prompt",
+    "category",
+    "expected",
+    "role",
+    "source",
+    "source_revision",
+    "source_id",
+    "license",
+    "group_id",
+    "pair_id",
+    "split",
+    "ood_set",
+    "reference",
+    "skill",
+    "must_mention",
+)
 OPTIONAL = ("pair_id", "split", "ood_set", "reference", "skill", "must_mention")
 """Empty when a source does not give them; an empty split is assigned from the group."""
 CHOICES = {"expected": EXPECTED, "role": ROLES, "split": SPLITS}
@@ -35,26 +50,30 @@ _MARKS = re.compile(r"[^\w\s]|_")
 
 
 def _without_punctuation(mark: re.Match) -> str:
-    """Punctuation separates words and invisible format characters vanish; emoji, symbols and vowel signs stay."""
+    """Punctuation separates words and invisible format characters vanish; emoji, symbols and vowel
+    signs stay."""
     kind = unicodedata.category(mark[0])
     return " " if kind[0] == "P" else "" if kind == "Cf" else mark[0]
 
 
 @lru_cache(maxsize=2**18)  # each prompt is looked at several times on its way through a build
 def normalise(text: str) -> str:
-    """Text as the duplicate checks see it: NFKC, casefolded, punctuation to spaces, spaces collapsed."""
+    """Text as the duplicate checks see it: NFKC, casefolded, punctuation to spaces, spaces
+    collapsed."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words = _MARKS.sub(_without_punctuation, folded).split()
     return " ".join(words) or " ".join(folded.split())  # a prompt of punctuation alone keeps it
 
 
 def record_id(source: str, prompt: str) -> str:
-    """sha1 of the source and the normalised prompt, so that an id survives reordering and reformatting."""
+    """sha1 of the source and the normalised prompt, so that an id survives reordering and
+    reformatting."""
     return hashlib.sha1(f"{source}\n{normalise(prompt)}".encode()).hexdigest()
 
 
 def assign_split(group_id: str) -> str:
-    """The split of a group, from its hash alone: adding rows never moves a group to another split."""
+    """The split of a group, from its hash alone: adding rows never moves a group to another
+    split."""
     point = int(hashlib.sha256(group_id.encode()).hexdigest()[:8], 16) / 16**8
     for split, share in zip(SPLITS, SPLIT_SHARES):
         point -= share
@@ -73,27 +92,29 @@ def strictest_split(splits: Iterable[str]) -> str:
 class SplitRows(Sequence):
     """An immutable sequence of rows that remembers the split they come from.
 
-    Slices, sums and `with_answers` keep it, a mixture that contains test rows is "test", and `attribute` and
-    `fit_delta` refuse "test" (`errors.refuse_test`).
+    Slices, sums and `with_answers` keep it, a mixture that contains test rows is "test", and
+    `attribute` and `fit_delta` refuse "test" (`errors.refuse_test`).
     """
 
     rows: tuple[Any, ...]
     split: str
 
     @classmethod
-    def of(cls, rows: Iterable[Mapping[str, Any]]) -> "SplitRows":
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> SplitRows:
         """Rows of records; the split is read from the rows themselves."""
         rows = tuple(rows)
         return cls(rows, strictest_split(row["split"] for row in rows))
 
     @property
     def prompts(self) -> list[str]:
+        """The rows' prompts, in order."""
         return [row["prompt"] for row in self.rows]
 
     def with_answers(
         self, answers: Sequence[str] | Callable[[Mapping[str, Any]], str]
-    ) -> "SplitRows":
-        """(prompt, answer) rows, as `fit_delta` takes them; `answers` is one string per row or a function of the row."""
+    ) -> SplitRows:
+        """(prompt, answer) rows, as `fit_delta` takes them; `answers` is one string per row or a
+        function of the row."""
         if callable(answers):
             answers = [answers(row) for row in self.rows]
         if len(answers) != len(self.rows):
@@ -115,7 +136,7 @@ class SplitRows(Sequence):
             else self.rows[index]
         )
 
-    def __add__(self, other: "SplitRows") -> "SplitRows":
+    def __add__(self, other: SplitRows) -> SplitRows:
         return SplitRows(
             self.rows + other.rows,
             strictest_split(part for part in (*self.split.split("+"), *other.split.split("+"))),
@@ -150,7 +171,8 @@ def _check_columns(frame: pd.DataFrame) -> None:
     unknown = [c for c in frame if c not in COLUMNS]
     if missing or unknown:
         raise CdeltaError(
-            f"records lack the columns {missing} and have the unknown columns {unknown}: expected {list(COLUMNS)}."
+            f"records lack the columns {missing} and have the unknown columns {unknown}: expected "
+            f"{list(COLUMNS)}."
         )
 
 
@@ -160,12 +182,14 @@ def _check_values(frame: pd.DataFrame) -> None:
         if len(bad):
             row = bad.iloc[0]
             raise CdeltaError(
-                f"record {row.source_id!r} of {row.source} has {column} {row[column]!r}: use one of {', '.join(allowed)}."
+                f"record {row.source_id!r} of {row.source} has {column} {row[column]!r}: use one "
+                f"of {', '.join(allowed)}."
             )
     torn = frame.groupby("group_id")["split"].nunique()
     if (torn > 1).any():
         raise CdeltaError(
-            f"group {torn[torn > 1].index[0]!r} lies in several splits: rows of one group belong to one split."
+            f"group {torn[torn > 1].index[0]!r} lies in several splits: rows of one group belong "
+            "to one split."
         )
 
 

@@ -78,7 +78,6 @@ def test_own_row_first_then_same_length_and_first_word():
     counts = pair_yield(rows, TOK)
     assert counts.own_row == 1
     assert counts.backup == (length["a"] in (length["c"], length["d"]))
-    assert pair_yield(rows, TOK, backup=False).backup == 0
     assert (
         counts.as_dict()["unpaired"] == counts.targets - counts.pairs
         and "ids" not in counts.as_dict()
@@ -97,7 +96,7 @@ def test_too_few_pairs_is_one_sentence_with_the_remedy():
         CdeltaError,
         match="category crime, split edit: 1 prompt pairs .* 16 needed: rephrase benign prompts",
     ):
-        choose_pairs(records_of(*paired("show bb", "show cc", "a")), TOK)
+        choose_pairs(records_of(*paired("show bb", "show cc", "a")), TOK, minimum=16)
     with pytest.raises(CdeltaError, match="category \\(none\\), split \\(none\\): 0 prompt pairs"):
         choose_pairs([], TOK, minimum=0)
 
