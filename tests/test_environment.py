@@ -104,17 +104,18 @@ def test_what_is_imported_is_pinned_by_name():
 
 def imported():
     """First parts of all modules that the package, the notebooks and the tests import."""
+    patterns = ("cdelta/**/*.py", "notebooks/*.py", "tests/**/*.py")
+    return {m for pattern in patterns for path in ROOT.glob(pattern) for m in imported_by(path)}
+
+
+def imported_by(path):
+    """First parts of all modules that a file imports."""
     found = set()
-    for path in [
-        *ROOT.glob("cdelta/**/*.py"),
-        *ROOT.glob("notebooks/*.py"),
-        *ROOT.glob("tests/**/*.py"),
-    ]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                found.add(node.module.split(".")[0])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
     return found
 
 
@@ -303,3 +304,18 @@ def test_a_real_installation_in_a_fresh_clone(tmp_path):
         assert time.time() - began < 2
     finally:
         shutil.rmtree(clone)
+
+
+OPTIONAL = {"datasets", "lm_eval", "transformer_lens", "wildguard"}
+"""What modules outside of `cdelta.artifact` import inside of functions, for those who have it."""
+
+
+def test_the_core_dependencies_are_enough_for_the_command_line():
+    """`pip install .` brings all that `cdelta edit` imports; the extras are for the artifact."""
+    declared = {normal(Requirement(text).name) for text in PROJECT["dependencies"]}
+    owners = importlib.metadata.packages_distributions()
+    for path in ROOT.glob("cdelta/**/*.py"):
+        if "artifact" not in path.parts:
+            modules = imported_by(path) - {"cdelta"} - sys.stdlib_module_names - OPTIONAL
+            missing = {m for m in modules if not {normal(n) for n in owners.get(m, [])} & declared}
+            assert not missing, (path, missing)
