@@ -175,8 +175,8 @@ class Deployment:
     """Common scales for a sum of deltas that breaks the caps on validation at 1."""
     joint: tuple[int, ...] = ()
     """How many of the categories, the first ones, are also trained together."""
-    runtimes: tuple[str, ...] = ("transformers", "ctranslate2", "llama.cpp:F32")
-    """External runtimes that answer in a process without cdelta."""
+    runtimes: tuple[str, ...] = ("transformers",)
+    """External runtimes that answer in a process without cdelta: `external.RUNTIMES`."""
     formats: tuple[str, ...] = ("bfloat16 in 4", "float16 in 4")
     """Dtypes, and numbers of files, in which a small model is saved and edited."""
 
