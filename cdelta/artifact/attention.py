@@ -28,6 +28,9 @@ KEYS = ("first token", "before the deciding words", "deciding words", "after the
 """Where attention from the last prompt token may go. Deciding words: from the first to the last
 token in which clean and corrupted prompt differ."""
 
+DECIMALS = 4
+"""Effects in nats are rounded to so many before they are resampled."""
+
 
 def component_table(
     model, pairs: PromptPairs, metric, circuit: Circuit, rows: int = 64
@@ -48,7 +51,8 @@ def component_table(
     found = []
     for kind, values in effects.items():
         for part, fall in values.items():
-            mean = bootstrap_mean(fall.numpy(), draws=1000)
+            # equal values are drawn together: float noise must not decide which are equal
+            mean = bootstrap_mean(fall.numpy().round(DECIMALS), draws=1000)
             found.append({"part": part, "effect": kind, **mean._asdict()})
     return pd.DataFrame(found, columns=["part", "effect", "value", "low", "high"])
 

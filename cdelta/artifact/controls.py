@@ -15,10 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cdelta.attribution.batch import batches, input_device, run
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.controls import gradient_scores, layer_matched, magnitude_scores, random_scores
+from cdelta.circuit.controls import (
+    gradient_scores,
+    layer_matched,
+    magnitude_scores,
+    metric_gradients,
+    random_scores,
+)
 from cdelta.circuit.effects import leave_one_out
 from cdelta.circuit.faithfulness import (
     FRACTIONS,
@@ -31,7 +36,6 @@ from cdelta.circuit.faithfulness import (
 )
 from cdelta.circuit.ranking import UnitScores, of_pairs, shares, unit_scores
 from cdelta.evaluation.stats import bootstrap_ratio
-from cdelta.models.hooks import trainable
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
@@ -225,18 +229,6 @@ def _layer_matched(
         else Circuit(layer_matched(circuit.to_mask(spec), spec, draw).units)
         for circuit, fraction in zip(circuits, fractions)
     ]
-
-
-def metric_gradients(model, pairs: PromptPairs, metric, rows: int = 32) -> dict[str, Tensor]:
-    """Gradient of the metric, summed over the clean prompts, with respect to every parameter."""
-    with trainable(model) as parameters:
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        for batch in batches(pairs, rows, input_device(model)):
-            value = run(model, batch.clean, batch, metric).sum()
-            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(total, found):
-                total[name] += 0 if gradient is None else gradient
-    return total
 
 
 def control_table(found: Mapping[str, Compared], size: float = 0.05) -> pd.DataFrame:

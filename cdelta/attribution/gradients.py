@@ -89,8 +89,9 @@ class GradientPass:
     allocating large tensors anew costs more than filling them.
     """
 
-    def __init__(self, model, spec: ModelSpec):
+    def __init__(self, model, spec: ModelSpec, frozen_norms: bool = False):
         self.model, self.spec, self.wiring = model, spec, Wiring(spec)
+        self.frozen_norms = frozen_norms  # take a norm's scale as a constant (`gim`)
         self.blocks, self.dtype = spec.blocks(model), compute_dtype(model)
         self.folded = [folded(spec, block) for block in self.blocks]
         self.buffers: dict[torch.device, Tensor] = {}
@@ -175,8 +176,10 @@ class GradientPass:
         norm = self.blocks[layer].mlp_norm
         grad = centred(norm, self._per_step(grad) * self.folded[layer].weights["mlp"])
         unit, scale = self._normalised(norm, self.residual.pop(("mlp", layer)))
-        along = (grad * unit).mean(-1, keepdim=True)
-        grad.addcmul_(unit, along, value=-1).mul_(scale)
+        if not self.frozen_norms:
+            along = (grad * unit).mean(-1, keepdim=True)
+            grad.addcmul_(unit, along, value=-1)
+        grad.mul_(scale)
         self._readers(grad.device)[-1].copy_(grad.sum(0))
 
     def _qkv(self, layer: int, module: int, grad: Float[Tensor, "rows pos out"]) -> None:
@@ -222,9 +225,12 @@ class GradientPass:
         """Take off the norm's derivative along each step's residual, and the mean, in place."""
         amounts = torch.cat(along, -1).permute(1, 2, 0) / self.spec.d_model  # n reader step
         directions = directions.transpose(0, 1)
+        if self.frozen_norms:
+            amounts, directions = amounts[..., :0], directions[:, :0]
         if means:
+            ones = directions.new_ones(len(directions), 1, directions.shape[-1])
             amounts = torch.cat([amounts, torch.cat(means, -1)[..., None]], -1)
-            directions = torch.cat([directions, torch.ones_like(directions[:, :1])], 1)
+            directions = torch.cat([directions, ones], 1)
         amounts, directions = amounts.to(rows.dtype), directions.to(rows.dtype)
         rows.transpose(0, 1).baddbmm_(amounts, directions, alpha=-1)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from cdelta.attribution.cost import (
 )
 from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.exact import patch_all
+from cdelta.attribution.gim import modified_gradients
 from cdelta.attribution.gradients import GradientPass, Schedule
 from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.attribution.wiring import Wiring
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-METHODS = ("eap", "eap-ig", "clean-corrupted", "exact")
+METHODS = ("eap", "eap-ig", "clean-corrupted", "gim", "exact")
 RULES = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
 """Where in its interval each of the T steps is evaluated: a_t = (t + offset) / T."""
 
@@ -145,7 +147,8 @@ def attribute(
             devices by accelerate.
         metric: Float[row, vocab] logits at each row's last token -> Float[row]; or a
             `SequenceMetric`.
-        method: "eap-ig"; "eap" (gradient at the clean run only); "clean-corrupted" (mean of the
+        method: "eap-ig"; "eap" (gradient at the clean run only); "gim" (the same with the backward
+            pass of `attribution.gim`, against self-repair); "clean-corrupted" (mean of the
             gradients at both ends); or "exact" (patch one edge at a time: the slow oracle, one
             forward pass per edge and unit).
         steps, rule: of "eap-ig": number of gradient steps and where each is taken ("midpoint",
@@ -169,9 +172,10 @@ def attribute(
     spec, device = ModelSpec.from_model(model), input_device(model)
     rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
     todo = batches_that_fit(model, spec, rows, len(schedule), micro_batch, device)
-    totals = Totals(model, spec, len(pairs), len(rows), per_pair)
+    totals = Totals(model, spec, len(pairs), len(rows), per_pair, frozen_norms=method == "gim")
     bar = tqdm(total=len(todo), disable=not progress, desc=method, unit="batch")
-    with frozen(model), fused_activations(model), bar:
+    backward = modified_gradients(model, spec) if method == "gim" else nullcontext()
+    with frozen(model), fused_activations(model), backward, bar:
         for batch in todo:
             totals.add(model, batch, metric, schedule)
             bar.update()
@@ -243,13 +247,23 @@ def gradient_schedule(method: str, steps: int, rule: str) -> Schedule:
         raise CdeltaError(f"steps={steps}: eap-ig needs at least one step.")
     if method == "eap-ig":
         return [((t + RULES[rule]) / steps, 1.0 / steps) for t in range(steps)]
-    return {"eap": [(1.0, 1.0)], "clean-corrupted": [(1.0, 0.5), (0.0, 0.5)], "exact": []}[method]
+    ends = [(1.0, 0.5), (0.0, 0.5)]
+    clean = [(1.0, 1.0)]
+    return {"eap": clean, "gim": clean, "clean-corrupted": ends, "exact": []}[method]
 
 
 class Totals:
     """Running sums over micro-batches, on the model's first device; `scores` makes them means."""
 
-    def __init__(self, model, spec: ModelSpec, n_pairs: int, n_rows: int, per_pair: bool):
+    def __init__(
+        self,
+        model,
+        spec: ModelSpec,
+        n_pairs: int,
+        n_rows: int,
+        per_pair: bool,
+        frozen_norms: bool = False,
+    ):
         wiring, device = Wiring(spec), input_device(model)
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         self.zeros = partial(torch.zeros, dtype=dtype, device=device)
@@ -259,7 +273,7 @@ class Totals:
         self.heads = self.zeros(n_pairs, spec.n_layers, spec.n_heads)
         self.neurons = self.zeros(n_pairs if per_pair else 1, spec.n_layers, spec.d_mlp)
         self.metrics = self.zeros(2)
-        self.gradients = GradientPass(model, spec)
+        self.gradients = GradientPass(model, spec, frozen_norms)
 
     def add(self, model, batch: Batch, metric, schedule: Schedule) -> None:
         """One micro-batch: both runs for the differences, then gradients or exact patching."""

@@ -5,16 +5,21 @@ whole.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from cdelta.attribution.batch import Batch, batches, input_device, run
+from cdelta.attribution.linear import wide
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.mask import ParameterMask, parse_unit, slices_size, unit_slices
 from cdelta.circuit.ranking import UnitScores
 from cdelta.circuit.selection import select_units
 from cdelta.errors import CdeltaError
+from cdelta.models.hooks import trainable
 from cdelta.models.spec import ModelSpec, Slice
+from cdelta.policy.pairs import PromptPairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,12 +80,46 @@ def magnitude_scores(model, spec: ModelSpec) -> UnitScores:
 
 
 def gradient_scores(model, spec: ModelSpec, gradients: Mapping[str, Tensor]) -> UnitScores:
-    """Sum of |gradient × weight| over every unit, from a loss's gradients by parameter name."""
+    """Sum of |gradient × weight| over every unit, from a loss's gradients by parameter name.
+
+    With `loss_gradients` of the edit's own loss this is also a way to localise (a first-order
+    estimate of what the loss gains by each unit) where the model has no refusal for attribution
+    to find.
+    """
     weights = dict(model.named_parameters())
     saliency = {
         name: (weights[name].detach() * gradient).abs() for name, gradient in gradients.items()
     }
     return unit_sums(spec, saliency)
+
+
+def loss_gradients(model, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Gradient of the sum of all losses with respect to every parameter, in at least fp32.
+
+    Each loss is a scalar that is computed, and let go, in its turn. The model is left as it was.
+    """
+    with trainable(model) as parameters:
+        total = {name: torch.zeros_like(wide(p)) for name, p in parameters.items()}
+        for loss in losses:
+            gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(total, gradients):
+                if gradient is not None:
+                    total[name] += gradient
+    return total
+
+
+def metric_gradients(model, pairs: PromptPairs, metric, rows: int = 32) -> dict[str, Tensor]:
+    """`loss_gradients` of the metric, summed over the clean prompts."""
+    losses = [
+        partial(summed_metric, model, batch, metric)
+        for batch in batches(pairs, rows, input_device(model))
+    ]
+    return loss_gradients(model, losses)
+
+
+def summed_metric(model, batch: Batch, metric) -> Tensor:
+    """The metric's sum over a batch's clean prompts."""
+    return run(model, batch.clean, batch, metric).sum()
 
 
 def unit_sums(spec: ModelSpec, values: Mapping[str, Tensor]) -> UnitScores:

@@ -74,7 +74,7 @@ class AttributionRecipe(Section):
     openings, teacher-forced (auto: where first tokens do not tell them apart)."""
     sequence_tokens: int = 4
     """Tokens of each answer that the sequence metric compares."""
-    method: Literal["eap-ig", "eap", "clean-corrupted"] = "eap-ig"
+    method: Literal["eap-ig", "eap", "clean-corrupted", "gim"] = "eap-ig"
     """How edges are scored."""
     ig_steps: int = 5
     """Points of the path that integrated gradients average over."""

@@ -30,7 +30,6 @@ from cdelta.artifact.controls import (
     control_table,
     curve_table,
     faithfulness_row,
-    metric_gradients,
     ranked,
     redrawn,
     verdict,
@@ -39,6 +38,7 @@ from cdelta.artifact.presets import Study
 from cdelta.artifact.stability import Selection, overlap, sharing, stability
 from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit
+from cdelta.circuit.controls import metric_gradients
 from cdelta.circuit.faithfulness import FRACTIONS, Curve, Runs, evaluate
 from cdelta.circuit.ranking import unit_scores
 from cdelta.errors import CdeltaError

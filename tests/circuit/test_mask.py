@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cdelta.circuit.controls import (  # fmt: skip
     gradient_scores,
     layer_matched,
+    loss_gradients,
     magnitude_scores,
     module_mask,
     random_mask,
@@ -222,3 +223,14 @@ def test_bad_input_is_one_clear_error(specs):
         select_units(spec, heads * float("nan"), neurons, 0.1)
     with pytest.raises(CdeltaError, match="different models"):
         random_mask(spec, 0.1, 0) | random_mask(specs["qwen3"], 0.1, 0)
+
+
+def test_gradients_of_several_losses_add_up_and_leave_the_model_as_it_was():
+    model = toys.toy("llama")
+    ids = torch.arange(4, 10)[None]
+    losses = [lambda i=i: model(ids).logits[0, -1, i] for i in (3, 5)]
+    both = loss_gradients(model, losses)
+    one, other = (loss_gradients(model, [loss]) for loss in losses)
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(both[name], one[name] + other[name])
+    assert both[name].abs().sum() > 0 and not any(p.requires_grad for p in model.parameters())
