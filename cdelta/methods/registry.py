@@ -10,22 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
-from cdelta.circuit.controls import (
-    dense_mask,
-    gradient_scores,
-    layer_matched,
-    magnitude_scores,
-    random_mask,
-    whole_layers,
-    whole_tensors,
-)
+from cdelta.circuit.controls import whole_tensors
 from cdelta.circuit.mask import ParameterMask
-from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
+from cdelta.methods import masks
 from cdelta.methods.base import Candidates, Edited
 from cdelta.methods.cast import Cast, search_condition
 from cdelta.methods.steering import (
@@ -36,8 +25,6 @@ from cdelta.methods.steering import (
     prompt_vectors,
 )
 from cdelta.methods.task import Task
-from cdelta.models.chat import NO_LABEL, answer_logits, collate, example_ids, pad_id, stop_ids
-from cdelta.models.hooks import trainable
 
 SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other requests as usual."
 REFERENCE, UPDATES, MASKS, STEERING = "reference", "other updates", "other masks", "at run time"
@@ -172,73 +159,6 @@ def cast(task: Task) -> Candidates:
     return {"": Cast(steering_vectors(task, principal=True).at(*layers), condition)}
 
 
-# ---------------------------------------------------------------------- masks
-
-
-def circuit_mask(task: Task) -> ParameterMask:
-    """The circuit's own."""
-    return task.mask
-
-
-def all_linear(task: Task) -> ParameterMask:
-    """All linear layers of all blocks."""
-    return dense_mask(task.spec)
-
-
-def random_units(task: Task) -> ParameterMask:
-    """Random units of the circuit's size."""
-    return random_mask(task.spec, task.mask.fraction, task.seed)
-
-
-def random_in_layers(task: Task) -> ParameterMask:
-    """Random units with the circuit's share of every layer."""
-    return layer_matched(task.mask, task.spec, task.seed)
-
-
-def largest_weights(task: Task) -> ParameterMask:
-    """Units of the largest weights."""
-    return ranked_mask(task, magnitude_scores(task.model, task.spec))
-
-
-def largest_gradients(task: Task) -> ParameterMask:
-    """Units of the largest |gradient × weight| of the refusals' loss."""
-    return ranked_mask(task, gradient_scores(task.model, task.spec, refusal_gradients(task)))
-
-
-def other_circuit(task: Task) -> ParameterMask:
-    """Another category's circuit."""
-    return task.other_mask
-
-
-def circuit_layers(task: Task) -> ParameterMask:
-    """All linear layers of the blocks that the circuit touches (SafeTune)."""
-    return whole_layers(task.spec, task.mask)
-
-
-def ranked_mask(task: Task, scores: tuple[torch.Tensor, torch.Tensor]) -> ParameterMask:
-    """A mask of the circuit's size from other scores (heads, neurons)."""
-    return select_units(task.spec, *scores, task.mask.fraction).to_mask(task.spec)
-
-
-def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, torch.Tensor]:
-    """Gradient of the refusals' cross-entropy (summed over batches' means) with respect to every
-    parameter.
-    """
-    stops, pad = stop_ids(task.model, task.tok), pad_id(task.model, task.tok)
-    prompts = zip(task.prompts, task.refusals, strict=True)
-    rows = [example_ids(task.tok, prompt, refusal, stops) for prompt, refusal in prompts]
-    with trainable(task.model) as parameters:
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], pad, task.model.device)
-            logits = answer_logits(task.model, batch).flatten(0, 1)
-            loss = F.cross_entropy(logits, batch.labels.flatten(), ignore_index=NO_LABEL)
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient
-    return total
-
-
 # ---------------------------------------------------------------------- needs
 
 
@@ -276,7 +196,7 @@ _ENTRIES = (
         REFERENCE,
         "#0173b2",
         True,
-        trained(circuit_mask),
+        trained(masks.circuit_mask),
         note="ΔΘ by the recipe, on the circuit",
     ),
     Method(
@@ -285,7 +205,7 @@ _ENTRIES = (
         UPDATES,
         "#029e73",
         True,
-        trained(circuit_mask, objective="positive"),
+        trained(masks.circuit_mask, objective="positive"),
         note="on the circuit, without the contrast",
     ),
     Method(
@@ -294,7 +214,7 @@ _ENTRIES = (
         UPDATES,
         "#d55e00",
         True,
-        trained(all_linear),
+        trained(masks.all_linear),
         note="the contrast without a circuit",
     ),
     Method(
@@ -303,7 +223,7 @@ _ENTRIES = (
         UPDATES,
         "#fbafe4",
         True,
-        trained(all_linear, rank=8),
+        trained(masks.all_linear, rank=8),
         note="the same, as rank-8 updates of all linear layers",
     ),
     Method(
@@ -312,7 +232,7 @@ _ENTRIES = (
         UPDATES,
         "#ece133",
         True,
-        trained(all_linear, objective="positive"),
+        trained(masks.all_linear, objective="positive"),
         note="θ⁺ alone on all linear layers",
     ),
     Method(
@@ -330,7 +250,7 @@ _ENTRIES = (
         UPDATES,
         "#b05a7a",
         True,
-        trained(circuit_layers),
+        trained(masks.circuit_layers),
         note="all linear layers of the circuit's blocks",
     ),
     Method(
@@ -339,7 +259,7 @@ _ENTRIES = (
         MASKS,
         "#de8f05",
         True,
-        trained(random_units),
+        trained(masks.random_units),
         note="ΔΘ on random units of the circuit's size",
     ),
     Method(
@@ -348,7 +268,7 @@ _ENTRIES = (
         MASKS,
         "#8c6d31",
         True,
-        trained(random_in_layers),
+        trained(masks.random_in_layers),
         note="the same with the circuit's share of every layer",
     ),
     Method(
@@ -357,7 +277,7 @@ _ENTRIES = (
         MASKS,
         "#ca9161",
         True,
-        trained(largest_weights),
+        trained(masks.largest_weights),
         note="ΔΘ on units of the largest weights",
     ),
     Method(
@@ -366,7 +286,7 @@ _ENTRIES = (
         MASKS,
         "#7a9c3f",
         True,
-        trained(largest_gradients),
+        trained(masks.largest_gradients),
         note="ΔΘ on units of the largest |gradient × weight|",
     ),
     Method(
@@ -375,7 +295,7 @@ _ENTRIES = (
         MASKS,
         "#cc78bc",
         True,
-        trained(other_circuit),
+        trained(masks.other_circuit),
         another_category,
         note="ΔΘ on another category's circuit",
     ),

@@ -29,13 +29,8 @@ from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.evaluation.measure import evaluate
 from cdelta.methods.attacks import ATTACKS, benign_finetuned, harmless_rate, measure_attacked
 from cdelta.methods.base import Applied, as_method, param_fraction
-from cdelta.methods.registry import (
-    METHODS,
-    method_of,
-    ranked_mask,
-    refusal_gradients,
-    title_of,
-)
+from cdelta.methods.masks import ranked_mask, refusal_gradients
+from cdelta.methods.registry import METHODS, method_of, title_of
 from cdelta.methods.steering import SystemPrompt
 from cdelta.methods.task import Task
 from cdelta.methods.tuning import measure, tune, tune_layers
