@@ -37,7 +37,7 @@ import pandas as pd
 from cdelta.artifact import conclusions
 from cdelta.artifact.figures import evaluation as draw
 from cdelta.artifact.jobs import Comparison
-from cdelta.artifact.overview import classifier_line, labelled_answers
+from cdelta.artifact.overview import benign_lengths, classifier_line, labelled_answers
 from cdelta.artifact.run import open_run
 from cdelta.artifact.targets import LLM, ORGANISM, Evidence, targets_met
 from cdelta.evaluation import tables
@@ -76,17 +76,17 @@ for method, reason in comparison.skipped().items():
 #
 # *Target refused*: share of the category's harmful test prompts that are refused. *Benign,
 # borderline*: refusals of harmless prompts. *Other harm kept*: harmful prompts of other categories
-# that are treated as the base treats them. *Skills*: correct answers. The dashed line: a
-# classifier of texts on the same training rows, in front of the base.
+# that are treated as the base treats them. *Skills*: correct answers. The dashed line is what the
+# classifier of texts of notebook 01 refuses.
 
 # %%
 table, rates = tables.selectivity(rows), measured(rows)
 run.table("tab_selectivity", table, "Selectivity on the test split, per category and method.")
 titles = {key: measure.title for key, measure in MEASURES.items()}
-line = classifier_line(rows, comparison.reference())
+words = pd.read_parquet(run.input("01_dataset", "classifier.parquet"))
 run.figure(
     "fig_selectivity",
-    draw.selectivity(rates, titles, line),
+    draw.selectivity(rates, titles, classifier_line(words)),
     "Test rates per method: all categories together (Wilson 95 %), and single categories in grey. "
     "Methods that ran on some categories only say on how many.",
 )
@@ -147,7 +147,10 @@ run.figure(
 
 # %%
 run.table("tab_utility", tables.utility(rows), "Accuracy per skill under every method.")
-shift, lengths = tables.shift(shifts), tables.lengths(comparison.collected("lengths"))
+shift, lengths = (
+    tables.shift(shifts),
+    tables.lengths(benign_lengths(comparison.collected("lengths"), rows)),
+)
 run.table("tab_shift", shift, "KL and perplexity on the base's benign answers.", digits=4)
 run.table("tab_lengths", lengths, "Length of the answers to benign prompts.")
 
@@ -156,10 +159,14 @@ run.table("tab_lengths", lengths, "Length of the answers to benign prompts.")
 # same questions, and whether it lies within the margin of equivalence.
 
 # %%
-tasks = differences(comparison.collected("tasks"))
-perplexities = perplexity_ratios(comparison.collected("text"))
-run.table("tab_tasks", tasks, "Accuracy on tasks, and its change from the base's.")
-run.table("tab_perplexity", perplexities, "Perplexity of running text over the base's.", digits=4)
+found = {name: comparison.collected(name) for name in ("tasks", "text")}
+tasks = differences(found["tasks"]) if len(found["tasks"]) else found["tasks"]
+perplexities = perplexity_ratios(found["text"]) if len(found["text"]) else found["text"]
+for id, table, caption in (
+    ("tab_tasks", tasks, "Accuracy on tasks, and its change from the base's."),
+    ("tab_perplexity", perplexities, "Perplexity of running text over the base's."),
+):
+    run.table(id, table, caption, digits=4) if len(table) else print(f"{id}: not asked for")
 
 # %%
 conclusions.side_effects(matrix, rates)

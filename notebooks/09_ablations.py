@@ -37,7 +37,7 @@ from cdelta.artifact import conclusions
 from cdelta.artifact.ablations import as_is, budget_lines, fit_variant, variant_row, variants
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.figures.edits import budget_curves
-from cdelta.artifact.overview import classifier_line
+from cdelta.artifact.overview import text_classifier
 from cdelta.artifact.run import open_run
 from cdelta.methods.tuning import tune_layers
 from cdelta.policy.selection import limited
@@ -77,10 +77,11 @@ run.table(
 
 # %%
 lines = budget_lines(table)
-classifier = pd.read_parquet(run.input("01_dataset", "classifier.parquet"))
+base = bench.base[bench.base["split"].isin(("edit", "val"))]
+words = text_classifier(base, {job.category for job in jobs}, "val")
 run.figure(
     "fig_budget",
-    budget_curves(lines, classifier_line(classifier)),
+    budget_curves(lines, words[words["kind"] == "target"].set_index("category")["rate"]),
     "Target refusal on validation against the mask's share of the parameters, k chosen under the "
     "caps. Bands: Wilson 95 %, mean over masks; points: single masks; dashed: a text classifier.",
 )

@@ -38,7 +38,7 @@ RANDOM_MASKS = 3
 AS_IS = "as in notebook 04"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One training."""
 

@@ -100,12 +100,8 @@ def runtimes_table(
     return pd.DataFrame(found).reindex(columns=columns)
 
 
-def lora_table(
-    base: str | Path, edited: Path, adapter: Path, ids: list[int]
-) -> tuple[pd.DataFrame, int]:
-    """Logits of base, PEFT's adapter and its merge beside the edited checkpoint's (fp32, one
-    prompt), and the adapter's largest rank.
-    """
+def lora_table(base: str | Path, edited: Path, adapter: Path, ids: list[int]) -> pd.DataFrame:
+    """Logits of base, PEFT's adapter and its merge beside the edited checkpoint's, in fp32."""
     from peft import PeftModel
 
     prompt = torch.tensor([ids])
@@ -115,14 +111,13 @@ def lora_table(
             logits[name] = load_model(folder, dtype="float32", device="cpu")[0](prompt).logits
         plain = load_model(base, dtype="float32", device="cpu")[0]
         adapted = PeftModel.from_pretrained(plain, adapter).eval()
-        rank = adapted.peft_config["default"].r
         logits["adapter"] = adapted(prompt).logits
         logits["merged"] = adapted.merge_and_unload()(prompt).logits
     rows = []
     for name in ("base", "adapter", "merged"):
         gap = (logits[name] - logits["edited"]).abs().max().item()
         rows.append({"against the edited checkpoint": name, "largest |difference of logits|": gap})
-    return pd.DataFrame(rows), rank
+    return pd.DataFrame(rows)
 
 
 def formats_table(

@@ -6,7 +6,7 @@ Third-party harmful prompts appear shortened.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -272,17 +272,19 @@ def has_keyword(prompt: str, category: str) -> bool:
 # ---------------------------------------------------------------------- a classifier of texts
 
 
-def text_classifier(records: pd.DataFrame, categories: Sequence[str]) -> pd.DataFrame:
+def text_classifier(
+    records: pd.DataFrame, categories: Iterable[str], split: str = "test"
+) -> pd.DataFrame:
     """What a classifier of texts alone would refuse, trained on the edit split: a line to reach,
     and a test of the out-of-distribution sets.
 
     TF-IDF of words and word pairs, logistic regression, the category's target rows against all
-    other rows. ``category, ood_set, kind, rate, low, high, n`` on the test split.
+    other rows. ``category, ood_set, kind, rate, low, high, n`` on `split`.
     """
     found = []
     for category in categories:
         rows = with_kind(records, category)
-        train, test = rows[rows["split"] == "edit"], rows[rows["split"] == "test"]
+        train, test = rows[rows["split"] == "edit"], rows[rows["split"] == split]
         refused = _fitted(train).predict(test["prompt"]) if len(test) else np.zeros(0)
         test = test.reset_index(drop=True)
         test = test.assign(ood_set=test["ood_set"].replace("", "in distribution"))
@@ -303,8 +305,12 @@ def classifier_line(table: pd.DataFrame) -> dict[str, float]:
     return known | dict(zip(target[near]["category"], target[near]["rate"]))
 
 
-def benign_lengths(rows: pd.DataFrame) -> pd.DataFrame:
-    """Test rows about benign prompts in distribution, as `evaluation.tables.lengths` takes them."""
+def benign_lengths(collected: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Answers to benign prompts as `evaluation.tables.lengths` takes them: those that were made for
+    it, at a higher limit of tokens, or, where none were, the test rows in distribution.
+    """
+    if len(collected):
+        return collected
     plain = (rows["role"] == "benign") & (rows["ood_set"] == "") & (rows["attack"] == "")
     return rows[plain].assign(category=rows["edit_category"])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import textwrap
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from cdelta.methods import registry
+from cdelta.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,32 +32,6 @@ LOSS, GAIN = "#2166ac", "#b2182b"
 """Ends of the map for signed effects (RdBu_r): the component carries the metric, or works against
 it.
 """
-
-
-class _Look(NamedTuple):
-    title: str
-    family: str
-    colour: object
-
-
-METHODS = getattr(registry, "METHODS", None) or {
-    key: _Look(*look)
-    for key, look in {
-        "base": ("the base", "reference", PALETTE[7]),
-        "cdelta": ("C-ΔΘ", "reference", PALETTE[0]),
-        "positive_only": ("θ⁺ alone", "other updates", PALETTE[2]),
-        "dense": ("all linear layers", "other updates", PALETTE[3]),
-        "dense_lora": ("LoRA", "other updates", PALETTE[6]),
-        "finetune": ("fine-tuning", "other updates", PALETTE[8]),
-        "random": ("random mask", "other masks", PALETTE[1]),
-        "random_layer": ("random, same layers", "other masks", PALETTE[9]),
-        "magnitude": ("largest weights", "other masks", PALETTE[5]),
-        "other_circuit": ("another circuit", "other masks", PALETTE[4]),
-        "system_prompt": ("system prompt", "at run time", "0.6"),
-        "as": ("steering", "at run time", "#777733"),
-        "cast": ("CAST", "at run time", "#773344"),
-    }.items()
-}
 CATEGORY_COLOURS = {
     name: PALETTE[i]
     for name, i in {
@@ -81,6 +55,7 @@ KINDS = {
 CONTROLS = {
     "circuit": ("the circuit", PALETTE[0]),
     "union": ("union of all circuits", "0.2"),
+    "base_again": ("the base again", GREY),
 }
 """What stands beside methods in the figures of circuits."""
 
