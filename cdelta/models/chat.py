@@ -281,11 +281,14 @@ def _render(
 
 def _encode(tok, text: str) -> list[int]:
     """Ids of a whole conversation; only without a template does the tokenizer add its own BOS."""
-    ids = tok(text, add_special_tokens=tok.chat_template is None)["input_ids"]
-    if not ids:
+    try:
+        ids = tok(text, add_special_tokens=tok.chat_template is None)["input_ids"]
+    except Exception as error:  # what a damaged tokenizer raises is its own affair
         raise CdeltaError(
-            "a prompt has no tokens: the chat template or the tokenizer writes nothing."
-        )
+            f"the tokenizer cannot encode a prompt ({first_line(error)}): copy it again."
+        ) from error
+    if not ids:
+        raise CdeltaError("a prompt has no tokens: the template or the tokenizer writes nothing.")
     return ids
 
 

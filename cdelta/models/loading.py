@@ -69,13 +69,19 @@ def load_model(
 def load_tokenizer(path_or_id: str | Path, revision: str | None = None):
     """The tokenizer of a checkpoint folder or hub id. Raises `CdeltaError` when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tok = AutoTokenizer.from_pretrained(
             str(path_or_id), revision=revision, trust_remote_code=False
         )
     except Exception as error:  # as many types as files that can be wrong
         raise CdeltaError(
             f"cannot load a tokenizer from {str(path_or_id)!r}: {_reason(error)}."
         ) from error
+    if not isinstance(tok.model_max_length, (int, float)):
+        raise CdeltaError(
+            f"{path_or_id}: tokenizer_config.json says model_max_length="
+            f"{tok.model_max_length!r}, which is no number: mend or remove it."
+        )
+    return tok
 
 
 def _reason(error: Exception) -> str:
