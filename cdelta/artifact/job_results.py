@@ -113,9 +113,11 @@ class Results:
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
     def skipped(self) -> dict[str, str]:
-        """Method -> why it was left out."""
+        """Method, or measurement -> why it was left out."""
         facts = [(job, self.facts(job) or {}) for job in self.jobs]
-        return {job.method: own["skipped"] for job, own in facts if "skipped" in own}
+        methods = {job.method: own["skipped"] for job, own in facts if "skipped" in own}
+        lacking = {name: why for _, own in facts for name, why in own.get("lacking", {}).items()}
+        return methods | lacking
 
     def _tables(self, name: str) -> Iterator[tuple[Job, pd.DataFrame]]:
         for job in self.jobs:

@@ -34,8 +34,9 @@ from cdelta.edit.rows import training_rows
 from cdelta.edit.scale import Caps
 from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
+from cdelta.evaluation.lm_eval import harness
 from cdelta.evaluation.measure import RowStore, evaluate
-from cdelta.evaluation.multiple_choice import WIKITEXT, answered, running_text
+from cdelta.evaluation.multiple_choice import TASKS, WIKITEXT, answered, running_text
 from cdelta.evaluation.rates import BASE, of_category, with_kind
 from cdelta.evaluation.shift import answered_ids, benign_shift, next_token_logits
 from cdelta.files import locked, replacing, write_json
@@ -174,16 +175,16 @@ class Comparison(Results):
         under |= {"store": RowStore(folder / "rows"), **self.ask}
         if not job.category:
             evaluate(self.model, self.tok, self.test_of(job.method, ""), **under)
-            self._measure_rest(job, NO_CHANGE, folder)
-            return write_json(folder / DONE, {"k": 0.0})
+            lacking = self._measure_rest(job, NO_CHANGE, folder)
+            return write_json(folder / DONE, {"k": 0.0, "lacking": lacking})
         task = self.task(job, folder / "training")
         if reason := METHODS[job.method].why_not(task):
             return write_json(folder / DONE, {"skipped": reason})
         chosen = self.chosen(job, task, folder)
+        facts = {"k": chosen.strength, "candidate": chosen.name}
         if job.method != BASE:
             self._measure_test(job, chosen, under)
-            self._measure_rest(job, chosen, folder)
-        facts = {"k": chosen.strength, "candidate": chosen.name}
+            facts["lacking"] = self._measure_rest(job, chosen, folder)
         facts |= {"within_caps": bool(chosen.within_caps), **self._attack(job, task, chosen, under)}
         _save(chosen.curve, folder / "curve.parquet")
         write_json(folder / DONE, facts)
@@ -236,23 +237,31 @@ class Comparison(Results):
         share = param_fraction(chosen.method, self.spec)
         under["store"].append(rows.assign(**names, param_fraction=share))
 
-    def _measure_rest(self, job: Job, chosen: Chosen, folder: Path) -> None:
-        """Distance from the base, lengths, and on the first seed capability; each once."""
+    def _measure_rest(self, job: Job, chosen: Chosen, folder: Path) -> dict[str, str]:
+        """Distance from the base, lengths, and on the first seed capability; each once. Returns
+        what could not be measured, and why.
+        """
         system, first = chosen.method.system, job.seed == self.settings.seeds[0]
         base = self.benign_logits if job.category else []  # before the method is applied
         wanted: dict[str, Callable[[], pd.DataFrame]] = {}
+        lacking: dict[str, str] = {}
         if job.category and len(self.benign):
             wanted["shift"] = lambda: benign_shift(self.model, self.tok, self.benign, base, system)
         if self.how.length_tokens:
             wanted["lengths"] = lambda: self._lengths(chosen)
-        if self.data and first and not system:  # the tasks have no place for a system prompt
-            wanted |= {"tasks": self._tasks, "text": self._text}
+        if first and not system:  # the tasks have no place for a system prompt
+            wanted |= {"tasks": self._tasks} if self.how.harness_tasks else {}
+            wanted |= {"text": self._text} if self.data else {}
         for name, make in wanted.items():
             path = folder / f"{name}.parquet"
             if path.exists():
                 continue
             with chosen.method.applied(self.model, chosen.strength):
-                _save(make(), path)
+                try:
+                    _save(make(), path)
+                except CdeltaError as error:  # data that cannot be had: the rest goes on
+                    lacking[name] = str(error)
+        return lacking
 
     def _lengths(self, chosen: Chosen) -> pd.DataFrame:
         """Answers to the benign prompts at the longer limit."""
@@ -267,10 +276,20 @@ class Comparison(Results):
         return rows[["id", "n_tokens", "finished", "outcome"]]
 
     def _tasks(self) -> pd.DataFrame:
-        """The local tasks, question by question."""
-        limit, batch = self.how.harness_limit, self.ask["batch_size"]
-        names = self.how.harness_tasks
-        return answered(self.model, self.tok, self.data, names, limit, batch)
+        """Capability tasks, question by question: the local ones from their files, all others by
+        lm-evaluation-harness, which downloads them.
+        """
+        how, batch = self.how, self.ask["batch_size"]
+        local = [name for name in how.harness_tasks if name in TASKS and self.data]
+        others = [name for name in how.harness_tasks if name not in local]
+        found = []
+        if local:
+            options = {"limit": how.harness_limit, "batch_size": batch}
+            found.append(answered(self.model, self.tok, self.data, local, **options))
+        if others:
+            chat = self.tok.chat_template is not None
+            found.append(harness(self.model, self.tok, others, how.harness_limit, batch, chat))
+        return pd.concat(found, ignore_index=True)
 
     def _text(self) -> pd.DataFrame:
         """Running text, window by window."""

@@ -218,6 +218,19 @@ def test_tasks_and_running_text_are_measured_on_the_first_seed(folder, tmp_path)
     assert perplexity_ratios(some.collected("text")).set_index("method").loc["base", "ratio"] == 1
 
 
+def test_what_cannot_be_measured_is_named_and_the_rest_goes_on(folder, monkeypatch, tmp_path):
+    def out_of_reach(*args, **options):
+        raise CdeltaError("the harness could not run mmlu: no network")
+
+    monkeypatch.setattr(jobs_module, "harness", out_of_reach)
+    names = {"harness_tasks": ["mmlu"], "methods": ["base", "cdelta"], "attacked": []}
+    some = comparison(folder, "lacking", data=str(tmp_path), seeds=[0], **names)
+    some.run_all(progress=False)
+    assert some.skipped()["tasks"] == "the harness could not run mmlu: no network"
+    assert "running text needs" in some.skipped()["text"]
+    assert len(some.rows()) and len(some.collected("shift")) and not len(some.collected("tasks"))
+
+
 @pytest.mark.skipif(not UPSTREAM.exists(), reason="no local copies of the upstream data")
 def test_external_sets_flow_through_to_the_tables(tmp_path):
     external = [f"{name}={UPSTREAM / name}" for name in ("xstest", "harmbench")]
