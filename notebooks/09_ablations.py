@@ -78,10 +78,11 @@ run.table(
 # %%
 lines = budget_lines(table)
 base = bench.base[bench.base["split"].isin(("edit", "val"))]
-words = text_classifier(base, {job.category for job in jobs}, "val")
+words = text_classifier(base, {job.category for job in jobs}, "val").query("kind == 'target'")
+words_line = dict(zip(words["category"], words["rate"]))
 run.figure(
     "fig_budget",
-    budget_curves(lines, words[words["kind"] == "target"].set_index("category")["rate"]),
+    budget_curves(lines, words_line),
     "Target refusal on validation against the mask's share of the parameters, k chosen under the "
     "caps. Bands: Wilson 95 %, mean over masks; points: single masks; dashed: a text classifier.",
 )

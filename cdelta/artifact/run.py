@@ -154,7 +154,7 @@ class Run(RunReader):
     def figure(self, id: str, figure: Figure, caption: str, title: str = "") -> None:
         """Save a figure as PDF and PNG under `id`, record it in the manifest and display it.
 
-        `title` is the finding that the figure shows, computed from this run's numbers.
+        `title` is the finding that the figure shows, by default the figure's own title.
         """
         import matplotlib.pyplot as plt
         from IPython.display import Image, display
@@ -164,7 +164,8 @@ class Run(RunReader):
             figure.savefig(pdf, bbox_inches="tight", metadata={"CreationDate": None})
         figure.savefig(png, bbox_inches="tight", dpi=200, metadata={"Software": None})
         plt.close(figure)
-        self._record(id, "figure", (pdf, png), caption, title)
+        found = title or " ".join(figure.get_suptitle().split())
+        self._record(id, "figure", (pdf, png), caption, found)
         display(Image(data=png.read_bytes(), width=int(100 * figure.get_figwidth())))
 
     def table(self, id: str, table: pd.DataFrame, caption: str, digits: int = 3) -> None:
