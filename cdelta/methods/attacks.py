@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pandas as pd
+import torch
 
 from cdelta.circuit.controls import dense_mask
 from cdelta.edit.fit import train
@@ -17,6 +19,7 @@ from cdelta.methods.residual import last_token, mean_difference
 from cdelta.methods.steering import Ablation
 from cdelta.methods.task import Task
 from cdelta.methods.tuning import measure
+from cdelta.models.hooks import hooked
 
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
 """Factors on the recipe's learning rate that the benign fine-tuning attack tries, falling."""
@@ -52,9 +55,40 @@ def without_direction(task: Task, rate: float = 1.0) -> Ablation:
     return Ablation(mean_difference(harmful, harmless))
 
 
+@dataclass(frozen=True)
+class Sampled(Applied):
+    """Answers drawn at temperature 1 instead of greedy ones: Gumbel noise on the logits, whose
+    argmax is a draw from their softmax (Gumbel 1954).
+
+    The draws depend on the seed and on which prompts share a batch.
+    """
+
+    seed: int = 0
+
+    @contextmanager
+    def applied(self, model, strength: float = 1.0) -> Iterator[None]:
+        """The model whose every greedy token is a draw."""
+        generator = torch.Generator(model.device).manual_seed(self.seed)
+
+        def add_noise(module, args, output):
+            logits = output.logits.float()
+            uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+            output.logits = logits - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+            return output
+
+        with hooked(lambda: model.register_forward_hook(add_noise)):
+            yield
+
+
+def sampled(task: Task, rate: float = 1.0) -> Sampled:
+    """Sampling at temperature 1."""
+    return Sampled(task.seed)
+
+
 ATTACKS: Mapping[str, Attack] = {
     "benign_finetune": benign_finetuned,
     "ablated_direction": without_direction,
+    "sampled": sampled,
 }
 """Key of the rows' ``attack`` -> what is applied on top of the method."""
 

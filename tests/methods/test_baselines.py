@@ -27,7 +27,13 @@ from cdelta.edit.rows import TrainingRows
 from cdelta.edit.scale import Caps
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.evaluation.measure import evaluate
-from cdelta.methods.attacks import ATTACKS, benign_finetuned, harmless_rate, measure_attacked
+from cdelta.methods.attacks import (
+    ATTACKS,
+    Sampled,
+    benign_finetuned,
+    harmless_rate,
+    measure_attacked,
+)
 from cdelta.methods.base import Applied, as_method, param_fraction
 from cdelta.methods.masks import ranked_mask, refusal_gradients
 from cdelta.methods.registry import METHODS, method_of, title_of
@@ -35,6 +41,7 @@ from cdelta.methods.steering import SystemPrompt
 from cdelta.methods.task import Task
 from cdelta.methods.tuning import measure, tune, tune_layers
 from cdelta.models.chat import example_ids
+from cdelta.models.generation import first_logits
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.records import SplitRows
 
@@ -320,7 +327,7 @@ def test_attacks_are_measured_on_top_and_taken_away(task):
         method="cdelta",
         edit_category="crime",
     )
-    assert set(rows["attack"]) == set(ATTACKS) and len(rows) == 2 * len(RECORDS)
+    assert set(rows["attack"]) == set(ATTACKS) and len(rows) == len(ATTACKS) * len(RECORDS)
     assert all(torch.equal(p, before[name]) for name, p in task.model.named_parameters())
     assert benign_finetuned(task).n_changed == dense_mask(task.spec).count()
 
@@ -336,3 +343,15 @@ def test_the_attack_takes_the_largest_learning_rate_that_does_not_break_the_base
     monkeypatch.setattr("cdelta.methods.attacks.benign_finetuned", lambda task, rate: rate)
     assert harmless_rate(task, rows_of(), (1.0, 0.1, 0.01, 0.001)) == 0.01
     assert asked == [1.0, 0.1, 0.01]
+
+
+def test_sampling_draws_from_the_models_own_distribution(task):
+    prompts = [PROMPTS[0]] * 2000
+    logits = first_logits(task.model, task.tok, prompts[:1])[0]
+    with Sampled(1).applied(task.model):
+        drawn = first_logits(task.model, task.tok, prompts, read=lambda rows: rows.argmax(-1))
+        again = first_logits(task.model, task.tok, prompts, read=lambda rows: rows.argmax(-1))
+    found = torch.bincount(drawn.long(), minlength=len(logits)) / len(prompts)
+    assert (found - logits.softmax(-1)).abs().max() < 0.05
+    assert not torch.equal(drawn, again), "every call draws anew"
+    assert torch.equal(first_logits(task.model, task.tok, prompts[:1])[0], logits)
