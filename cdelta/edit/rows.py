@@ -95,7 +95,7 @@ def _refusals(rows: pd.DataFrame, target: pd.DataFrame, how: EditRecipe) -> list
         return [how.refusal] * len(target)
     words: list[Reply] = [reply(row) for row in own]
     if how.refusals == "mixed":
-        words = [how.refusal if i % 2 else word for i, word in enumerate(words)]
+        words = [each for word in words for each in (word, how.refusal)]
     return [
         reply(row) if row["outcome"] == "refuse" else words[i % len(words)]
         for i, row in enumerate(target.to_dict("records"))

@@ -361,7 +361,7 @@ def test_resumes_after_a_kill_to_the_same_result(llama, tmp_path, changes):
             raise KeyboardInterrupt
         return Verdict.NOT_YET
 
-    for killed_at in (2, 4):
+    for killed_at in (2, 4):  # noqa: B007
         with pytest.raises(KeyboardInterrupt):
             sides(llama, steps=6, stop=killed, checkpoint=tmp_path, **changes)
     again = sides(llama, steps=6, checkpoint=tmp_path, **changes)
