@@ -148,9 +148,7 @@ def test_follows_exact_patching_in_every_edge_class(family, record_property):
 
 def test_a_new_family_is_one_entry(monkeypatch):
     """StarCoder2: layer norms, biases everywhere, an ungated MLP."""
-    monkeypatch.setitem(
-        toys.CONFIGS, "starcoder2", (hf.Starcoder2Config, toys.GQA | toys.TOKENS)
-    )
+    monkeypatch.setitem(toys.CONFIGS, "starcoder2", (hf.Starcoder2Config, toys.GQA | toys.TOKENS))
     model = toy("starcoder2", dtype=torch.float64)
     pairs = close_pairs(model, distance=5e-4)
     with pytest.raises(UnsupportedArchitecture, match="starcoder2"):
@@ -235,15 +233,23 @@ def test_identical_prompts_score_zero(llama):
 
 def test_scores_are_linear_in_the_metric(llama):
     pairs = toy_pairs()
-    other = lambda logits: logits[:, 3] ** 2
-    both = lambda logits: 2 * metric(logits) - other(logits)
+
+    def other(logits):
+        return logits[:, 3] ** 2
+
+    def both(logits):
+        return 2 * metric(logits) - other(logits)
+
     a, b, c = (attribute(llama, pairs, m).edges for m in (metric, other, both))
     assert torch.allclose(c, 2 * a - b, atol=1e-5)
 
 
 def test_integration_rules_meet_and_clean_corrupted_is_the_trapezoid(llama):
     pairs = toy_pairs()
-    one = lambda **kw: attribute(llama, pairs, metric, **kw).edges
+
+    def one(**kw):
+        return attribute(llama, pairs, metric, **kw).edges
+
     assert torch.equal(one(method="eap"), one(steps=1, rule="right"))
     assert torch.allclose(
         one(method="clean-corrupted"),
@@ -401,7 +407,7 @@ def test_progress_names_the_method(llama, capsys):
     assert "eap-ig: 100%" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------- other implementations, offloading
+# -------------------------------------------------------------- other implementations, offloading
 
 
 def test_equals_transformer_bridge_edge_attribution(checkpoint):
@@ -419,7 +425,7 @@ def test_equals_transformer_bridge_edge_attribution(checkpoint):
     theirs = bridge_tools.attribution_patch(
         bridge, *tokens, lambda logits: metric(logits[:, -1]).sum(), config
     )
-    # Its gradient is taken at its corrupted run and points to its clean run: our clean and corrupted the other way round.
+    # its gradient is taken at its corrupted run and points to its clean run: ours swapped
     ours = attribute(model, PromptPairs(pairs.corrupted, pairs.clean), metric, method="eap")
     sums = torch.zeros_like(ours.edges)
     for (writer, reader), score in theirs.edge_scores.items():
@@ -455,7 +461,7 @@ def test_equals_the_reference_eap_ig(name):
         "the toy's weights changed: make the fixture anew"
     )
     a, b = fixture["metric_tokens"]
-    ours = attribute(model, pairs, lambda l: l[:, a] - l[:, b], steps=fixture["steps"], rule="left")
+    ours = attribute(model, pairs, lambda x: x[:, a] - x[:, b], steps=fixture["steps"], rule="left")
     theirs = torch.zeros_like(ours.edges)
     for column, reader in zip(torch.tensor(fixture["edges"]).T, fixture["readers"], strict=True):
         theirs[:, ours.readers.index(grouped(reader, ours.spec))] += column

@@ -62,7 +62,10 @@ def test_graph_memory_is_predicted_within_half(family, dtype):
 
 def test_memory_grows_with_the_micro_batch_and_not_with_the_pairs(llama):
     spec = ModelSpec.from_model(llama)
-    needed = lambda n, size: memory_needed(llama, spec, batches(toy_pairs(n), size, CPU), steps=5)
+
+    def needed(n, size):
+        return memory_needed(llama, spec, batches(toy_pairs(n), size, CPU), steps=5)
+
     assert needed(16, 4) == needed(4, 4) and needed(16, 8) == 2 * needed(16, 4)
 
 

@@ -77,10 +77,15 @@ def test_sequence_metric_is_the_difference_of_log_probabilities(llama):
         .unflatten(0, (2, 2))
         .sum(1)
     )
-    log_p = lambda answer: sum(
-        llama(torch.tensor([pairs.clean[0] + answer[:i]])).logits[0, -1].log_softmax(-1)[answer[i]]
-        for i in (0, 1)
-    )
+
+    def log_p(answer):
+        return sum(
+            llama(torch.tensor([pairs.clean[0] + answer[:i]]))
+            .logits[0, -1]
+            .log_softmax(-1)[answer[i]]
+            for i in (0, 1)
+        )
+
     assert torch.allclose(values[0], log_p((11, 12)) - log_p((21, 22)), atol=1e-5)
 
 

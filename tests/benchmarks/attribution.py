@@ -1,22 +1,28 @@
-"""Attribution against the reference EAP-IG and TransformerBridge's EAP, at GPT-2-small size, on one thread.
+"""Attribution against the reference EAP-IG and TransformerBridge's EAP, at GPT-2-small size, on
+one thread.
 
-    python tests/benchmarks/attribution.py [--repeats 3] [--reference-python VENV/bin/python --reference-source EAP-IG/src]
+    python tests/benchmarks/attribution.py [--repeats 3] [--reference-python VENV/bin/python
+    --reference-source EAP-IG/src]
 
-Writes figures/bench/attribution.csv. Every measurement is a process of its own. They take turns, round after round (every
-other round backwards), and each ratio is formed within a round, so that a machine's changing load cancels; the table gives
-medians over the rounds and the ratios' extremes. Ratios are of processor seconds; wall seconds stand beside them.
+Writes figures/bench/attribution.csv. Every measurement is a process of its own. They take turns,
+round after round (every other round backwards), and each ratio is formed within a round, so that
+a machine's changing load cancels; the table gives medians over the rounds and the ratios'
+extremes. Ratios are of processor seconds; wall seconds stand beside them.
 """
 
 import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).with_name("workers.py")
@@ -24,14 +30,15 @@ THREADS = 1
 TASKS = {
     "eap-ig, 5 steps": (
         ("reference", 8, 8),
-        [("ours-ig", 8, 8), ("ours-ig", 8, 4), ("ours-ig", 8, 2)],
+        [("ours-ig", 8, 4), ("ours-ig", 8, 2), ("ours-ig", 8, 1)],
     ),
     "eap": (("bridge", 2, 2), [("ours-eap", 2, 2)]),
 }
 """Task -> the other tool's (worker, pairs, micro-batch), and ours."""
 MEASURES = ("seconds", "cpu_seconds", "added_mb", "estimated_seconds", "estimated_mb")
-COLUMNS = ("task", "tool", "pairs", "micro_batch", "rounds", *MEASURES, "times_faster", "times_faster_low", "times_faster_high",
-           "memory_share", "threads", "machine", "note")  # fmt: skip
+JOB = ("tool", "pairs", "micro_batch")
+RATIOS = ("times_faster", "times_faster_low", "times_faster_high", "memory_share")
+COLUMNS = ("task", *JOB, "rounds", *MEASURES, *RATIOS, "threads", "machine", "note")
 
 
 def work(python: str, job: tuple, extra: str) -> dict:
@@ -48,7 +55,8 @@ def work(python: str, job: tuple, extra: str) -> dict:
 
 
 def rounds(jobs: dict[tuple, tuple[str, str]], repeats: int) -> list[dict[tuple, dict]]:
-    """Per round, every job's measurements; `jobs` maps a job to its interpreter and last argument."""
+    """Per round, every job's measurements; `jobs` maps a job to its interpreter and last
+    argument."""
     order = list(jobs.items())
     return [
         {
@@ -60,7 +68,8 @@ def rounds(jobs: dict[tuple, tuple[str, str]], repeats: int) -> list[dict[tuple,
 
 
 def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
-    """The table's rows of one task: medians over rounds, and ratios formed within each round; a tool that did not run has a note."""
+    """The table's rows of one task: medians over rounds, and ratios formed within each round; a
+    tool that did not run has a note."""
     theirs, ours = TASKS[task]
     rows = []
     for job in (theirs, *ours):
@@ -69,7 +78,7 @@ def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
             **dict(zip(("tool", "pairs", "micro_batch"), job)),
             "rounds": len(found),
             "threads": THREADS,
-            "machine": machine(),
+            "machine": common.machine(),
         }
         if job not in found[0]:
             rows.append(
@@ -96,16 +105,6 @@ def rows_of(task: str, found: list[dict[tuple, dict]]) -> list[dict]:
     return rows
 
 
-def machine() -> str:
-    """Processor and operating system."""
-    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next(
-        (line.split(":")[1].strip() for line in facts if line.startswith("model name")),
-        platform.processor(),
-    )
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
-
-
 def save_tokenizer(folder: str) -> None:
     """TransformerBridge wants a tokenizer, though it is given token ids."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -115,7 +114,8 @@ def save_tokenizer(folder: str) -> None:
 
 
 def table(repeats: int, reference: tuple[str, str], tokenizer: str) -> list[dict]:
-    """All rows; `reference` is its interpreter and source folder, or empty strings: then its row says that it was skipped."""
+    """All rows; `reference` is its interpreter and source folder, or empty strings: then its row
+    says that it was skipped."""
     others = {"reference": reference, "bridge": (sys.executable, tokenizer)}
     jobs = {}
     for theirs, ours in TASKS.values():
@@ -132,11 +132,12 @@ def main() -> None:
         "--reference-python", default="", help="interpreter with transformer-lens < 4; empty = skip"
     )
     parser.add_argument("--reference-source", default="", help="the src folder of hannamw/EAP-IG")
+    parser.add_argument("--out", default=str(ROOT / "figures" / "bench" / "attribution.csv"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(folder)
         rows = table(args.repeats, (args.reference_python, args.reference_source), folder)
-    target = ROOT / "figures" / "bench" / "attribution.csv"
+    target = Path(args.out)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -65,6 +65,7 @@ class Sizes:
     budget: float = 0.03
     rows: int = 8
     row_tokens: int = 256
+    retained: int = 8
     edit_steps: tuple[int, int] = (4, 12)
     shard: str = "5GB"
     prompts: int = 256
@@ -94,12 +95,12 @@ def metric(logits):
     return logits[:, 5] - logits[:, 9]
 
 
-def random_model(shape: dict, device: str):
-    """Random bf16 weights, always the same, made on the device."""
+def random_model(shape: dict, device: str, dtype: torch.dtype = torch.bfloat16):
+    """Random weights, always the same, made on the device."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**shape)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -200,13 +201,14 @@ def edit(model, sizes: Sizes) -> dict:
         "mask_seconds": mask_cost.seconds,
         "seconds_per_step": (seconds[2] - seconds[1]) / (sizes.edit_steps[1] - few),
         "peak_over_weights": 1 + memory / weight_bytes(model),
+        "added_gb": memory / 1e9,
         "rows": sizes.rows,
         "row_tokens": sizes.row_tokens,
     }
 
 
 def training_rows(sizes: Sizes):
-    """As many rows as two batches need, each of `row_tokens` tokens with its answer."""
+    """Rows of `row_tokens` tokens with their answers, `retained` of them to be kept."""
     from toys import WORDS
 
     from cdelta.edit.rows import TrainingRows
@@ -216,7 +218,7 @@ def training_rows(sizes: Sizes):
 
     answer_words = sizes.row_tokens // 8
     prompt_words = sizes.row_tokens - answer_words - 4  # beginning, two roles, end
-    prompts = [words(prompt_words, i) for i in range(2 * sizes.rows)]
+    prompts = [words(prompt_words, i) for i in range(sizes.rows + sizes.retained)]
     target = [(prompt, words(answer_words, 3)) for prompt in prompts[: sizes.rows]]
     retain = [(prompt, words(answer_words, 5)) for prompt in prompts[sizes.rows :]]
     return TrainingRows(target, target, retain)

@@ -1,9 +1,12 @@
-"""Serving cost of edited weights, of steering by bias, by a hook and of CAST, against the base; runs on a CPU or a GPU.
+"""Serving cost of edited weights, of steering by bias, by a hook and of CAST, against the base;
+runs on a CPU or a GPU.
 
     python tests/benchmarks/serving_cost.py data/organism --out cost.csv
-    python tests/benchmarks/serving_cost.py meta-llama/Llama-3.1-8B-Instruct --device cuda --dtype bfloat16 --new-tokens 128 --repeats 30
+    python tests/benchmarks/serving_cost.py meta-llama/Llama-3.1-8B-Instruct --device cuda --dtype
+    bfloat16 --new-tokens 128 --repeats 30
 
-What the vectors and deltas hold does not change the time, so they are random: nothing needs to be fitted first.
+What the vectors and deltas hold does not change the time, so they are random: nothing needs to be
+fitted first.
 """
 
 from __future__ import annotations
@@ -66,9 +69,8 @@ def main() -> None:
     parser.add_argument("--out", default="", help="CSV file of the single timings")
     args = parser.parse_args()
     model, tok = load_model(args.model, dtype=args.dtype, device=args.device)
-    timings = interleaved(
-        model, tok, variants(model), PROMPTS, args.batch_sizes, args.new_tokens, args.repeats, progress=True,
-    )  # fmt: skip
+    how = (args.batch_sizes, args.new_tokens, args.repeats)
+    timings = interleaved(model, tok, variants(model), PROMPTS, *how, progress=True)
     if args.out:
         timings.to_csv(args.out, index=False)
     print(cost(timings, args.offline_seconds).to_string(index=False, float_format="{:.4g}".format))

@@ -1,7 +1,8 @@
-"""One measured run in its own process: ``python workers.py WORKER PAIRS MICRO_BATCH REFERENCE_SOURCE``; prints JSON.
+"""One measured run in its own process: ``python workers.py WORKER PAIRS MICRO_BATCH
+REFERENCE_SOURCE``; prints JSON.
 
-Workers: ours-ig, ours-eap (this package), bridge (TransformerLens's edge EAP), reference (hannamw/EAP-IG; in an
-environment with transformer-lens < 4, its source folder given).
+Workers: ours-ig, ours-eap (this package), bridge (TransformerLens's edge EAP), reference
+(hannamw/EAP-IG; in an environment with transformer-lens < 4, its source folder given).
 """
 
 import json
@@ -74,7 +75,9 @@ def bridge(n: int) -> dict:
     sides = [torch.tensor(side) for side in token_rows(n)]
     config = tools.EdgeAttributionConfig(granularity="edge")
     return measure(
-        lambda: tools.attribution_patch(wrapped, *sides, lambda l: metric(l[:, -1]).sum(), config)
+        lambda: tools.attribution_patch(
+            wrapped, *sides, lambda logits: metric(logits[:, -1]).sum(), config
+        )
     )
 
 
@@ -89,9 +92,18 @@ def reference(n: int) -> dict:
 
     sides = dict(zip(("clean", "corrupted"), map(torch.tensor, token_rows(n))))
     config = HookedTransformerConfig(
-        n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, d_vocab=50257, n_ctx=1024, act_fn="gelu_new",
-        normalization_type="LN", eps=1e-5, device="cpu",
-    )  # fmt: skip
+        n_layers=12,
+        d_model=768,
+        n_heads=12,
+        d_head=64,
+        d_mlp=3072,
+        d_vocab=50257,
+        n_ctx=1024,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        eps=1e-5,
+        device="cpu",
+    )
     model = HookedTransformer(config)
     kept = dict(
         fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
@@ -104,12 +116,16 @@ def reference(n: int) -> dict:
         return ids, torch.ones_like(ids), torch.full((len(ids),), LENGTH), LENGTH
 
     eap.attribute.tokenize_plus = tokenized  # rows of ids instead of texts
-    score = lambda logits, *_: metric(logits[:, -1]).sum()
+
+    def score(logits, *_):
+        return metric(logits[:, -1]).sum()
+
     loader = [(["clean"] * n, ["corrupted"] * n, None)]
     graph = Graph.from_model(model)
-    run = lambda: eap.attribute.get_scores_eap_ig(
-        model, graph, loader, score, steps=STEPS, quiet=True
-    )
+
+    def run():
+        return eap.attribute.get_scores_eap_ig(model, graph, loader, score, steps=STEPS, quiet=True)
+
     return measure(run)
 
 

@@ -110,7 +110,10 @@ def overwrite(columns: slice, value, x):
 def outputs(model, spec, ids, batch, hooks, look=metric):
     """What every source writes in one run with `hooks`, and what `look` sees."""
     blocks, seen, found = spec.blocks(model), {}, []
-    keep = lambda key, x: seen.__setitem__(key, x)
+
+    def keep(key, x):
+        return seen.__setitem__(key, x)
+
     watched = [before(blocks[0].module, partial(keep, "input"))]
     for layer, block in enumerate(blocks):
         attn, mlp = writers(spec, block).values()
@@ -200,7 +203,10 @@ def test_kl_is_that_of_the_literal_runs_next_token_distributions(family):
         [some_edges(spec, share=0.7), *edge_circuits(None, spec, (1,))],
     )
     corrupted = literal_kl(model, pairs, next_token(model, pairs.corrupted).logits)
-    everything = lambda logits: logits
+
+    def everything(logits):
+        return logits
+
     some = [
         literal_kl(model, pairs, literal_units(model, pairs, circuit, everything))
         for circuit in units[:2]
@@ -330,7 +336,7 @@ def test_direct_effects_are_those_of_the_edges_into_the_logits(family):
 
 
 def test_pieces_and_their_removal(llama):
-    pairs, spec = toys.toy_pairs(n=3), ModelSpec.from_model(llama)
+    pairs, _spec = toys.toy_pairs(n=3), ModelSpec.from_model(llama)
     circuit = Circuit(("a0.h1", "m0.n1", "m0.n2", "a1.h0", "m2.n4"))
     pieces = parts(circuit)
     assert {name: piece.nodes for name, piece in pieces.items()} == {

@@ -32,7 +32,10 @@ def specs() -> dict[str, ModelSpec]:
 
 def scores(spec: ModelSpec, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda width: torch.randn(spec.n_layers, width, generator=generator)
+
+    def draw(width):
+        return torch.randn(spec.n_layers, width, generator=generator)
+
     return draw(spec.n_heads), draw(spec.d_mlp)
 
 
@@ -152,7 +155,8 @@ def test_same_entries_in_another_process():
     tests = Path(__file__).parents[1]
     code = (
         f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
-        "import toys; from edits import mask_of\nfor family in toys.FAMILIES: print(mask_of(toys.toy(family)).hash())"
+        "import toys; from edits import mask_of\n"
+        "for family in toys.FAMILIES: print(mask_of(toys.toy(family)).hash())"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -162,11 +166,14 @@ def test_same_entries_in_another_process():
 
 def test_union_and_intersection_are_those_of_the_entries(family, specs):
     a, b = (random_mask(specs[family], 0.3, seed) for seed in (1, 2))
-    of = lambda mask: {
-        (n, i)
-        for n, hit in entries(mask).items()
-        for i in hit.flatten().nonzero().flatten().tolist()
-    }
+
+    def of(mask):
+        return {
+            (n, i)
+            for n, hit in entries(mask).items()
+            for i in hit.flatten().nonzero().flatten().tolist()
+        }
+
     assert of(a | b) == of(a) | of(b)
     assert of(a & b) == of(a) & of(b)
     assert a | b == b | a and a & a == a | a == a
@@ -190,10 +197,13 @@ def test_magnitude_and_gradient_scores_sum_over_the_unit(family):
     spec = ModelSpec.from_model(model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     heads, neurons = magnitude_scores(model, spec)
-    direct = lambda unit: sum(
-        weights[s.name].narrow(s.dim, s.start, s.stop - s.start).abs().sum().item()
-        for s in unit_slices(spec, unit)
-    )
+
+    def direct(unit):
+        return sum(
+            weights[s.name].narrow(s.dim, s.start, s.stop - s.start).abs().sum().item()
+            for s in unit_slices(spec, unit)
+        )
+
     assert heads[1, 3].item() == pytest.approx(direct(("a", 1, 3)), rel=1e-5)
     assert neurons[2, 5].item() == pytest.approx(direct(("m", 2, 5)), rel=1e-5)
     doubled, _ = gradient_scores(
