@@ -59,8 +59,9 @@ class Claim:
     @property
     def bound(self) -> str:
         """The condition, readable."""
-        sign, bound = ("≥", self.at_least) if self.at_least is not None else ("≤", self.at_most)
-        return f"{sign} {self.shown(bound)}"
+        if self.at_least is not None:
+            return f"≥ {self.shown(self.at_least)}"
+        return f"≤ {self.shown(float(self.at_most or 0))}"
 
     def shown(self, value: float) -> str:
         """A number in the claim's unit."""
@@ -171,7 +172,7 @@ def _rows(table: pd.DataFrame, where: dict[str, Any]) -> pd.DataFrame:
 
 def _number(value: object) -> float:
     """A cell as a number; True is 1."""
-    return float(str(value) == "True") if str(value) in ("True", "False") else float(value)
+    return float(str(value) == "True") if str(value) in ("True", "False") else float(str(value))
 
 
 # ---------------------------------------------------------------------- against the recorded run

@@ -56,7 +56,7 @@ def check_parameters(stage: str, names: Iterable[str]) -> None:
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     statements = [node for cell in tagged for node in ast.parse(cell.source).body]
     assigned = [node for node in statements if isinstance(node, ast.Assign)]
-    known = [target.id for node in assigned for target in node.targets]
+    known = [ast.unparse(target) for node in assigned for target in node.targets]
     unknown = ", ".join(sorted(set(names) - set(known)))
     if unknown:
         has = ", ".join(known) or "none"

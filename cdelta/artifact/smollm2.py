@@ -100,9 +100,9 @@ def convert(gguf: Path, folder: Path) -> None:
             f"SmolLM2 cannot be converted ({first_line(error)}): pip install gguf."
         ) from error
     del model.config.quantization_config  # it is dequantised here
-    model.hf_quantizer, model.is_quantized = None, False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     with new_folder(folder) as place:
-        model.to(torch.bfloat16).save_pretrained(place)
+        model.bfloat16().save_pretrained(place)
         tok.save_pretrained(place)
         hashes = {path.name: file_hash(path) for path in sorted(place.iterdir())}
         write_json(hashes_file(folder), hashes)

@@ -144,7 +144,8 @@ def imported_modules(path: Path) -> list[Path]:
 
     Not the modules that only hold settings: their values count one by one.
     """
-    found, waiting = set(), [path]
+    found: set[Path] = set()
+    waiting = [path]
     while waiting:
         new = _imports(waiting.pop()) - found
         found |= new

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cdelta.artifact.flags import PROGRAM, make_parser
 from cdelta.artifact.presets import Preset, expand, load_preset, resolve
@@ -91,7 +92,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 def _settings(args: argparse.Namespace) -> Preset:
     """The preset with what the command line changes of it."""
-    policy, local = args.policy, {}
+    policy: str = args.policy
+    local: dict[str, Any] = {}
     if args.data:
         local = _local_data(args)
         policy = policy or local.pop("policy", "")
@@ -107,14 +109,14 @@ def _settings(args: argparse.Namespace) -> Preset:
     return changed(settings, {"evaluation": local.get("evaluation", {})})
 
 
-def _local_data(args: argparse.Namespace) -> dict:
+def _local_data(args: argparse.Namespace) -> dict[str, Any]:
     """What a folder of local copies has for this preset: ``policy, external, evaluation``."""
     folder = Path(args.data).expanduser().resolve()
     if not folder.is_dir():
         raise CdeltaError(f"--data {args.data}: there is no such folder.")
     preset = load_preset(args.preset)
     names = [text.partition("=")[0] for text in preset.external]
-    found = {"external": [f"{n}={p}" for n in names if (p := _local(folder, n))]}
+    found: dict[str, Any] = {"external": [f"{n}={p}" for n in names if (p := _local(folder, n))]}
     if preset.policy == "cast" and (folder / "cast").is_dir():
         found["policy"] = f"cast={folder / 'cast'}"
     labels = folder / "xstest_completions"
@@ -212,6 +214,7 @@ def execute(plan: Plan) -> bool:
             snakemake.cli.main(snakemake_arguments(plan))
         except SystemExit as end:
             return end.code in (0, None)
+    return True
 
 
 def check_notebooks(plan: Plan, names: Sequence[str]) -> None:
