@@ -50,9 +50,10 @@ from cdelta.methods.registry import METHODS
 
 run = open_run("05_evaluation", preset, run_dir, device, model_path, policy)
 comparison, settings = Comparison(run), run.settings
+titles = comparison.titles()
 used = [METHODS[key] for key in settings.evaluation.methods]
 methods = pd.DataFrame(
-    [{"method": m.title, "varies": m.family, "what it is": m.note} for m in used]
+    [{"method": titles[m.key], "varies": m.family, "what it is": m.note} for m in used]
 )
 run.table("tab_methods", methods, "The methods of this run.")
 
