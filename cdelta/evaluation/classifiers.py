@@ -299,7 +299,7 @@ def xstest_labels(folder: str | Path = "") -> pd.DataFrame:
 
 
 def _completions(folder: Path) -> list[pd.DataFrame]:
-    from cdelta.policy.sources import SourceUnavailable
+    from cdelta.policy.upstream import SourceUnavailable
 
     paths = {name: folder / _filename(name) for name in XSTEST_COMPLETIONS}
     tables = [_read(path, name) for name, path in paths.items() if path.is_file()]
@@ -312,7 +312,7 @@ def _completions(folder: Path) -> list[pd.DataFrame]:
 
 
 def _downloaded_completions() -> list[pd.DataFrame]:
-    from cdelta.policy.sources import Source, SourceUnavailable, download
+    from cdelta.policy.upstream import Source, SourceUnavailable, download
 
     base = f"https://raw.githubusercontent.com/paul-rottger/xstest/{XSTEST_COMMIT}"
     tables = []

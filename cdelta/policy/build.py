@@ -17,7 +17,8 @@ from cdelta.policy.category_maps import VERSION
 from cdelta.policy.everyday import SOURCE, everyday_rows
 from cdelta.policy.leakage import find_overlaps, leaking_rows
 from cdelta.policy.records import SHARED, SPLITS, SplitRows, content_hash, to_records
-from cdelta.policy.sources import SOURCES, Loaded, SourceUnavailable, load
+from cdelta.policy.sources import SOURCES, Loaded, load
+from cdelta.policy.upstream import SourceUnavailable
 from cdelta.policy.user_file import read_user_rows, template_warnings
 
 DROPPED_COLUMNS = ("source", "source_id", "category", "role", "split", "reason", "match", "prompt")

@@ -1,4 +1,5 @@
-"""What the policy tests share: rows made by hand, real files where they are, and tokenizers trained on the spot."""
+"""What the policy tests share: rows made by hand, real files where they are, and tokenizers trained
+on the spot."""
 
 from pathlib import Path
 
@@ -7,7 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
 
 
 def real(name: str) -> Path:
@@ -41,7 +45,15 @@ def trained_tokenizer(texts, vocabulary: int = 300) -> PreTrainedTokenizerFast:
 def row(prompt: str, role: str = "target", **more: str) -> dict[str, str]:
     """One record as a source gives it."""
     base = {
-        "prompt": prompt, "category": "crime", "expected": "refuse" if role == "target" else "comply", "role": role, "source": "made",
-        "source_revision": "1", "source_id": prompt, "license": "none", "group_id": prompt, "split": "edit",
-    }  # fmt: skip
+        "prompt": prompt,
+        "category": "crime",
+        "expected": "refuse" if role == "target" else "comply",
+        "role": role,
+        "source": "made",
+        "source_revision": "1",
+        "source_id": prompt,
+        "license": "none",
+        "group_id": prompt,
+        "split": "edit",
+    }
     return base | more

@@ -109,7 +109,8 @@ def test_a_leak_stops_the_build_or_drops_the_training_row(synthetic, monkeypatch
     )
     with pytest.raises(
         CdeltaError,
-        match="synthetic: 1 rows nearly repeat a row of another split, steal .* ~ leaky .test.: .*on_leak='drop'",
+        match="synthetic: 1 rows nearly repeat a row of another split, steal .* ~ leaky .test.: "
+        ".*on_leak='drop'",
     ):
         build_policy("synthetic")
     policy = build_policy("synthetic", on_leak="drop")

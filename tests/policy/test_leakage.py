@@ -19,14 +19,17 @@ from cdelta.policy.leakage import (
 from cdelta.policy.records import to_records
 
 texts = st.lists(
-    st.lists(st.sampled_from("a b c d e".split()), max_size=9).map(" ".join), max_size=12
+    st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=9).map(" ".join), max_size=12
 )
 
 
 def literal_pairs(prompts, threshold):
     """Every pair, compared one by one."""
     grams = [word_trigrams(p) for p in prompts]
-    jaccard = lambda a, b: len(a & b) / len(a | b)
+
+    def jaccard(a, b):
+        return len(a & b) / len(a | b)
+
     return {
         (i, j)
         for j in range(len(grams))
@@ -69,10 +72,14 @@ def test_groups_join_through_owners():
 
 def leaky_records():
     text = "how do i quietly open the old green door"
-    return to_records([
-        row(text, split="edit"), row(text + " today", split="test"), row("something else altogether is asked here", split="val"),
-        row(text + "!", split="test", source="other"),
-    ])  # fmt: skip
+    return to_records(
+        [
+            row(text, split="edit"),
+            row(text + " today", split="test"),
+            row("something else altogether is asked here", split="val"),
+            row(text + "!", split="test", source="other"),
+        ]
+    )
 
 
 def test_leaks_take_the_training_row():
@@ -89,14 +96,16 @@ def test_leaks_take_the_training_row():
 
 
 def test_skill_questions_leak_only_when_they_are_the_same():
-    ask = lambda word, split: row(
-        f"What is the opposite of {word}?",
-        "utility",
-        split=split,
-        category="other",
-        source_id=word + split,
-        group_id=word + split,
-    )
+    def ask(word, split):
+        return row(
+            f"What is the opposite of {word}?",
+            "utility",
+            split=split,
+            category="other",
+            source_id=word + split,
+            group_id=word + split,
+        )
+
     records = to_records([ask("hot", "edit"), ask("cold", "test"), ask("hot", "val")])
     overlaps = find_overlaps(records)
     assert [(a, b) for a, b in zip(overlaps["left"], overlaps["right"])] == [(0, 2)]
@@ -113,7 +122,8 @@ def test_skill_questions_leak_only_when_they_are_the_same():
     ],
 )
 def test_cast_has_the_known_overlaps(column, near, exact):
-    """Test prompts with a near-duplicate, and with an exact duplicate, among the train prompts (DATA.md)."""
+    """Test prompts with a near-duplicate, and with an exact duplicate, among the train prompts
+    (DATA.md)."""
     data = json.loads((real("cast") / "condition_multiple.json").read_text())
     parts = [[r[column] for r in data[part]] for part in ("train", "test")]
     rows = [

@@ -10,7 +10,8 @@ from cdelta.errors import CdeltaError, TestSplitError, refuse_test
 from cdelta.models.chat import chat_ids
 from cdelta.policy.pairs import PromptPairs, choose_pairs, pair_yield
 from cdelta.policy.records import to_records
-from cdelta.policy.sources import CAST_COLUMNS, SOURCES
+from cdelta.policy.source_rows import CAST_COLUMNS
+from cdelta.policy.sources import SOURCES
 
 TOK = trained_tokenizer(["tell me how to steal the red car", "tell me how to paint the red car"])
 prompts = st.lists(
@@ -118,7 +119,8 @@ def test_a_tokenizer_without_a_template_uses_the_fallback():
 
 
 def cast_yields(tok) -> dict[str, tuple[int, int]]:
-    """Own-row and back-up pairs of each category among CAST's 700 train rows, duplicates and all."""
+    """Own-row and back-up pairs of each category among CAST's 700 train rows, duplicates and
+    all."""
     data = json.loads((real("cast") / "condition_multiple.json").read_text())["train"]
     rows = {
         c: [
@@ -141,7 +143,8 @@ def test_cast_yields_pairs_in_every_category():
 
 
 class Lengths:
-    """A tokenizer that knows how many tokens each of CAST's prompts has under GPT-2's BPE, and nothing else."""
+    """A tokenizer that knows how many tokens each of CAST's prompts has under GPT-2's BPE, and
+    nothing else."""
 
     chat_template = "the prompt alone"
 

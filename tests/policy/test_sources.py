@@ -7,9 +7,12 @@ from helpers import real
 
 from cdelta import paths
 from cdelta.errors import CdeltaError
+from cdelta.files import file_hash
 from cdelta.policy import category_maps
 from cdelta.policy.category_maps import CATQA, SORRY_BENCH, to_category
-from cdelta.policy.sources import CAST_COLUMNS, SOURCES, SourceUnavailable, load, sha256
+from cdelta.policy.source_rows import CAST_COLUMNS
+from cdelta.policy.sources import SOURCES, load
+from cdelta.policy.upstream import SourceUnavailable
 
 
 @pytest.fixture(autouse=True)
@@ -123,19 +126,44 @@ FORBIDDEN = {
 LAYOUTS = {
     "or-bench-hard": (or_bench, [("hate", "borderline"), ("benign", "borderline")], 0),
     "or-bench-toxic": (or_bench, [("hate", "target"), ("other", "other_harm")], 0),
-    "sorry-bench": (sorry_bench, [("hate", "target"), ("legal", "target"), ("other", "other_harm")], 1),
-    "jailbreakbench": (jailbreakbench, [("crime", "target"), ("other", "other_harm"), ("crime", "benign"), ("benign", "benign")], 0),
+    "sorry-bench": (
+        sorry_bench,
+        [("hate", "target"), ("legal", "target"), ("other", "other_harm")],
+        1,
+    ),
+    "jailbreakbench": (
+        jailbreakbench,
+        [("crime", "target"), ("other", "other_harm"), ("crime", "benign"), ("benign", "benign")],
+        0,
+    ),
     "air-bench": (air_bench, [("legal", "target"), ("health", "target")], 2),
     "catqa": (catqa, [("hate", "target"), ("other", "other_harm")], 0),
-    "advbench": (csv_file("harmful_behaviors.csv", {"goal": ["p"], "target": ["Sure"]}), [("crime", "target")], 0),
-    "strongreject": (csv_file("strongreject_dataset.csv", FORBIDDEN), [("sexual", "target"), ("other", "other_harm")], 0),
-    "xstest": (
-        csv_file("xstest_prompts.csv", {
-            "id": ["1", "2"], "prompt": ["p", "q"], "type": ["homonyms", "contrast_homonyms"], "label": ["safe", "unsafe"], "focus": ["", ""], "note": ["", ""],
-        }),
-        [("benign", "borderline"), ("other", "other_harm")], 0,
+    "advbench": (
+        csv_file("harmful_behaviors.csv", {"goal": ["p"], "target": ["Sure"]}),
+        [("crime", "target")],
+        0,
     ),
-}  # fmt: skip
+    "strongreject": (
+        csv_file("strongreject_dataset.csv", FORBIDDEN),
+        [("sexual", "target"), ("other", "other_harm")],
+        0,
+    ),
+    "xstest": (
+        csv_file(
+            "xstest_prompts.csv",
+            {
+                "id": ["1", "2"],
+                "prompt": ["p", "q"],
+                "type": ["homonyms", "contrast_homonyms"],
+                "label": ["safe", "unsafe"],
+                "focus": ["", ""],
+                "note": ["", ""],
+            },
+        ),
+        [("benign", "borderline"), ("other", "other_harm")],
+        0,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -161,16 +189,21 @@ def test_hub_sources_load_from_a_folder_in_the_upstream_layout(name, tmp_path):
     ] is False  # a folder is not the pinned file
 
 
-@pytest.mark.parametrize("name, columns", [
-    ("advbench", {"prompt": ["p"], "target": ["Sure"]}), ("strongreject", {"prompt": ["p"], "category": ["Sexual content"], "source": ["x"]}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, columns",
+    [
+        ("advbench", {"prompt": ["p"], "target": ["Sure"]}),
+        ("strongreject", {"prompt": ["p"], "category": ["Sexual content"], "source": ["x"]}),
+    ],
+)
 def test_the_hubs_copies_with_other_column_names_load_too(name, columns, tmp_path):
     walled(columns)(tmp_path)
     assert [row["prompt"] for row in load(name, tmp_path).rows] == ["p"]
 
 
 def test_catqa_loads_as_its_authors_and_as_the_hub_keep_it(tmp_path):
-    """The authors nest the questions under category and subcategory; the hub's `.json` holds lines, here one with U+2028 inside a string."""
+    """The authors nest the questions under category and subcategory; the hub's `.json` holds lines,
+    here one with U+2028 inside a string."""
     questions = {
         "Hate/Harass/Violence": {"Cyberbullying": ["one\u2028more", "two"]},
         "Illegal Activity": {"Drug:": ["three"]},
@@ -211,7 +244,8 @@ def test_catqa_loads_as_its_authors_and_as_the_hub_keep_it(tmp_path):
 
 
 def test_every_source_is_pinned():
-    """A single file by commit and sha256, a hub data set by commit; `url` and `hub` alone decide which."""
+    """A single file by commit and sha256, a hub data set by commit; `url` and `hub` alone decide
+    which."""
     for source in SOURCES.values():
         assert source.url or source.hub
         assert len(source.revision) == 40 and int(source.revision, 16)
@@ -286,7 +320,9 @@ def test_harmbench_real_file():
 @pytest.mark.parametrize("name", ["cast", "xstest", "harmbench", "gsm8k"])
 def test_the_real_files_are_the_pinned_ones_and_their_notes_agree(name):
     folder, source = real(name), SOURCES[name]
-    assert sha256(folder / source.filename) == source.sha256 and load(name, folder).origin["pinned"]
+    assert (
+        file_hash(folder / source.filename) == source.sha256 and load(name, folder).origin["pinned"]
+    )
     note = (folder / "SOURCE.txt").read_text()
     assert source.revision in note and (
         "sha256 " not in note
@@ -317,7 +353,8 @@ def test_wrong_columns_name_expected_and_found(tmp_path):
     )
     with pytest.raises(
         CdeltaError,
-        match="cast, train row 0: no column crime_planning, .*: expected base, crime_planning, .* found base, crime.",
+        match="cast, train row 0: no column crime_planning, .*: expected base, crime_planning, .* "
+        "found base, crime.",
     ):
         load("cast", tmp_path)
     with pytest.raises(
@@ -342,7 +379,8 @@ def test_renamed_categories_are_noticed(tmp_path):
         (
             "cast",
             ("a.json", '{"train": [1], "test": []}'),
-            "cast, train row 0: a int, not an object with base, crime_planning, .*: download it from https://raw",
+            "cast, train row 0: a int, not an object with base, crime_planning, .*: download it "
+            "from https://raw",
         ),
         ("cast", ("a.xml", "<a/>"), "a.xml: '.xml' not found: expected a .csv"),
         (
@@ -370,7 +408,8 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 def test_a_folder_in_another_layout_and_a_missing_one_are_named(tmp_path):
     with pytest.raises(
         CdeltaError,
-        match="not or-bench-hard in its upstream layout .*: copy it from https://huggingface.co/datasets/bench-llm/or-bench",
+        match="not or-bench-hard in its upstream layout .*: copy it from "
+        "https://huggingface.co/datasets/bench-llm/or-bench",
     ):
         load("or-bench-hard", tmp_path)
     with pytest.raises(
@@ -387,12 +426,14 @@ def test_what_cannot_be_reached_is_unavailable_with_the_reason(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(
         SourceUnavailable,
-        match="harmbench: cannot download https://raw.* .no route to host.: give a local copy with harmbench=PATH.",
+        match="harmbench: cannot download https://raw.* .no route to host.: "
+        "give a local copy with harmbench=PATH.",
     ):
         load("harmbench")
     with pytest.raises(
         SourceUnavailable,
-        match="jailbreakbench: cannot be read from https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors .no route to host.",
+        match="jailbreakbench: cannot be read from "
+        "https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors .no route to host.",
     ):
         load("jailbreakbench")
     with pytest.raises(
@@ -416,7 +457,7 @@ def test_downloads_are_checked_before_they_count(monkeypatch, tmp_path):
         def read(self):
             return self.content
 
-    monkeypatch.setattr("cdelta.policy.sources.CACHE", tmp_path)
+    monkeypatch.setattr("cdelta.policy.upstream.CACHE", tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(b"tampered"))
     with pytest.raises(CdeltaError, match="does not have the pinned sha256 1178"):
         load("xstest")

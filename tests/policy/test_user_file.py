@@ -20,7 +20,10 @@ WORDS = [f"{a}{b}" for a in "bcdfghjklm" for b in ("ana", "elo", "iru", "osk", "
 def asks(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """Prompt and benign prompt, no two of them alike."""
     rng = random.Random(seed)
-    ask = lambda: " ".join(rng.choices(WORDS, k=7))
+
+    def ask():
+        return " ".join(rng.choices(WORDS, k=7))
+
     return [(ask(), ask()) for _ in range(count)]
 
 
@@ -159,7 +162,8 @@ def test_the_users_own_splits_and_categories_are_kept_and_leaks_between_them_sto
     path = write_csv(tmp_path / "leak.csv", leak, header)
     with pytest.raises(
         CdeltaError,
-        match="leak.csv: 1 rows nearly repeat a row of another split, row 2 .discover. ~ row 82 .test.",
+        match="leak.csv: 1 rows nearly repeat a row of another split, "
+        "row 2 .discover. ~ row 82 .test.",
     ):
         build_policy(str(path))
     policy = build_policy(str(path), on_leak="drop")
@@ -244,7 +248,8 @@ def test_one_class_only_and_too_few_rows_say_so(tmp_path):
     prompts, benign = zip(*asks(60))
     fails(
         write_csv(tmp_path / "a.csv", [(p, "") for p in prompts]),
-        "category 'a' has 0 benign prompts and none in the split discover, edit, val, test: add rows",
+        "category 'a' has 0 benign prompts and none in the split discover, edit, val, test: add "
+        "rows",
     )
     fails(
         write_csv(tmp_path / "b.csv", [("", b) for b in benign]),
@@ -292,7 +297,10 @@ def test_any_text_is_read_back_and_everything_is_accounted_for(tmp_path, extra, 
 def test_a_hundred_thousand_rows_take_seconds(tmp_path, record_property):
     rng = random.Random(0)
     words = [f"w{i}" for i in range(20_000)]
-    ask = lambda: " ".join(rng.choices(words, k=rng.randint(6, 16)))
+
+    def ask():
+        return " ".join(rng.choices(words, k=rng.randint(6, 16)))
+
     path = write_csv(tmp_path / "big.csv", [(ask(), ask()) for _ in range(100_000)])
     start = (
         time.process_time()
