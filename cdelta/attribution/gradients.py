@@ -67,16 +67,16 @@ def folded(spec: ModelSpec, block: Block) -> Folded:
         "mlp": norm_weight(block.mlp_norm, offset),
     }
     layer_norm = isinstance(block.attn_norm, nn.LayerNorm)
-    shift = bias_of(block.attn_norm) if layer_norm else None
     constants, means = [], []
     for module in block.qkv:
-        bias, weight = bias_of(module), in_out(module, weights["attn"].dtype)
-        zeros = weight.new_zeros(weight.shape[1])
-        constants.append(
-            (zeros if bias is None else bias) + (zeros if shift is None else shift @ weight)
-        )
+        bias = bias_of(module)
+        n_out = module.weight.shape[1 if spec.conv1d else 0]
+        constant = weights["attn"].new_zeros(n_out) if bias is None else bias
         if layer_norm:
+            weight, shift = in_out(module, constant.dtype), bias_of(block.attn_norm)
+            constant = constant + (0 if shift is None else shift @ weight)
             means.append(weights["attn"] @ weight / len(weight))
+        constants.append(constant)
     return Folded(weights, constants, means)
 
 
