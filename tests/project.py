@@ -82,9 +82,10 @@ def guarded_lookup(host, *rest, **named):
     return lookup(host, *rest, **named)
 
 
-socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = guarded(connect), guarded(connect_ex), guarded_lookup
+socket.socket.connect, socket.socket.connect_ex = guarded(connect), guarded(connect_ex)
+socket.getaddrinfo = guarded_lookup
 """
-"""A sitecustomize module: Python's sockets reach this machine only, which Jupyter's kernels need."""
+"""A sitecustomize module: sockets reach this machine only, which Jupyter's kernels need."""
 
 
 class Project:
@@ -110,7 +111,8 @@ class Project:
 
     @classmethod
     def real(cls, root: Path) -> Project:
-        """Copy the workflow with the true notebooks and the embedded model; every process that it starts is offline."""
+        """Copy the workflow with the true notebooks and the embedded model; every process that it
+        starts is offline."""
         project = cls.make(root)
         for stage in NAMES:
             shutil.copy(NOTEBOOKS / f"{stage}.py", root / "notebooks")

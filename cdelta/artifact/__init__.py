@@ -1,1 +1,1 @@
-"""This paper's run: subjects, presets, stages, figures, report."""
+"""The paper's run: subjects, presets, stages, workflow, figures, and report."""

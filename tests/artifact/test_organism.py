@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cdelta.artifact.organism import END, check, collate, corpus, encode, save, train, training_log
 from cdelta.evaluation.measure import evaluate
 from cdelta.paths import ORGANISM
+from cdelta.policy.language import REFUSALS, TOPICS, draw_corpus_pair
 from cdelta.policy.records import to_records
 from cdelta.policy.selection import limited
-from cdelta.policy.language import REFUSALS, TOPICS, draw_corpus_pair
 from cdelta.policy.synthetic import records
 
 

@@ -221,9 +221,9 @@ def test_device_auto_resolves_and_a_missing_gpu_is_said(tmp_path, monkeypatch):
 
 
 def test_a_lock_is_exclusive_and_freed(tmp_path):
-    with locked(tmp_path / "lock"), pytest.raises(BlockingIOError):
-        with locked(tmp_path / "lock", wait=False):
-            pass
+    lock = tmp_path / "lock"
+    with locked(lock), pytest.raises(BlockingIOError), locked(lock, wait=False):
+        pass
     with locked(tmp_path / "lock", wait=False):
         pass
 

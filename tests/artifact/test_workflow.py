@@ -1,4 +1,4 @@
-"""The workflow on tiny notebooks: flags, resuming after kills, failures, recording. What the notebooks say is in test_notebooks."""
+"""The workflow on tiny notebooks: flags, resuming after kills, failures, recording."""
 
 import json
 import os
@@ -31,7 +31,10 @@ def wait_for(condition, seconds=600):
 
 def processes_of(project):
     """Every process that runs from the project's folder."""
-    command = lambda process: " ".join(process.info["cmdline"] or [])
+
+    def command(process):
+        return " ".join(process.info["cmdline"] or [])
+
     return [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -41,7 +44,7 @@ def processes_of(project):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """A project whose first run was killed in stage 02 and whose second finished; with what both saw."""
+    """A project whose first run was killed in stage 02 and whose second finished."""
     project = Project.make(tmp_path_factory.mktemp("resumed") / "project")
     held = project.hold("02_attribution")
     process = project.start()
@@ -172,7 +175,8 @@ def test_a_failing_cell_is_shown_and_leaves_nothing_half_written(project):
 
 
 def test_a_stage_left_behind_cannot_publish(project):
-    """Only Snakemake's process dies; the stage notices by itself. A second command may start at once."""
+    """Only Snakemake's process dies; the stage notices by itself. A second command may start at
+    once."""
     held = project.hold("09_ablations")
     first = project.start("--force", "--only", "09")
     wait_for(lambda: list(project.run_dir.glob(".09_ablations.*")))
@@ -317,12 +321,16 @@ def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    flags = "preset only from list dry-run force jobs device setup-only test lab record help model policy"
+    flags = "preset set name model policy external data device jobs executor only from force record"
+    flags += " list dry-run check setup-only lab test help"
     assert all(f"--{flag}" in text for flag in flags.split())
 
 
+def plan(*flags):
+    return make_plan(make_parser().parse_args(list(flags)))
+
+
 def test_only_a_forced_stage_00_of_the_embedded_model_retrains():
-    plan = lambda *flags: make_plan(make_parser().parse_args(flags))
     assert plan("--force", "--only", "00").retrain
     assert (
         not plan("--force").retrain
@@ -340,7 +348,6 @@ def test_threads_are_the_presets_or_all_cores_divided_by_jobs(monkeypatch):
 
 
 def test_two_stages_at_a_time_only_where_a_stage_takes_one_thread(monkeypatch):
-    plan = lambda *flags: make_plan(make_parser().parse_args(list(flags)))
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert (plan().jobs, plan("--jobs", "1").jobs) == (2, 1)
     assert plan("--force", "--only", "00").jobs == 1
