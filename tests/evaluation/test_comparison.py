@@ -39,7 +39,7 @@ def test_differences_are_paired_and_the_family_is_corrected():
 
 def test_no_difference_is_never_claimed():
     table = compare(ROWS, "cdelta", ["as", "base"])
-    words = {"better", "worse", "equivalent", "undecided", "not significant"}
+    words = {"better", "worse", "changed", "equivalent", "undecided", "not significant"}
     assert set(table["verdict"]) <= words
     few = at(table, category="crime", versus="base", measure="other_borderline")
     assert (few["difference"], few["verdict"]) == (0, "undecided"), "ten prompts prove nothing"
@@ -83,7 +83,7 @@ def test_lengths_are_relative_to_the_base():
         n_tokens=ROWS["n_tokens"].where(ROWS["method"] != "cdelta", 2 * ROWS["n_tokens"])
     )
     row = at(compare(longer, "cdelta", ["base"]), category="crime", measure="length")
-    assert row["difference"] == pytest.approx(1.0) and row["verdict"] == "better"
+    assert row["difference"] == pytest.approx(1.0) and row["verdict"] == "changed"
     rates = measured(longer).set_index(["measure", "method", "category"])
     assert rates.loc[("length", "base", "crime"), "rate"] == pytest.approx(1.0)
     assert rates.loc[("ended", "cdelta", "crime"), "rate"] == pytest.approx(0.9)

@@ -11,6 +11,7 @@ from cdelta.evaluation.stats import (
     holm,
     mcnemar,
     paired_bootstrap,
+    paired_interval,
     wilson,
 )
 
@@ -96,3 +97,20 @@ def test_the_seed_decides_the_draws():
         == bootstrap_mean(values, seed=1)
         != bootstrap_mean(values, seed=2)
     )
+
+
+@pytest.mark.parametrize("n", [1, 10, 100, 1000])
+def test_equal_sides_prove_only_what_their_number_allows(n):
+    value, low, high = paired_interval([1.0] * n, [1.0] * n)
+    bound = binomtest(0, n).proportion_ci(method="exact").high
+    assert value == 0 and (low, high) == pytest.approx((-bound, bound))
+
+
+def test_an_interval_with_differences_is_the_bootstraps():
+    first, second = [1, 0, 1, 1, 0.5], [0, 0, 1, 0, 1]
+    assert paired_interval(first, second) == paired_bootstrap(first, second)
+
+
+def test_mcnemar_counts_every_seed():
+    """A mean over seeds counts for the side on which it is higher, by however little."""
+    assert mcnemar([1 / 3, 2 / 3, 1.0], [0, 1.0, 1.0])[:2] == (1, 1)
