@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
 from cdelta.circuit.controls import dense_mask
-from cdelta.edit.fit import train
 from cdelta.edit.rows import TrainingRows
 from cdelta.evaluation.measure import empty_rows
 from cdelta.evaluation.rates import of_category, with_kind
@@ -37,11 +36,8 @@ def benign_finetuned(task: Task, rate: float = 1.0) -> Edited:
     """
     retain, benign = task.rows.retain, set(task.benign)
     rows = [row for row in retain if row[0] in benign] or list(retain)
-    recipe = task.recipe.edit
-    how = replace(recipe, objective="positive", retain_share=0.0, lr=rate * recipe.lr)
-    return Edited(
-        train(task.model, task.tok, dense_mask(task.spec), TrainingRows(rows, [], []), how).delta
-    )
+    only = TrainingRows(rows, [], [])
+    return task.fit(dense_mask(task.spec), rate, only, objective="positive", retain_share=0.0)
 
 
 def without_direction(task: Task, rate: float = 1.0) -> Ablation:

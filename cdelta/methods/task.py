@@ -89,14 +89,22 @@ class Task:
         n = self.spec.n_layers
         return range(n // 2, max(n // 2 + 1, round(0.72 * n)))
 
-    def fit(self, mask: ParameterMask, rate: float = 1.0, **changes: object) -> Edited:
+    def fit(
+        self,
+        mask: ParameterMask,
+        rate: float = 1.0,
+        rows: TrainingRows | None = None,
+        **changes: object,
+    ) -> Edited:
         """An update trained on a mask by the recipe, with its learning rate times `rate` and other
-        fields of `EditRecipe` changed.
+        fields of `EditRecipe` changed; on other rows, without stop rule, where `rows` are given.
         """
         how = replace(self.recipe.edit, lr=rate * self.recipe.edit.lr, **changes)
+        if rows is not None:
+            return Edited(train(self.model, self.tok, mask, rows, how).delta)
         state = self.folder / f"training-{rate:g}" if self.folder else None
-        fit = train(self.model, self.tok, mask, self.rows, how, stop=self.stop, checkpoint=state)
-        return Edited(fit.delta)
+        asked = {"stop": self.stop, "checkpoint": state}
+        return Edited(train(self.model, self.tok, mask, self.rows, how, **asked).delta)
 
 
 def _words(reply: Reply) -> str | Sequence[int]:
