@@ -11,9 +11,9 @@ from cdelta.artifact.smollm2 import smollm2_folder
 from cdelta.attribution.metrics import Metric, refusal_log_odds
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.mask import ParameterMask
-from cdelta.models.chat import parse_template_args
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
+from cdelta.models.templates import parse_template_args
 
 if TYPE_CHECKING:
     from cdelta.artifact.run import Run, RunReader

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cdelta.edit.recipe import Recipe
 from cdelta.evaluation.judges import Rules
-from cdelta.models.chat import bind_template, parse_template_args
+from cdelta.models.templates import bind_template, parse_template_args
 
 if TYPE_CHECKING:
     from cdelta.attribution.metrics import Metric

@@ -13,10 +13,11 @@ from cdelta.edit.answers import bound
 from cdelta.edit.estimate import estimated
 from cdelta.edit.job import EditJob
 from cdelta.errors import CdeltaError
-from cdelta.models.chat import chat_ids, parse_template_args
+from cdelta.models.chat import chat_ids
 from cdelta.models.checkpoint import meta_model, read_config
 from cdelta.models.loading import Finding, check_model, load_tokenizer, resolve_device
 from cdelta.models.spec import ModelSpec
+from cdelta.models.templates import parse_template_args
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.selection import category_pairs
 

@@ -87,8 +87,8 @@ def answer(
     """Greedy answers and the metric at the last prompt token, from one pass; in the order of the
     prompts.
 
-    Prompts go through `chat.chat_ids` once and are batched by length, left-padded, with explicit
-    position ids, so in fp32 the outcome does not depend on the batch size.
+    Prompts are batched by length, left-padded, with explicit position ids, so in fp32 the outcome
+    does not depend on the batch size.
 
     Args:
         metric: one value per row from the fp32 logits at the last prompt token.
@@ -132,19 +132,11 @@ def first_logits(
             nobody holds the whole
             vocabulary for every prompt: 6.3 GB for 6,000 prompts and 262,144 tokens.
     """
-    found: list[Tensor | None] = [None] * len(prompts)
+    found: dict[int, Tensor] = {}
     for rows, ids, mask in batches(model, tok, prompts, batch_size, system):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        logits = out.logits[:, -1].float()
-        for row, value in zip(rows, (read(logits) if read else logits).cpu()):
-            found[row] = value
-    return torch.stack(found) if found else torch.empty(0)
+        logits, _ = _next_logits(model, ids, mask, positions(mask), keep=False)
+        found |= zip(rows, (read(logits) if read else logits).cpu())
+    return torch.stack([found[row] for row in range(len(prompts))]) if found else torch.empty(0)
 
 
 def decode(
@@ -163,39 +155,46 @@ def decode(
     same pass. A test holds the tokens equal. A batch that crosses LongRoPE's boundary is read
     again, since its cached keys were rotated otherwise.
     """
-    stops = torch.as_tensor(stops, device=ids.device)
+    ends = torch.as_tensor(stops, device=ids.device)
     answers: list[list[int]] = [[] for _ in ids]
     writing: list[int | None] = list(
         range(len(ids))
     )  # the row that each row of the batch writes to
-    boundary = rope_boundary(model)
-    seen, where, cache, first = ids, positions(mask), None, None
-    for _ in range(max_new_tokens):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=where,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
-        first = logits if first is None else first
+    boundary, seen, where, cache = rope_boundary(model), ids, positions(mask), None
+    first = torch.empty(0)
+    for step in range(max_new_tokens):
+        logits, cache = _next_logits(model, ids, mask, where, cache)
+        first = first if step else logits
         chosen = (process(seen, logits) if process else logits).argmax(-1)
-        writing = _append(answers, writing, chosen, stops)
+        writing = _append(answers, writing, chosen, ends)
         if all(row is None for row in writing):
             break
         where = where[:, -1:] + 1
         if drop_finished and None in writing:
-            kept = torch.tensor([i for i, row in enumerate(writing) if row is not None])
-            kept, writing = kept.to(ids.device), [row for row in writing if row is not None]
-            chosen, mask, where, seen = chosen[kept], mask[kept], where[kept], seen[kept]
-            cache.batch_select_indices(kept)
+            kept = [i for i, row in enumerate(writing) if row is not None]
+            writing, live = [writing[i] for i in kept], torch.tensor(kept, device=ids.device)
+            chosen, mask, where, seen = chosen[live], mask[live], where[live], seen[live]
+            cache.batch_select_indices(live)
         ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         seen = torch.cat([seen, ids], dim=1)
         if boundary and int(where.max()) == boundary:
             ids, where, cache = seen, positions(mask), None
     return answers, first
+
+
+def _next_logits(
+    model, ids: Tensor, mask: Tensor, where: Tensor, cache: Any = None, keep: bool = True
+) -> tuple[Float[Tensor, "row vocab"], Any]:
+    """fp32 logits after each row's last token, and the cache with these tokens in it."""
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=where,
+        past_key_values=cache,
+        use_cache=keep,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1].float(), out.past_key_values
 
 
 def _append(
@@ -232,7 +231,7 @@ def unsupported_penalties(model) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def penalty_processor(model) -> Process | None:
+def penalty_processor(model) -> Any:
     """Changes logits as `checkpoint_penalties` asks, given the ids so far; None where it asks
     nothing.
     """

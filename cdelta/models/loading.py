@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cdelta.errors import CdeltaError, first_line
 from cdelta.memory import free_memory
-from cdelta.models.chat import bind_template, chat_ids, rope_boundary, stop_ids, template_facts
+from cdelta.models.chat import chat_ids, rope_boundary, stop_ids
 from cdelta.models.checkpoint import Checkpoint, meta_model, read_config
 from cdelta.models.generation import checkpoint_penalties, unsupported_penalties
 from cdelta.models.spec import ModelSpec
+from cdelta.models.templates import bind_template, template_facts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

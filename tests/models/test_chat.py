@@ -4,9 +4,10 @@ import pytest
 import toys
 import transformers as hf
 
-from cdelta.models.chat import chat_ids, collate, example_ids, pad_id, stop_ids, template_facts
+from cdelta.models.chat import chat_ids, collate, example_ids, pad_id, stop_ids
 from cdelta.models.generation import answer
 from cdelta.models.loading import check_model, load_model
+from cdelta.models.templates import template_facts
 
 PROMPT, ANSWER = "How do I steal the bench?", "I'm sorry, but no."
 

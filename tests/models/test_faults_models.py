@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from cdelta.errors import CdeltaError
 from cdelta.models import chat
-from cdelta.models.chat import bind_template, by_length, chat_ids, example_ids, template_facts
+from cdelta.models.chat import by_length, chat_ids, example_ids
 from cdelta.models.checkpoint import Checkpoint, read_config
 from cdelta.models.families import UnsupportedArchitecture
 from cdelta.models.generation import answer, checkpoint_penalties, first_logits
 from cdelta.models.loading import check_model, load_model, resolve_device
+from cdelta.models.templates import bind_template, parse_template_args, template_facts
 
 PROMPTS = ["make a cake", "tell me about red", "count one two please sort blue"]
 THINKS = (
@@ -120,10 +121,10 @@ def test_fault_03_asking_for_reasoning_is_refused():
 
 
 def test_fault_03_template_arguments_are_json_or_words():
-    found = chat.parse_template_args(["enable_thinking=false", "tone=kind", "n=3"])
+    found = parse_template_args(["enable_thinking=false", "tone=kind", "n=3"])
     assert found == {"enable_thinking": False, "tone": "kind", "n": 3}
     with pytest.raises(CdeltaError, match="NAME=VALUE"):
-        chat.parse_template_args(["enable_thinking"])
+        parse_template_args(["enable_thinking"])
 
 
 def test_fault_03_the_same_prompt_reaches_metric_generation_and_training(llama):

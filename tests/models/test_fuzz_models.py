@@ -10,10 +10,11 @@ from fuzz import Outcomes, examples, json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdelta.models.chat import chat_ids, example_ids, template_facts
+from cdelta.models.chat import chat_ids, example_ids
 from cdelta.models.checkpoint import Checkpoint, meta_model, read_config
 from cdelta.models.loading import load_tokenizer
 from cdelta.models.spec import ModelSpec
+from cdelta.models.templates import template_facts
 
 FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",

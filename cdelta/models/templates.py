@@ -1,0 +1,179 @@
+"""What a tokenizer's chat template does, found by rendering a probe, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Mapping, Sequence
+
+from cdelta.errors import CdeltaError, first_line
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""What "today" is in every template that writes the date: prompts of two days must be the same
+prompts."""
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_OPEN_REASONING = re.compile(r"([<\[])((?:think|reason|thought)\w*)([>\]])\s*$", re.IGNORECASE)
+_REASONING_ARGUMENT = re.compile(r"think|reason", re.IGNORECASE)
+_OFF = (False, None, 0, "", "false", "off", "none", "no")
+_QUESTION, _ANSWER = "Which colour has snow?", "White zebra."
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """How a tokenizer's chat template behaves, found by rendering a probe."""
+
+    takes_system: bool
+    """A system turn is written; otherwise a system prompt is put before the user's words."""
+    prefix: str
+    """What stands between the generation prompt and a finished answer: an empty reasoning block, or
+    a role that the template ignores to write. Prompts end with it, so that generated and trained
+    answers start at the answer itself."""
+    end: str
+    """What the template writes after a finished answer."""
+    reasons: bool
+    """The template lets the model reason before it answers; `prefix` then closes the reasoning."""
+    date: str
+    """The date that the template writes, frozen at `TEMPLATE_DATE`; empty if it writes none."""
+
+
+def template_facts(tok, **template_args: Any) -> TemplateFacts:
+    """How the tokenizer's chat template behaves under the given keywords, beside those of
+    `bind_template`.
+
+    Raises `CdeltaError` if the tokenizer has no chat template, or one that cannot write a user turn
+    and its answer.
+    """
+    arguments = _arguments(tok, template_args)
+    return _facts(tok, _template(tok), json.dumps(arguments, sort_keys=True, default=str))
+
+
+def bind_template(tok, system: str = "", **template_args: Any):
+    """The tokenizer itself, which from now on writes every prompt with this system prompt and these
+    template keywords.
+    """
+    tok.cdelta_system, tok.cdelta_template_args = system, dict(template_args)
+    return tok
+
+
+def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
+    """``["enable_thinking=false"]`` -> ``{"enable_thinking": False}``; values are JSON, or else
+    plain text.
+    """
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise CdeltaError(f"template argument {item!r} is not of the form NAME=VALUE.")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Bound and given keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
+    arguments = {**getattr(tok, "cdelta_template_args", {}), **template_args}
+    for name, value in arguments.items():
+        if _REASONING_ARGUMENT.search(name) and value not in _OFF:
+            raise CdeltaError(
+                f"the template argument {name}={value!r} asks for reasoning before the answer, "
+                f"and it is answers that are measured and trained: leave it out or set it to false."
+            )
+    return arguments
+
+
+def _template(tok) -> str:
+    """The template's source with the date frozen."""
+    try:
+        return _with_date(tok.get_chat_template())
+    except Exception as error:  # several templates and no default, or one that is no text
+        raise CdeltaError(
+            f"the tokenizer has no usable chat template: {first_line(error)}"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _with_date(template: str) -> str:
+    return _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
+
+
+@lru_cache(maxsize=64)
+def _facts(tok, template: str, arguments: str) -> TemplateFacts:
+    """Render a question and its answer, and compare."""
+    given = json.loads(arguments)
+    asked = _render(tok, template, _turns(_QUESTION), True, given)
+    whole = _render(tok, template, _turns(_QUESTION, answer=_ANSWER), False, given)
+    if _QUESTION not in asked:
+        raise CdeltaError(
+            "the chat template does not write the user's words: use another template."
+        )
+    start, opened = whole.rfind(_ANSWER), _OPEN_REASONING.search(asked)
+    between = whole[len(asked) : start] if start >= 0 and whole.startswith(asked) else ""
+    if opened and not between.strip():
+        between = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
+    return TemplateFacts(
+        takes_system=_takes_system(tok, template, given),
+        prefix=between if between.strip() else "",
+        end=whole[start + len(_ANSWER) :] if start >= 0 else "",
+        reasons=bool(opened or _OPEN_REASONING.search(between.split("/")[0].rstrip("<[\n "))),
+        date=_date_written(tok, template, asked),
+    )
+
+
+def _takes_system(tok, template: str, arguments: Mapping[str, Any]) -> bool:
+    system = "Answer in five words."
+    try:
+        return system in _render(tok, template, _turns(_QUESTION, system), True, arguments)
+    except CdeltaError:  # the template rejects the role
+        return False
+
+
+def _date_written(tok, template: str, asked: str) -> str:
+    source = tok.get_chat_template()
+    formats = {call[1] for call in _DATE_CALL.findall(source)} | {"%d %b %Y"}
+    found = sorted({TEMPLATE_DATE.strftime(each) for each in formats}, key=len)
+    return next((date for date in reversed(found) if date in asked), "")
+
+
+def written(
+    tok, prompt: str, system: str, template_args: Mapping[str, Any], answer: str | None = None
+) -> str:
+    """What the template writes of a conversation: up to where the assistant's answer starts, or
+    with a finished answer.
+    """
+    facts = template_facts(tok, **template_args)
+    turns = _turns(prompt, system, answer, facts.takes_system)
+    text = _render(tok, _template(tok), turns, answer is None, _arguments(tok, template_args))
+    return text + facts.prefix if answer is None else text
+
+
+def _turns(
+    prompt: str, system: str = "", answer: str | None = None, takes_system: bool = True
+) -> list[dict[str, str]]:
+    if system and not takes_system:
+        prompt, system = f"{system}\n\n{prompt}", ""
+    said = {"system": system, "user": prompt, "assistant": answer}
+    kept = {"user", *(["system"] if system else []), *(["assistant"] if answer is not None else [])}
+    return [{"role": role, "content": words} for role, words in said.items() if role in kept]
+
+
+def _render(
+    tok, template: str, turns: Sequence[dict], to_be_continued: bool, arguments: Mapping[str, Any]
+) -> str:
+    try:
+        return tok.apply_chat_template(
+            turns,
+            chat_template=template,
+            add_generation_prompt=to_be_continued,
+            tokenize=False,
+            **arguments,
+        )
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise CdeltaError(
+            f"the chat template cannot write a conversation ({first_line(error)}): "
+            f"use a tokenizer whose template works."
+        ) from error
