@@ -36,7 +36,8 @@ class Evidence:
     @cached_property
     def pairs(self) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
         """Category -> (the method's rows, the base's), with kinds and values."""
-        plain = with_values(self.rows[self.rows["attack"] == ""])
+        known = self.rows["method"].isin((self.method, BASE)) & (self.rows["attack"] == "")
+        plain = with_values(self.rows[known])
         found = {(category, method): own for category, method, own in methods_of(plain)}
         return {
             category: (own, found[category, BASE])
