@@ -54,6 +54,20 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_hashed(folder: Path, stem: str, content: bytes, suffix: str) -> Path:
+    """Write ``STEM-HASH.SUFFIX``, whose name holds its content's hash: see `hashed_files`."""
+    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+    return path
+
+
+def hashed_files(folder: Path, pattern: str) -> list[Path]:
+    """What `write_hashed` wrote, sorted by name; a file that was damaged since is left out."""
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if path.stem.endswith(f"-{file_hash(path)[:16]}")]
+
+
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A hidden sibling folder to write into, renamed to `folder` when the block succeeds and

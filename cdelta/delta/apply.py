@@ -180,8 +180,10 @@ def _write_record(
     save_file(
         {name: entries.contiguous() for name, entries in originals.items()}, record / ORIGINAL
     )
+    kept = [*carried_files(out), *(p.relative_to(out) for p in record.glob(BASE_CARD))]
     content = {
         **facts,
+        "files": {str(place): file_hash(out / place) for place in kept},
         "format": EDIT_FORMAT,
         "cdelta": cdelta.__version__,
         "original_sha256": file_hash(record / ORIGINAL),

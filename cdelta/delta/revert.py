@@ -54,6 +54,16 @@ def revert(edited: str | Path, delta: WeightDelta, out: str | Path, force: bool 
         save_edited(edited, delta, out, scale=-delta.k, force=True)
         return False
     originals = _original_entries(Path(edited), record["original_sha256"], delta)
+    changed = [
+        place
+        for place, sha256 in record["files"].items()
+        if not (source.folder / place).is_file() or file_hash(source.folder / place) != sha256
+    ]
+    if changed:
+        raise CdeltaError(
+            f"{edited}: {changed[0]} was changed after the edit, so reverting does not give the "
+            "base back: restore that file, or use the base itself."
+        )
 
     def restore(name: str, tensor: Tensor) -> None:
         put(tensor, *delta.slices[name], originals[name])

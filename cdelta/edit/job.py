@@ -32,7 +32,7 @@ from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import kind_rates
-from cdelta.files import new_folder, remove_folder, write_json
+from cdelta.files import hashed_files, new_folder, remove_folder, write_hashed, write_json
 from cdelta.memory import peak_memory
 from cdelta.models.chat import FALLBACK_TEMPLATE
 from cdelta.models.checkpoint import Checkpoint, local_folder
@@ -168,12 +168,20 @@ def _resume(job: EditJob, folder: Path, policy: Policy, say: Say) -> None:
     }
     identity = json.loads(json.dumps(identity))
     path = job.work / "job.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == identity:
+    if _recorded(path) == identity:
         say(f"Going on with the edit that was begun ({job.work}).")
         return
     shutil.rmtree(job.work, ignore_errors=True)
     job.work.mkdir(parents=True)
     write_json(path, identity)
+
+
+def _recorded(path: Path) -> object:
+    """What a JSON file holds; None if it is not there or is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -225,8 +233,8 @@ class Study:
     @cached_property
     def circuit(self) -> Circuit:
         """The circuit that separates the category's prompts from their benign counterparts."""
-        path = self.job.work / "circuit.json"
-        if not path.exists():
+        work = self.job.work
+        if not hashed_files(work, "circuit-*.json"):
             circuit = find_circuit(
                 self.model,
                 self.tok,
@@ -238,9 +246,9 @@ class Study:
                 checkpoint=self.job.work / "refusing",
                 progress=self.progress,
             )
-            circuit.save(path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
-        return Circuit.load(path)
+            circuit.save(work / "circuit.partial")
+            write_hashed(work, "circuit", (work / "circuit.partial").read_bytes(), ".json")
+        return Circuit.load(hashed_files(work, "circuit-*.json")[0])
 
     @cached_property
     def fit(self) -> Fit:

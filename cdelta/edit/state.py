@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, first_line
 from cdelta.files import replacing
 
 if TYPE_CHECKING:
@@ -30,13 +32,11 @@ class StateFile:
     def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
         """Replace the state."""
         header = {"identity": self.identity, "facts": json.dumps(facts)}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        header["sha256"] = _content_hash(tensors, header)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as partial:
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-                partial,
-                metadata=header,
-            )
+            save_file(tensors, partial, metadata=header)
 
     def read(self) -> tuple[dict[str, Tensor], dict] | None:
         """The state, or None if there is none yet. Raises `CdeltaError` if it is damaged or another
@@ -48,9 +48,12 @@ class StateFile:
             with safe_open(self.path, framework="pt") as file:
                 header, names = file.metadata(), list(file.keys())
                 tensors = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
+                if header.pop("sha256", "") != _content_hash(tensors, header):
+                    raise OSError("its checksum is another")
+        except (SafetensorError, OSError, AttributeError) as error:
             raise CdeltaError(
-                f"the training state {self.path} is damaged ({error}): remove it and start again."
+                f"the training state {self.path} is damaged ({first_line(error)}): "
+                "remove it and start again."
             ) from error
         if header["identity"] != self.identity:
             raise CdeltaError(
@@ -58,3 +61,11 @@ class StateFile:
                 "choose another checkpoint folder."
             )
         return tensors, json.loads(header["facts"])
+
+
+def _content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)};".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ that a killed run goes on.
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +16,7 @@ import pandas as pd
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.judges import Judge, Rules
 from cdelta.evaluation.rates import with_kind
-from cdelta.files import replacing
+from cdelta.files import hashed_files, write_hashed
 from cdelta.models.generation import Answer, answer
 from cdelta.policy.records import normalise
 
@@ -239,9 +238,8 @@ class RowStore:
 
     def append(self, rows: pd.DataFrame) -> None:
         """Add rows as one more part."""
-        name = f"{len(self.parts()):05d}-{uuid.uuid4().hex[:8]}.parquet"
-        with replacing(self.folder / name) as partial:
-            rows.to_parquet(partial, index=False)
+        content = rows.to_parquet(None, index=False)
+        write_hashed(self.folder, f"{len(self.parts()):05d}", content, ".parquet")
 
     def read(self, condition: Condition | None = None) -> pd.DataFrame:
         """All rows, or those of one condition, in the order in which they came; a row written twice
@@ -256,5 +254,5 @@ class RowStore:
         return _typed(pd.concat(parts).drop_duplicates(keys)).reset_index(drop=True)
 
     def parts(self) -> list[Path]:
-        """The part files, oldest first."""
-        return sorted(self.folder.glob("*.parquet"))
+        """The part files, oldest first, but for damaged ones."""
+        return hashed_files(self.folder, "*.parquet")

@@ -180,6 +180,19 @@ def test_revert_notices_a_later_change(tmp_path):
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "cdelta/base_README.md"])
+def test_revert_notices_a_changed_file(name, tmp_path):
+    base = toys.save_toy(tmp_path / "base")
+    (base / "README.md").write_text("card")
+    delta = random_delta(load(base))
+    out = save_edited(base, delta, tmp_path / "out")
+    for change in (lambda path: path.write_text(path.read_text() + " "), Path.unlink):
+        change(out / name)
+        with pytest.raises(CdeltaError, match="changed after the edit|no config.json"):
+            revert(out, delta, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 # ---------------------------------------------------------------------- verify
 
 
