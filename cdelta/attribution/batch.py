@@ -31,8 +31,8 @@ class Batch:
 
     def repeat(self, times: int) -> Batch:
         """All rows `times` over."""
-        ids = (tensor.repeat(times, 1) for tensor in (self.clean, self.corrupted, self.mask))
-        return Batch(*ids, self.rows * times)
+        clean, corrupted = self.clean.repeat(times, 1), self.corrupted.repeat(times, 1)
+        return Batch(clean, corrupted, self.mask.repeat(times, 1), self.rows * times)
 
     def both_sides(self) -> Batch:
         """The clean rows, then the corrupted rows, as one batch's clean side."""
@@ -100,8 +100,8 @@ def fused_activations(model) -> Iterator[None]:
     modules = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
     try:
         for module in modules:
-            module.forward = partial(F.gelu, approximate="tanh")
+            vars(module)["forward"] = partial(F.gelu, approximate="tanh")
         yield
     finally:
         for module in modules:
-            module.__dict__.pop("forward", None)
+            vars(module).pop("forward", None)

@@ -72,8 +72,10 @@ def memory_per_token(model, spec: ModelSpec, positions: int, steps: int) -> int:
     outputs = spec.n_layers * (width + spec.n_kv * spec.head_dim) * own
     graph = graph_per_token(spec, own, positions if eager else 0) + outputs
     buffers = wiring.readers_per_layer * spec.d_model * work
+    passing = 4 * 4 * (width + spec.d_mlp)  # a layer's gradients in fp32, on their way
+    passing += 3 * 4 * model.config.get_text_config().vocab_size // positions  # logits of one token
     weights = spec.d_mlp * spec.d_model * work  # exact patching: what each neuron writes
-    second = min(steps, STEPS_AT_ONCE) * graph + buffers if steps else weights
+    second = min(steps, STEPS_AT_ONCE) * (graph + passing) + buffers if steps else weights
     return dense + inputs + second
 
 

@@ -94,7 +94,7 @@ def project_shifted(norm, projection, rows: slice, shift: Float[Tensor, "row pos
     """Hooks: the named output rows of the projection are computed from x + shift, the others from
     x.
     """
-    seen = {}
+    seen: dict[str, Tensor] = {}
 
     def replace_rows(out):
         x = seen.pop("x")

@@ -129,6 +129,6 @@ def modified_gradients(model, spec: ModelSpec) -> Iterator[None]:
         model.set_attn_implementation(ATTENTION)
         stack.callback(model.set_attn_implementation, implementation)
         for norm in changed:
-            norm.forward = partial(frozen_norm, norm, spec.layout.norm_offset)
-            stack.callback(norm.__dict__.pop, "forward", None)
+            vars(norm)["forward"] = partial(frozen_norm, norm, spec.layout.norm_offset)
+            stack.callback(vars(norm).pop, "forward", None)
         yield

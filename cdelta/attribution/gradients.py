@@ -70,7 +70,7 @@ def folded(spec: ModelSpec, block: Block) -> Folded:
     constants, means = [], []
     for module in block.qkv:
         bias = bias_of(module)
-        n_out = module.weight.shape[1 if spec.conv1d else 0]
+        n_out = module.get_parameter("weight").shape[1 if spec.conv1d else 0]
         constant = weights["attn"].new_zeros(n_out) if bias is None else bias
         if layer_norm:
             weight, shift = in_out(module, constant.dtype), bias_of(block.attn_norm)

@@ -40,8 +40,8 @@ def per_unit(x: Float[Tensor, "n flat"], units: int) -> Float[Tensor, "unit n si
 def in_out(module: nn.Module, dtype: torch.dtype) -> Float[Tensor, "in out"]:
     """A projection's weight with the input axis first, whichever way the module stores it."""
     with loaded(module):
-        weight = module.weight if isinstance(module, Conv1D) else module.weight.T
-        return weight.to(dtype)
+        weight = module.get_parameter("weight")
+        return (weight if isinstance(module, Conv1D) else weight.T).to(dtype)
 
 
 def bias_of(module: nn.Module) -> Float[Tensor, "out"] | None:
@@ -54,12 +54,13 @@ def bias_of(module: nn.Module) -> Float[Tensor, "out"] | None:
 def norm_weight(norm: nn.Module, offset: float) -> Float[Tensor, "d"]:
     """What a norm multiplies the normalised residual with, at least fp32."""
     with loaded(norm):
-        return wide(norm.weight) + offset
+        return wide(norm.get_parameter("weight")) + offset
 
 
 def norm_scale(norm: nn.Module, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
     """What an RMS norm multiplies each (already centred) row with."""
-    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    eps = getattr(norm, "variance_epsilon", None)  # Llama's name; the others call it eps
+    eps = getattr(norm, "eps", None) if eps is None else eps
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 

@@ -190,9 +190,13 @@ def batches_that_fit(
     not.
     """
     if micro_batch == "auto":
-        micro_batch = fitting_micro_batch(model, spec, rows, steps, device)
-    todo = batches(rows, micro_batch, device)
-    check_memory(memory_needed(model, spec, todo, steps), device, micro_batch)
+        size = fitting_micro_batch(model, spec, rows, steps, device)
+    elif isinstance(micro_batch, int) and micro_batch > 0:
+        size = micro_batch
+    else:
+        raise CdeltaError(f"micro_batch={micro_batch!r}: give a number of pairs or 'auto'.")
+    todo = batches(rows, size, device)
+    check_memory(memory_needed(model, spec, todo, steps), device, size)
     return todo
 
 

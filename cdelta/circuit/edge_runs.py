@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
 
@@ -80,7 +80,7 @@ class EdgePass:
         self.blocks = spec.blocks(model)
         self.reference, self.dtype = reference, reference.dtype
         self.keep = keep.to(reference.device, reference.dtype)
-        self.now: Tensor | None = None
+        self.now: Any = None  # Float[source, row, pos, d], once the input has been written
         self.done = 0
         self.base: Tensor | float = 0.0
         self.seen: dict[str, Tensor] = {}

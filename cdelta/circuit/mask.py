@@ -65,7 +65,8 @@ class ParameterMask:
         cls, spec: ModelSpec, slices: Iterable[Slice], units: Sequence[str] = ()
     ) -> ParameterMask:
         """Union of the slices; each entry counts once."""
-        ranges, dims = defaultdict(set), {}
+        ranges: dict[str, set[int]] = defaultdict(set)
+        dims: dict[str, int] = {}
         for part in slices:
             ranges[part.name].update(range(part.start, part.stop))
             dims[part.name] = part.dim
@@ -215,7 +216,7 @@ def is_block_parameter(name: str) -> bool:
 
 def layer_of(name: str) -> int:
     """Layer number of a parameter of a block."""
-    return int(re.search(r"\.(\d+)\.", name)[1])
+    return int(re.findall(r"\.(\d+)\.", name)[0])
 
 
 def module_of(name: str) -> str:

@@ -35,10 +35,10 @@ def select(scores, param_budget: float | None = None, edges: int | None = None) 
             "give either param_budget (a fraction of the parameters) or edges (a number), "
             "not both or neither."
         )
-    if edges is not None:
-        return select_edges(scores, edges, score_facts(scores))
-    heads, neurons = scores.heads, scores.neurons
-    return select_units(scores.spec, heads, neurons, param_budget, score_facts(scores))
+    facts = score_facts(scores)
+    if param_budget is None:
+        return select_edges(scores, edges, facts)
+    return select_units(scores.spec, scores.heads, scores.neurons, param_budget, facts)
 
 
 def score_facts(scores) -> dict[str, object]:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from cdelta.attribution.batch import Batch, run
 from cdelta.circuit.circuit import Circuit, node_units
@@ -53,7 +54,7 @@ class UnitRuns:
         self.model, self.spec, self.rows = model, ModelSpec.from_model(model), rows
         self.keep = {key: keep ^ ablate for key, keep in kept_channels(self.spec, circuits).items()}
         self.n = len(circuits)
-        self.projections = {}
+        self.projections: dict[tuple[str, int], nn.Module] = {}
         for layer, block in enumerate(self.spec.blocks(model)):
             self.projections |= {("attn", layer): block.o, ("mlp", layer): block.down}
 

@@ -365,6 +365,8 @@ def test_model_and_its_gradients_are_untouched(family):
         (dict(method="ig"), "unknown attribution method 'ig'"),
         (dict(rule="middle"), "unknown rule"),
         (dict(steps=0), "steps=0"),
+        (dict(micro_batch=0), "micro_batch=0"),
+        (dict(micro_batch="all"), "micro_batch='all'"),
     ],
 )
 def test_unknown_words_are_refused(llama, kw, message):
