@@ -62,6 +62,8 @@ def _policy(job: EditJob) -> Policy:
 
 def _prompts(job: EditJob, policy: Policy) -> Iterator[Finding]:
     """Splits, drops and pairs per category."""
+    for text in policy.warnings:
+        yield Finding("warning", "policy", text)
     if len(policy.dropped):
         counts = policy.dropped["reason"].value_counts().items()
         text = ", ".join(f"{n} {reason}" for reason, n in counts)

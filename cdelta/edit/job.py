@@ -118,6 +118,8 @@ def _run(job: EditJob, say: Say, progress: bool) -> Summary:
     policy = read_policy(job, model, tok)
     if len(policy.dropped):
         say(_drops(policy))
+    for warning in policy.warnings:
+        say(warning)
     say(estimate(model, tok, policy.records, job.recipe))
     _resume(job, folder, policy, say)
     study = Study(model, tok, job, policy, progress)
