@@ -1,4 +1,5 @@
-"""Training touches the mask's entries and nothing else, and is the gradient descent that it says it is."""
+"""Training touches the mask's entries and nothing else, and is the gradient descent that it says it
+is."""
 
 import pytest
 import torch
@@ -247,7 +248,8 @@ def test_positive_only_is_the_positive_side_where_sides_retain_by_themselves(lla
 
 
 def test_retaining_on_the_difference_lets_shared_drift_be(llama):
-    """The retain loss sees θ⁺ − θ⁻ alone: what both sides share leaves it as it is, and its gradient on one side is the other's negative."""
+    """The retain loss sees θ⁺ − θ⁻ alone: what both sides share leaves it as it is, and its
+    gradient on one side is the other's negative."""
     mask, recipe = mask_of(llama), how()
     data = Data.build(llama, TOK, ROWS, recipe)
     with SliceHooks(llama, mask.slices) as hooks:

@@ -1,4 +1,5 @@
-"""Settings by name: presets, overrides and flags give the same object, and every mistake is named."""
+"""Settings by name: presets, overrides and flags give the same object, and every mistake is
+named."""
 
 import argparse
 import json
