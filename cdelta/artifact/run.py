@@ -18,7 +18,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,10 @@ class RunReader:
         return "cuda" if self._device != "cpu" and there else "cpu"
 
     def input(self, stage: str, name: str = "") -> Path:
-        """The artifact `name` of an earlier, finished stage (its folder, without a name)."""
+        """The artifact `name` of an earlier, finished stage (its folder, without a name).
+
+        Raises `CdeltaError` if it is not there, or is no longer what the stage wrote.
+        """
         folder = self.folder / stage
         if not (folder / "stage.json").exists():
             run = self.preset.name
@@ -111,6 +114,14 @@ class RunReader:
         if not path.exists():
             wrote = ", ".join(sorted(p.name for p in path.parent.glob("*")))
             raise CdeltaError(f"stage {stage} has no '{name}': it wrote {wrote}.")
+        hashes = (read_stage(self.folder, stage) or {}).get("sha256", {})
+        for file, sha256 in hashes.items():
+            own = folder / file
+            if own.is_relative_to(path) and not _unchanged(own, sha256):
+                raise CdeltaError(
+                    f"{own} is no longer what stage {stage} wrote: "
+                    f"run ./run_all.sh --preset {self.preset.name} --only {stage[:2]} --force."
+                )
         return path
 
     def scratch(self, name: str) -> Path:
@@ -207,6 +218,11 @@ class Run(RunReader):
             "peak_memory_mb": round(peak_memory() / 2**20),
             "items": [item["id"] for item in self._items],
             "settings": as_dict(self.preset),
+            "sha256": {
+                str(path.relative_to(self._work)): file_hash(path)
+                for path in sorted(self._work.rglob("*"))
+                if path.is_file() and not path.is_relative_to(self._work_figures)
+            },
         }
         write_json(self._work / "stage.json", facts)
         _publish_items(self.folder, self.preset.name, self.stage, self._items, self._work_figures)
@@ -298,7 +314,23 @@ def read_manifest(figures: Path) -> dict[str, Any]:
 def read_stage(run_dir: Path, stage: str) -> dict[str, Any] | None:
     """What a finished stage records of itself, or None while it is not finished."""
     path = run_dir / stage / "stage.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise CdeltaError(f"{path} is damaged ({error}): remove it and run again.") from error
+
+
+def _unchanged(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
+    facts = path.stat()
+    return _cached_hash(path, facts.st_size, facts.st_mtime_ns) == sha256
+
+
+@cache
+def _cached_hash(path: Path, size: int, mtime_ns: int) -> str:
+    """A file's hash, computed once as long as the file looks the same."""
+    return file_hash(path)
 
 
 def check_figures(run_dir: Path) -> None:
