@@ -63,12 +63,8 @@ def bootstrap_mean(
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise CdeltaError("no values to average.")
-    totals, sizes = _group_sums(values, groups)
-    units, counts = np.unique(
-        np.stack([totals, sizes]), axis=1, return_counts=True
-    )  # equal units are drawn together: rates have few values
-    drawn = np.random.default_rng(seed).multinomial(len(totals), counts / len(totals), size=draws)
-    means = drawn @ units[0] / (drawn @ units[1])
+    drawn, (totals, sizes) = _drawn(np.stack(_group_sums(values, groups)), draws, seed)
+    means = drawn @ totals / (drawn @ sizes)
     return Estimate(values.mean(), *_percentiles(means, level))
 
 
@@ -83,8 +79,9 @@ def bootstrap_ratio(
     over the pairs.
     """
     top, bottom = _paired(numerator, denominator)
-    drawn = _draws(len(top), draws, seed)
-    return Estimate(top.sum() / bottom.sum(), *_percentiles(drawn @ top / (drawn @ bottom), level))
+    drawn, (tops, bottoms) = _drawn(np.stack([top, bottom]), draws, seed)
+    ratios = drawn @ tops / (drawn @ bottoms)
+    return Estimate(top.sum() / bottom.sum(), *_percentiles(ratios, level))
 
 
 def paired_bootstrap(
@@ -154,9 +151,17 @@ def _group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray
     return np.bincount(index, weights=values), np.bincount(index).astype(float)
 
 
-def _draws(n: int, draws: int, seed: int) -> np.ndarray:
-    """How often each of n units is drawn, per resample."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
+def _drawn(units: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each unit (a column) is drawn, per resample, and the units.
+
+    Where most have equals, as rates do, equal units are drawn together. Otherwise they stay in
+    order, so that the last digit of a measurement does not decide what is drawn.
+    """
+    n, rng = units.shape[1], np.random.default_rng(seed)
+    found, counts = np.unique(units, axis=1, return_counts=True)
+    if 2 * len(counts) > n:
+        found, counts = units, np.ones(n)
+    return rng.multinomial(n, counts / n, size=draws).astype(float), found
 
 
 def _percentiles(samples: np.ndarray, level: float) -> tuple[float, float]:

@@ -114,3 +114,11 @@ def test_an_interval_with_differences_is_the_bootstraps():
 def test_mcnemar_counts_every_seed():
     """A mean over seeds counts for the side on which it is higher, by however little."""
     assert mcnemar([1 / 3, 2 / 3, 1.0], [0, 1.0, 1.0])[:2] == (1, 1)
+
+
+def test_the_last_digit_does_not_decide_what_is_drawn():
+    values = np.random.default_rng(0).normal(size=50)
+    noisy = values * (1 + 1e-12)
+    assert bootstrap_mean(values) == pytest.approx(bootstrap_mean(noisy), abs=1e-9)
+    ratio = bootstrap_ratio(values + 5, np.ones(50))
+    assert bootstrap_ratio(noisy + 5, np.ones(50)) == pytest.approx(ratio, abs=1e-9)
