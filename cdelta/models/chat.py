@@ -150,7 +150,7 @@ def end_id(tok, stops: Sequence[int], **template_args: Any) -> int:
     `stops`.
     """
     own = _template_end(tok, **template_args)
-    return own if own in stops else stops[0]
+    return own if own is not None and own in stops else stops[0]
 
 
 def _template_end(tok, **template_args: Any) -> int | None:
@@ -189,6 +189,12 @@ def rope_boundary(model) -> int | None:
     )
 
 
+BATCH_TOKENS = 2**15
+"""Most tokens of a batch of prompts, padding included, so that a few long ones need no more memory
+than many short ones.
+"""
+
+
 def by_length(
     lengths: Sequence[int],
     batch_size: int,
@@ -214,9 +220,12 @@ def by_length(
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     batch: list[int] = []
     for row in order:
-        if batch and (len(batch) == batch_size or side(lengths[batch[0]]) != side(lengths[row])):
-            yield batch
-            batch = []
+        if batch:
+            first = lengths[batch[0]]
+            most = min(batch_size, max(1, BATCH_TOKENS // max(first, 1)))
+            if len(batch) == most or side(first) != side(lengths[row]):
+                yield batch
+                batch = []
         batch.append(row)
     if batch:
         yield batch
