@@ -64,7 +64,7 @@ class SourceDifferences:
 
     def _units(self, kind, layer, writer: Writer, x: Tensor, written: Tensor | None = None) -> None:
         """A projection is about to read `x`; with a post-norm, it has `written` what that reads."""
-        if written is not None:
+        if written is not None and writer.post is not None:
             x = wide(x) * norm_scale(writer.post, wide(written))
         difference = self.inputs[kind, layer] = self._difference(x)
         if kind == "attn":

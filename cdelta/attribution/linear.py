@@ -59,8 +59,8 @@ def norm_weight(norm: nn.Module, offset: float) -> Float[Tensor, "d"]:
 
 def norm_scale(norm: nn.Module, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
     """What an RMS norm multiplies each (already centred) row with."""
-    eps = getattr(norm, "variance_epsilon", None)  # Llama's name; the others call it eps
-    eps = getattr(norm, "eps", None) if eps is None else eps
+    name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+    eps: float = getattr(norm, name)
     return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Callable, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,6 +77,9 @@ class Scores:
     """`PromptPairs.hash` of the pairs; circuits carry it on."""
     pair_heads: Float[Tensor, "pair layer head"] | None = None
     pair_neurons: Float[Tensor, "pair layer d_mlp"] | None = None
+    select: ClassVar[Callable[..., Any]]
+    """`cdelta.circuit.select`, bound when that is imported: attribution knows nothing of
+    circuits."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -126,7 +129,7 @@ class Scores:
             raise CdeltaError(f"{folder} holds no scores: run the attribution stage first.")
         facts = json.loads((folder / "scores.json").read_text())
         facts["spec"] = ModelSpec.from_dict(facts["spec"])
-        return cls(**load_file(folder / "scores.safetensors"), **facts)
+        return cls(**facts | load_file(folder / "scores.safetensors"))
 
 
 def attribute(

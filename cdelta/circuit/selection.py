@@ -30,15 +30,15 @@ def select(scores, param_budget: float | None = None, edges: int | None = None) 
         param_budget: largest fraction of the model's parameters; see `select_units`.
         edges: number of edges instead; see `select_edges`.
     """
-    if (param_budget is None) == (edges is None):
-        raise CdeltaError(
-            "give either param_budget (a fraction of the parameters) or edges (a number), "
-            "not both or neither."
-        )
     facts = score_facts(scores)
-    if param_budget is None:
+    if edges is not None and param_budget is None:
         return select_edges(scores, edges, facts)
-    return select_units(scores.spec, scores.heads, scores.neurons, param_budget, facts)
+    if param_budget is not None and edges is None:
+        return select_units(scores.spec, scores.heads, scores.neurons, param_budget, facts)
+    raise CdeltaError(
+        "give either param_budget (a fraction of the parameters) or edges (a number), "
+        "not both or neither."
+    )
 
 
 def score_facts(scores) -> dict[str, object]:
