@@ -152,6 +152,19 @@ def planned(project, *flags):
     return re.findall(r"^would run (\w+)$", dry.stdout, re.MULTILINE)
 
 
+def test_a_run_of_its_own_takes_what_a_field_does_not_touch(project):
+    flags = ("--set", "serving.repeats=4", "--name", "mine")
+    dry = project.run(*flags, "--dry-run")
+    assert dry.returncode == 0 and "taken from run smoke: 00_subject" in dry.stdout, dry.stderr
+    assert re.findall(r"^would run (\w+)$", dry.stdout, re.MULTILINE) == ["08_cost"]
+    again = project.run(*flags)
+    assert again.returncode == 0 and "stage 9 of 10: 08_cost done" in again.stdout, again.stderr
+    assert "stage 1 of 10" not in again.stdout
+    figures = project.root / "data" / "runs" / "mine" / "figures"
+    assert (figures / "report.html").exists() and (figures / "tab_00_subject.csv").exists()
+    assert planned(project) == [], "the preset's own run is as it was"
+
+
 def test_a_failing_cell_is_shown_and_leaves_nothing_half_written(project):
     project.write("06_deployment", "1 / 0")
     failed = project.run("--only", "06")
