@@ -19,7 +19,7 @@
 #
 # One choice varies at a time; everything else is as in notebook 04 (first seed). The preset's
 # `ablation` section says which budgets, rankings and changes to the training: `./run_all.sh --only
-# 09 --set ablation.budgets=0.001,0.01` runs others. All rates are on the **validation** prompts,
+# 09 --set ablation.budgets=[0.001,0.01]` runs others. All rates are on the **validation** prompts,
 # so that nothing is tuned on the test.
 
 # %% tags=["parameters"]

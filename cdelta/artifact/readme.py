@@ -60,12 +60,10 @@ def _lines(folder: Path) -> Iterator[str]:
         gap = own["target_refusal"].mean() - alone["target_refusal"].mean()
         verdict = "does as well" if gap <= CLOSE_TO else "refuses less"
         yield f"**θ⁺ alone**, without the contrast, {verdict}: {span(alone['target_refusal'])}."
-    yield (
-        f"**Benign counterparts refused**: {span(own['benign_refusal'])} (base"
-        f" {span(base['benign_refusal'])}); **borderline prompts**:"
-        f" {span(own['borderline_refusal'])} of its own category (base"
-        f" {span(base['borderline_refusal'])})."
-    )
+    yield f"**Benign counterparts refused**: {_beside(own, base, 'benign_refusal')}."
+    if "borderline_refusal" in table:
+        borderline = _beside(own, base, "borderline_refusal")
+        yield f"**Borderline prompts of its own category refused**: {borderline}."
     others = table[~table["method"].isin((OWN, "base", "positive_only"))]
     means = others.groupby("method")["target_refusal"].mean().sort_values(ascending=False)
     if len(means):
@@ -75,6 +73,10 @@ def _lines(folder: Path) -> Iterator[str]:
         found = findings.budget(budget_lines(pd.read_csv(folder / "tab_ablations.csv")))
         if found:
             yield f"**Circuit against random masks** (validation): {found[0].lower()}{found[1:]}."
+
+
+def _beside(own: pd.DataFrame, base: pd.DataFrame, column: str) -> str:
+    return f"{span(own[column])} (base {span(base[column])})"
 
 
 # ---------------------------------------------------------------------- presets
@@ -92,7 +94,8 @@ def presets() -> str:
     most = max(preset.resources.minutes for preset in larger) / 60
     memory = max(preset.resources.gpu_memory_gb for preset in larger)
     rows.append(
-        f"| {len(larger)} more (`--help`) | larger models | ≤ {most:.0f} h | | ≤ {memory} GB | yes |"
+        f"| {len(larger)} more (`--help`) | larger models | ≤ {most:.0f} h |"
+        f" | ≤ {memory} GB | yes |"
     )
     return "\n".join([*lines, *rows])
 
