@@ -368,13 +368,17 @@ def main() -> int:
         for row in campaign(Path(scratch), arguments.trials, arguments.seed, faults):
             counts[row] += 1
             print(*row, sep=", ", flush=True)
+            if arguments.out:
+                write_table(Path(arguments.out), counts)
+    return int(any(outcome == LOST for _, _, outcome in counts))
+
+
+def write_table(path: Path, counts: Counter) -> None:
+    """The table of all trials so far."""
     rows = [(fault, stage, n, outcome) for (fault, stage, outcome), n in sorted(counts.items())]
-    if arguments.out:
-        with Path(arguments.out).open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [("fault", "stage", "trials", "outcome"), *rows]
-            )
-    return int(any(outcome == LOST for *_, outcome in rows))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("fault", "stage", "trials", "outcome"), *rows])
 
 
 if __name__ == "__main__":
