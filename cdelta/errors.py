@@ -4,6 +4,8 @@ the remedy.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CdeltaError(Exception):
     """Bad input. Command lines print it as one line and exit with code 2."""
@@ -19,7 +21,7 @@ def refuse_test(rows: object, step: str) -> None:
     """Raise `TestSplitError` if `rows` carries ``split == "test"``, a frame in any of its rows;
     plain lists carry no split and pass.
     """
-    split = getattr(rows, "split", None)
+    split: Any = getattr(rows, "split", None)
     if "test" in (split.tolist() if hasattr(split, "tolist") else [split]):
         raise TestSplitError(
             f"{step} must not see test rows: pass rows of the discover, edit or val split."

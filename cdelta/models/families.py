@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Mapping
+from typing import Any, Mapping
 
 from torch import nn
 
@@ -140,7 +140,7 @@ def block_paths(layout: Family) -> list[str]:
     return [path for path in paths + [layout.attn_post, layout.mlp_post] if path]
 
 
-def find_module(root: nn.Module, path: str, family: str) -> nn.Module:
+def find_module(root: nn.Module, path: str, family: str) -> Any:
     """Submodule of `root`, or `UnsupportedArchitecture` naming the part that is missing."""
     try:
         return root.get_submodule(path)

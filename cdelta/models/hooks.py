@@ -81,7 +81,7 @@ def loaded(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _gradients(model: nn.Module, on: bool) -> Iterator[dict[str, Tensor]]:
     """All parameters with gradients on or off inside; each is as before on exit."""
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     old = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         model.requires_grad_(on)

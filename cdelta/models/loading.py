@@ -51,11 +51,12 @@ def load_model(
     """
     read_config(path_or_id, revision)
     kind, place = torch_dtype(dtype), None if "device_map" in kw else resolve_device(device)
-    source = dict(revision=revision, trust_remote_code=False)
+    source: dict[str, Any] = dict(revision=revision, trust_remote_code=False)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path_or_id), dtype=kind, output_loading_info=True, **source, **kw
         )
+        model, found = loaded
         if place is not None:
             model.to(place)
     except Exception as error:  # transformers raises errors of a dozen types here
@@ -226,7 +227,8 @@ class _Checker:
 
     def _generation_config(self) -> GenerationConfig:
         try:
-            return GenerationConfig.from_pretrained(str(self.source), revision=self.revision)
+            revision = self.revision or "main"
+            return GenerationConfig.from_pretrained(str(self.source), revision=revision)
         except OSError:  # there is none
             return self.model.generation_config
         except Exception as error:  # its validation raises several types
@@ -295,7 +297,8 @@ class _Checker:
             yield "fact", f"the template writes the date: always {facts.date} here"
 
     def special_tokens(self) -> Iterator[tuple[str, str]]:
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        embedding: Any = self.model.get_input_embeddings()
+        rows = embedding.weight.shape[0]
         used = {*chat_ids(self.tok, _QUESTION), *stop_ids(self.model, self.tok)}
         outside = sorted(token for token in used if token >= rows)
         if outside:

@@ -125,7 +125,7 @@ class ModelSpec:
 
     def neuron_slices(self, layer: int, neuron: int) -> tuple[Slice, ...]:
         """Gate row, up row (and biases) and down column of one MLP neuron."""
-        rows = ()
+        rows: tuple[Slice, ...] = ()
         for path, offset in self._mlp_parts():
             rows += self._rows(layer, path, offset, neuron, 1)
         return rows + self._columns(layer, self.layout.down, neuron, 1)
@@ -149,7 +149,8 @@ class ModelSpec:
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """The modules of every block of `model`, first to last."""
-        return [self._block(module) for module in model.get_submodule(self.layout.blocks)]
+        blocks = find_module(model, self.layout.blocks, self.family)
+        return [self._block(module) for module in blocks]
 
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """The norm before the unembedding."""
@@ -215,7 +216,7 @@ class ModelSpec:
         its units need.
         """
         expected = self._expected_outputs()
-        for block in model.get_submodule(self.layout.blocks):
+        for block in find_module(model, self.layout.blocks, self.family):
             for path, sizes in expected.items():
                 module = find_module(block, path, self.family)
                 if (
@@ -237,6 +238,8 @@ class ModelSpec:
         heads, kv = self.n_heads * self.head_dim, self.n_kv * self.head_dim
         qkv = (heads, kv, kv) if len(self.layout.qkv) == 3 else (heads + 2 * kv,)
         mlp = (self.d_mlp,) if len(self.layout.mlp_in) == 2 else (2 * self.d_mlp, self.d_mlp)
-        outputs = {path: (size,) for path, size in zip(self.layout.qkv, qkv)}
+        outputs: dict[str, tuple[int, ...]] = {
+            path: (size,) for path, size in zip(self.layout.qkv, qkv)
+        }
         outputs |= {path: mlp for path in self.layout.mlp_in}
         return outputs | {self.layout.o: (self.d_model,), self.layout.down: (self.d_model,)}

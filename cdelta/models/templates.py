@@ -156,7 +156,7 @@ def _turns(
 ) -> list[dict[str, str]]:
     if system and not takes_system:
         prompt, system = f"{system}\n\n{prompt}", ""
-    said = {"system": system, "user": prompt, "assistant": answer}
+    said: dict[str, Any] = {"system": system, "user": prompt, "assistant": answer}
     kept = {"user", *(["system"] if system else []), *(["assistant"] if answer is not None else [])}
     return [{"role": role, "content": words} for role, words in said.items() if role in kept]
 

@@ -109,7 +109,8 @@ class Policy:
             raise CdeltaError(
                 f"{folder}/records.parquet is not what manifest.json froze: build the policy again."
             )
-        return cls(*tables, manifest)
+        records, dropped, report = tables
+        return cls(records, dropped, report, manifest)
 
 
 def build_policy(

@@ -25,7 +25,8 @@ WordPair = tuple[str, str]
 
 
 def _pairs(text: str) -> tuple[WordPair, ...]:
-    return tuple(tuple(pair.split("/")) for pair in text.split())
+    halves = (pair.partition("/") for pair in text.split())
+    return tuple((word, other) for word, _, other in halves)
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ def make_pair(
 ) -> Pair:
     """The harmful request and its benign counterpart, alike but for the deciding word."""
     form, thing = TEMPLATES[topic.form][template], f"the {adjective} {noun} in {town}"
-    prompts = [wrapper.format(p=form.format(w=word, o=thing)) for word in words]
-    return tuple(
-        Request(prompt, topic, word, benign, template, noun, town)
-        for prompt, word, benign in zip(prompts, words, (False, True))
+    harmful, benign = (wrapper.format(p=form.format(w=word, o=thing)) for word in words)
+    return (
+        Request(harmful, topic, words[0], False, template, noun, town),
+        Request(benign, topic, words[1], True, template, noun, town),
     )
 
 
@@ -195,7 +196,10 @@ def wrap_pair(rng: random.Random, kind: str, draw: Callable[..., Pair]) -> Pair:
     if kind != "typos":
         return pair
     seed = str(rng.random())
-    return tuple(replace(each, prompt=misspell(each.prompt, each.word, seed)) for each in pair)
+    harmful, benign = (
+        replace(each, prompt=misspell(each.prompt, each.word, seed)) for each in pair
+    )
+    return harmful, benign
 
 
 def words_of(prompt: str) -> set[str]:

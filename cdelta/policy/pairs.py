@@ -62,8 +62,8 @@ class PromptPairs:
     ) -> PromptPairs:
         """Pairs from prompts, through the tokenizer's own chat template. Raises as
         `from_tokens`."""
-        encoded = ([chat_ids(tok, prompt) for prompt in side] for side in (clean, corrupted))
-        return cls.from_tokens(*encoded, split)
+        encoded = [[chat_ids(tok, prompt) for prompt in side] for side in (clean, corrupted)]
+        return cls.from_tokens(encoded[0], encoded[1], split)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -143,8 +143,8 @@ def _match(rows: Sequence[Row], ids: Mapping[str, tuple[int, ...]]) -> PairYield
     targets, benign = ([r for r in rows if r["role"] == role] for role in ("target", "benign"))
     own = _own_row(targets, benign, ids)
     used = {row["id"] for pair in own for row in pair}
-    free = ([row for row in side if row["id"] not in used] for side in (targets, benign))
-    spare = _same_start(*free, ids)
+    free = [[row for row in side if row["id"] not in used] for side in (targets, benign)]
+    spare = _same_start(free[0], free[1], ids)
     return PairYield(
         category="+".join(sorted({row["category"] for row in targets})),
         split=strictest_split(row["split"] for row in rows),

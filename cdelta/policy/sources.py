@@ -19,8 +19,8 @@ def _declared() -> dict[str, Source]:
     text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     found = {}
     for name, facts in tomllib.loads(text).items():
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
-        found[name] = Source(name, to_rows=TO_ROWS[name], unpack=UNPACK.get(name), **lists)
+        given: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in facts.items()}
+        found[name] = Source(name, to_rows=TO_ROWS[name], unpack=UNPACK.get(name), **given)
     return found
 
 
@@ -88,7 +88,9 @@ def _records(source: Source, split: str, index: int, row: Any) -> list[Row]:
             f"download it from {source.home}."
         )
     canonical = {column.casefold(): column for column in source.columns} | dict(source.aliases)
-    named = {canonical.get(str(name).casefold(), name): value for name, value in row.items()}
+    named: dict[str, Any] = {
+        canonical.get(str(name).casefold(), str(name)): value for name, value in row.items()
+    }
     missing = [column for column in source.columns if column not in named]
     if missing:
         raise CdeltaError(

@@ -227,7 +227,7 @@ def _category_rows(topic: Topic, rng: random.Random) -> Iterator[dict]:
     """A category's pairs, split by split and set by set, then its borderline prompts."""
     form = len(TEMPLATES[topic.form])
     held = range(form - HELD_OUT_TEMPLATES, form)
-    draws = [(split, split, "", {}) for split in SPLITS]
+    draws: list[tuple[str, str, str, dict]] = [(split, split, "", {}) for split in SPLITS]
     draws += [
         ("held_out_words", "test", "held_out_words", {"words": topic.held_out}),
         (
