@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -246,9 +246,10 @@ class Comparison(Results):
         wanted: dict[str, Callable[[], pd.DataFrame]] = {}
         lacking: dict[str, str] = {}
         if job.category and len(self.benign):
-            wanted["shift"] = lambda: benign_shift(self.model, self.tok, self.benign, base, system)
+            shift = (self.model, self.tok, self.benign, base, system)
+            wanted["shift"] = partial(benign_shift, *shift)
         if self.how.length_tokens:
-            wanted["lengths"] = lambda: self._lengths(chosen)
+            wanted["lengths"] = partial(self._lengths, chosen)
         if first and not system:  # the tasks have no place for a system prompt
             wanted |= {"tasks": self._tasks} if self.how.harness_tasks else {}
             wanted |= {"text": self._text} if self.data else {}
