@@ -350,11 +350,7 @@ def faithfulness_row(
     ``idle units``: share of single units (at most `study.left_out`, evenly from all) whose removal
     from the circuit's own run does not lower the metric, on the first `study.again_pairs` pairs.
     """
-    spec, fractions = scores.spec, study.fractions
-    series = {"units": unit_circuits(spec, *units, fractions)}
-    by_unit = curves(model, pairs, metric, series, fractions, rows=rows)["units"]
-    series, few = {"edges": edge_circuits(scores, spec, fractions)}, pairs[: study.edge_pairs]
-    by_edge = curves(model, few, metric, series, fractions, rows=rows)["edges"]
+    by_unit, by_edge = _ranking_curves(model, pairs, metric, units, scores, study, rows)
     runs = {
         outside: evaluate(model, pairs, metric, [circuit], outside, rows=rows)
         for outside in OUTSIDE
@@ -377,6 +373,17 @@ def faithfulness_row(
         "rest": rest.faithfulness.item(),
         "idle units": _idle(model, pairs[: study.again_pairs], metric, circuit, study, rows),
     }
+
+
+def _ranking_curves(
+    model, pairs: PromptPairs, metric, units: UnitScores, scores: Scores, study, rows: int
+) -> tuple[Curve, Curve]:
+    """Faithfulness against size of circuits of units, and of edges (on fewer pairs)."""
+    spec, fractions = scores.spec, study.fractions
+    series = {"units": unit_circuits(spec, *units, fractions)}
+    by_unit = curves(model, pairs, metric, series, fractions, rows=rows)["units"]
+    series, few = {"edges": edge_circuits(scores, spec, fractions)}, pairs[: study.edge_pairs]
+    return by_unit, curves(model, few, metric, series, fractions, rows=rows)["edges"]
 
 
 def _idle(model, pairs: PromptPairs, metric, circuit: Circuit, study, rows: int) -> float:

@@ -1,4 +1,4 @@
-"""Figures show the numbers they were given, under what they found, and leave matplotlib's settings alone."""
+"""Figures show the numbers they were given, under what they found, and change no settings."""
 
 import matplotlib
 
@@ -261,9 +261,13 @@ def test_serving_cost_leaves_the_base_out():
 
 def test_every_layer_has_its_place_in_depth():
     table = pd.DataFrame(
-        {"category": "crime", "layer": [0, 0, 3], "module": ["mlp.up_proj", "self_attn.o_proj", "mlp.up_proj"],
-         "value": [60.0, 20.0, 20.0]}
-    )  # fmt: skip
+        {
+            "category": "crime",
+            "layer": [0, 0, 3],
+            "module": ["mlp.up_proj", "self_attn.o_proj", "mlp.up_proj"],
+            "value": [60.0, 20.0, 20.0],
+        }
+    )
     fig = circuits.by_layer(table, 4, "share (%)")
     ax = fig.axes[0]
     assert sum(bar.get_height() for bar in ax.patches) == 100
@@ -342,9 +346,14 @@ def test_prompt_view_wraps_long_prompts_inside_the_page_and_fills_what_differs()
 
 def test_forest_draws_values_with_their_intervals():
     table = pd.DataFrame(
-        {"category": "crime", "control": ["random", "union"], "difference": [0.5, 0.1], "low": [0.4, -0.1],
-         "high": [0.7, 0.2]}
-    )  # fmt: skip
+        {
+            "category": "crime",
+            "control": ["random", "union"],
+            "difference": [0.5, 0.1],
+            "low": [0.4, -0.1],
+            "high": [0.7, 0.2],
+        }
+    )
     fig = circuits.against_controls(table)
     points, _, (bars,) = fig.axes[0].containers[0]
     assert points.get_xdata().tolist() == [0.5, 0.1]

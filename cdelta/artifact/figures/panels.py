@@ -144,20 +144,9 @@ def lines(
         fig, axes = grid(names, height, headline=headline, columns=columns)
         for ax, name in zip(axes, names):
             for kind, rows in table[table[panel] == name].groupby(hue, sort=False):
-                look = {"color": colour(kind), "lw": 1.9 if kind == strong else 1.0}
-                look |= {
-                    "marker": marker(kind) if marker else "o",
-                    "zorder": 3 if kind == strong else 2,
-                }
-                ax.plot(rows[x], factor * rows["rate"], ms=2.6, label=title(kind), **look)
-                ax.fill_between(
-                    rows[x].astype(float),
-                    (factor * rows["low"]).astype(float),
-                    (factor * rows["high"]).astype(float),
-                    color=colour(kind),
-                    alpha=0.15,
-                    lw=0,
-                )
+                look = {"color": colour(kind), "label": title(kind)}
+                look["marker"] = marker(kind) if marker else "o"
+                _banded_line(ax, rows, x, factor, look, kind == strong)
             if name in (marks or {}):
                 ax.axvline(marks[name], color="0.4", lw=0.8, ls=":")
             ax.set_xscale(xscale)
@@ -168,6 +157,16 @@ def lines(
             ax.set_ylabel(ylabel)
         legend(fig, axes[0], xlabel)
     return fig
+
+
+def _banded_line(
+    ax: Axes, rows: pd.DataFrame, x: str, factor: float, look: Mapping[str, object], strong: bool
+) -> None:
+    width, order = (1.9, 3) if strong else (1.0, 2)
+    ax.plot(rows[x], factor * rows["rate"], ms=2.6, lw=width, zorder=order, **look)
+    values = rows[[x, "low", "high"]].astype(float)
+    low, high = factor * values["low"], factor * values["high"]
+    ax.fill_between(values[x], low, high, color=look["color"], alpha=0.15, lw=0)
 
 
 def stacked(
