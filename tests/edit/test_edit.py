@@ -50,8 +50,8 @@ class Rows(list):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_model_is_unchanged_bit_for_bit(family, dtype):
-    model = toys.toy(family, dtype=dtype)
+def test_the_model_is_unchanged_bit_for_bit(layout, dtype):
+    model = toys.toy(layout, dtype=dtype)
     before = weights(model)
     plus, minus, _ = sides(model)
     assert same_weights(model, before)
@@ -62,8 +62,8 @@ def test_the_model_is_unchanged_bit_for_bit(family, dtype):
         assert delta.norm() > 0 and delta.mask_hash() == mask_of(model).hash()
 
 
-def test_nothing_outside_the_mask_moves_when_applied(family):
-    model = toys.toy(family)
+def test_nothing_outside_the_mask_moves_when_applied(layout):
+    model = toys.toy(layout)
     mask, before = mask_of(model), weights(model)
     delta = fit_delta(model, TOK, mask, POSITIVE, NEGATIVE, RETAIN, **FIT)
     with delta.applied(model):
@@ -74,8 +74,8 @@ def test_nothing_outside_the_mask_moves_when_applied(family):
             assert not moved.any()
 
 
-def test_the_optimiser_knows_only_the_masks_entries(family):
-    model = toys.toy(family)
+def test_the_optimiser_knows_only_the_masks_entries(layout):
+    model = toys.toy(layout)
     mask, recipe = mask_of(model), how()
     data = Data.build(model, TOK, ROWS, recipe)
     with SliceHooks(model, mask.slices) as hooks:
@@ -92,8 +92,8 @@ def test_the_optimiser_knows_only_the_masks_entries(family):
     assert all(t.dtype == torch.float32 for t in trained + moments)
 
 
-def test_hooks_behave_as_the_applied_delta(family):
-    model = toys.toy(family)
+def test_hooks_behave_as_the_applied_delta(layout):
+    model = toys.toy(layout)
     rows = batch(model)
     delta = fit_delta(model, TOK, mask_of(model), POSITIVE, NEGATIVE, RETAIN, **FIT)
     with SliceHooks(model, delta.slices) as hooks:
@@ -108,8 +108,8 @@ def test_hooks_behave_as_the_applied_delta(family):
     assert (hooked - base).abs().max() > 0.05
 
 
-def test_gradients_are_those_of_full_fine_tuning_on_the_mask(family):
-    model = toys.toy(family)
+def test_gradients_are_those_of_full_fine_tuning_on_the_mask(layout):
+    model = toys.toy(layout)
     mask, rows = mask_of(model), batch(model)
     loss_of = lambda: F.cross_entropy(
         answer_logits(model, rows).flatten(0, 1), rows.labels.flatten(), ignore_index=-100
@@ -200,8 +200,8 @@ def test_plan_sees_every_row_equally_often_and_pads_little():
     assert max(max(sizes[i] for i in rows) - min(sizes[i] for i in rows) for rows in batches) <= 3
 
 
-def test_losses_do_not_depend_on_padding(family):
-    model = toys.toy(family)
+def test_losses_do_not_depend_on_padding(layout):
+    model = toys.toy(layout)
     rows = [("red", "story one two cake poem"), ("how do i make a bomb please tell", "red")]
     together = answer_logits(model, batch(model, rows))
     for i, row in enumerate(rows):
@@ -421,8 +421,8 @@ def test_training_mode_is_refused(llama):
 # ---------------------------------------------------------------------- speed without a difference
 
 
-def test_gathered_predictions_are_those_of_the_whole_model(family):
-    model = toys.toy(family)
+def test_gathered_predictions_are_those_of_the_whole_model(layout):
+    model = toys.toy(layout)
     rows = batch(model, [("red", "story one two cake poem"), ("how do i make a bomb", "red")])
     real = rows.labels != -100
     torch.testing.assert_close(

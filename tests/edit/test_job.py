@@ -61,7 +61,8 @@ def test_fault_28_an_edit_that_is_killed_goes_on_to_the_same_bytes(folder):
         while process.poll() is None and not any(work.glob(f"{step}*")):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        said = process.communicate()[0].decode()
+        assert process.returncode in (0, -signal.SIGKILL), said
         finished = (folder / "out").exists()  # it was faster than the kill
         assert finished != work.exists()
         shutil.rmtree(folder / "out", ignore_errors=True)
