@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 HEADLINE = {
-    "How it works": ("fig_method", "fig_idea"),
+    "How it works": ("fig_idea",),
     "Before and after": ("tab_before_after",),
     "What each edit refuses": ("fig_matrix",),
     "Selectivity": ("fig_selectivity", "tab_selectivity"),
     "Over-refusal": ("fig_overrefusal", "tab_overrefusal"),
-    "Capability": ("fig_utility", "tab_capability", "tab_harness"),
+    "Capability": ("tab_tasks", "tab_perplexity", "tab_lengths", "tab_utility"),
     "How small the circuit can be": ("fig_budget",),
     "Refusal against side effects": ("fig_tradeoff",),
 }

@@ -71,7 +71,7 @@ def run_dir(tmp_path_factory):
     run.figure("fig_selectivity", figure, "A wide figure.", title="Refusal rises to 100 %")
     names = [f"method{i}" for i in range(40)]
     rows = pd.DataFrame({"method": names, "refusal": 0.5, "n": 43136, "a_b": ["x" * 60] * 40})
-    run.table("tab_utility", rows.assign(**{f"c{i}": 0.1234 for i in range(12)}), "Long & <wide>.")
+    run.table("tab_shift", rows.assign(**{f"c{i}": 0.1234 for i in range(12)}), "Long & <wide>.")
     run.table("tab_selectivity", rows.head(2).assign(category="crime"), "Short.")
     run.page("page_graph", "<!DOCTYPE html><title>x</title><p>page", "Click <here>.")
     run.finish()
@@ -86,7 +86,7 @@ def test_the_headline_comes_first_and_the_rest_is_folded(run_dir):
     places = [page.index(text) for text in ("In short", 'id="claims"', 'id="fig_selectivity"')]
     assert places == sorted(places) and page.count('id="fig_selectivity"') == 1
     folded = page[page.index('<details class="part"') :]
-    assert 'id="tab_utility"' in folded and "all 40 rows" in folded
+    assert 'id="tab_shift"' in folded and "all 40 rows" in folded
     assert "Refusal rises to 100 %" in page and "43136" in page and "50\u00a0%" in page
     assert "Long &amp; &lt;wide&gt;." in page and '<iframe src="page_graph.html"' in page
     assert "not measured" in page, "a claim whose table is missing is named as such"
