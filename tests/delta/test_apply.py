@@ -52,8 +52,8 @@ def first_layer_mask(model) -> ParameterMask:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_written_model_is_the_applied_one_bit_for_bit(family, dtype, tmp_path):
-    base = toys.save_toy(tmp_path / "base", family, dtype=DTYPES[dtype])
+def test_written_model_is_the_applied_one_bit_for_bit(layout, dtype, tmp_path):
+    base = toys.save_toy(tmp_path / "base", layout, dtype=DTYPES[dtype])
     model = load(base)
     delta = random_delta(model)
     out = save_edited(base, delta, tmp_path / "out", scale=0.6)

@@ -130,8 +130,8 @@ def test_scaled_by_layer_and_norms():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_applied_restores_every_bit_also_after_errors_and_nested(family, dtype):
-    model = toys.toy(family, dtype=dtype)
+def test_applied_restores_every_bit_also_after_errors_and_nested(layout, dtype):
+    model = toys.toy(layout, dtype=dtype)
     before, first, second = (
         weights(model),
         random_delta(model, seed=1),
@@ -225,12 +225,12 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_hash_is_that_of_the_stored_bits(family, tmp_path):
-    path = toys.save_toy(tmp_path / "a", family)
-    model = toys.toy(family)
+def test_hash_is_that_of_the_stored_bits(layout, tmp_path):
+    path = toys.save_toy(tmp_path / "a", layout)
+    model = toys.toy(layout)
     assert model_hash(path) == model_hash(str(path)) == model_hash(model)
-    assert model_hash(model) != model_hash(toys.toy(family, seed=1))
-    assert model_hash(model) != model_hash(toys.toy(family, dtype=torch.bfloat16))
+    assert model_hash(model) != model_hash(toys.toy(layout, seed=1))
+    assert model_hash(model) != model_hash(toys.toy(layout, dtype=torch.bfloat16))
     with random_delta(model).applied(model):
         assert model_hash(model) != model_hash(path)
 

@@ -23,8 +23,8 @@ def load(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="eager")
 
 
-def test_exact_adapter_is_the_edited_checkpoint(family, tmp_path):
-    base = toys.save_toy(tmp_path / "base", family)
+def test_exact_adapter_is_the_edited_checkpoint(layout, tmp_path):
+    base = toys.save_toy(tmp_path / "base", layout)
     delta = random_delta(load(base))
     out = save_edited(base, delta, tmp_path / "out", scale=0.5)
     written = export_lora(delta, tmp_path / "lora", scale=0.5)

@@ -71,8 +71,8 @@ def test_rows_that_have_no_blocks_are_kept_in_16_bits():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantised_model_is_restored(family, scheme):
-    model = toys.toy(family)
+def test_quantised_model_is_restored(layout, scheme):
+    model = toys.toy(layout)
     before = weights(model)
     with pytest.raises(RuntimeError), quantised(model, scheme):
         changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -82,9 +82,9 @@ def test_quantised_model_is_restored(family, scheme):
     assert not any("norm" in name or "bias" in name for name in changed)
 
 
-def test_survival_grows_with_precision_and_size(family, tmp_path):
-    base = toys.save_toy(tmp_path / "base", family)
-    delta = random_delta(toys.toy(family), size=1e-3)
+def test_survival_grows_with_precision_and_size(layout, tmp_path):
+    base = toys.save_toy(tmp_path / "base", layout)
+    delta = random_delta(toys.toy(layout), size=1e-3)
     rows = {row["scheme"]: row for row in quantisation_survival(base, delta)}
     share = {scheme: row["share"] for scheme, row in rows.items()}
     assert share["fp16"] > share["bf16"] > share["int8"] > share["int4"]
