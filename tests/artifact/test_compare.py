@@ -40,7 +40,6 @@ from cdelta.evaluation.tables import (
     utility,
 )
 from cdelta.files import locked
-from cdelta.methods.attacks import ATTACKS
 from cdelta.methods.registry import METHODS
 from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
@@ -58,7 +57,7 @@ EVALUATION = {
     "layers": [1],
     "strengths": [0.0, 1.0],
     "attacked": ["base", "cdelta"],
-    "attacks": ["benign_finetune", "ablated_direction"],
+    "attacks": ["benign_finetune", "ablated_direction", "sampled"],
     "attack_rates": [1.0, 0.1],
     "trained_categories": 0,
     "wrappers": ["Please: {prompt}"],
@@ -160,7 +159,7 @@ def test_every_method_seed_and_attack_has_its_rows(whole):
         "what draws nothing at random has one seed"
     )
     attacks = rows.groupby("method")["attack"].unique().map(set)
-    assert attacks["base"] == attacks["cdelta"] == {"", *ATTACKS, "wrapper 1"}
+    assert attacks["base"] == attacks["cdelta"] == {"", *EVALUATION["attacks"], "wrapper 1"}
     assert attacks["random"] == {""}
     own = rows[(rows["method"] == "random") & (rows["edit_category"] == "crime")]
     own = own[(own["ood_set"] != "") & (own["role"] == "target")]
@@ -258,7 +257,8 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatc
             raise KeyboardInterrupt
 
     def fit(self, *args, **changes):
-        fitted.append(self.category)
+        if len(args) < 3:  # an attack gives rows of its own
+            fitted.append(self.category)
         return train(self, *args, **changes)
 
     monkeypatch.setattr(RowStore, "append", dies)
