@@ -11,6 +11,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         marked = any(item.get_closest_marker(name) for name in ("slow", "e2e"))
         parameters = getattr(item, "callspec", None)
-        family = parameters.params.get("family", FIRST_FAMILY) if parameters else FIRST_FAMILY
+        named = parameters.params if parameters else {}
+        family = named.get("family", named.get("layout", FIRST_FAMILY))
         if not marked and family == FIRST_FAMILY:
             item.add_marker("fast")

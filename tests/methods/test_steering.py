@@ -63,8 +63,8 @@ NAMES = ("one layer", "all layers", "ablation", "cast")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strength_zero_is_identity_and_the_model_comes_back(family, tokenizer, name):
-    model = toy(family)
+def test_strength_zero_is_identity_and_the_model_comes_back(layout, tokenizer, name):
+    model = toy(layout)
     method, base = methods(model, tokenizer)[name], first_logits(model, tokenizer, PROMPTS)
     with method.applied(model, 0.0):
         assert torch.equal(first_logits(model, tokenizer, PROMPTS), base)
@@ -88,8 +88,8 @@ def test_the_model_comes_back_after_an_exception(tokenizer, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_row_of_a_batch_is_steered_as_if_alone(family, tokenizer, name):
-    model = toy(family)
+def test_every_row_of_a_batch_is_steered_as_if_alone(layout, tokenizer, name):
+    model = toy(layout)
     with methods(model, tokenizer)[name].applied(model, 1.0):
         whole, alone = (
             first_logits(model, tokenizer, PROMPTS, batch_size=size) for size in (12, 1)
@@ -134,8 +134,8 @@ def test_addition_adds_exactly_at_its_layer(llama, tokenizer):
     assert torch.allclose(after[:, 1], before[:, 1] + 0.5 * v.vectors[1], atol=1e-6)
 
 
-def test_reading_leaves_padding_out(family, tokenizer):
-    model = toy(family)
+def test_reading_leaves_padding_out(layout, tokenizer):
+    model = toy(layout)
     for pool in ("last", "mean"):
         whole, alone = (
             read_residual(model, tokenizer, PROMPTS, pool=pool, batch_size=size) for size in (12, 1)
@@ -162,8 +162,8 @@ def test_unusable_readings_are_refused(llama, tokenizer):
 # ---------------------------------------------------------------------- ablation
 
 
-def test_an_ablated_direction_is_gone_at_every_layer_and_position(family, tokenizer):
-    model, direction = toy(family), vectors().vectors[0]
+def test_an_ablated_direction_is_gone_at_every_layer_and_position(layout, tokenizer):
+    model, direction = toy(layout), vectors().vectors[0]
     ids, mask = left_pad([chat_ids(tokenizer, p) for p in PROMPTS], 1)
     with Ablation(direction).applied(model):
         states = model(

@@ -19,10 +19,10 @@ def METRIC(logits):
     return logits[:, [3, 4]].logsumexp(-1) - logits[:, 7]
 
 
-def with_frequent_end(family):
+def with_frequent_end(layout):
     """Some tokens that the model likes to write end an answer, so that rows end at different
     lengths."""
-    model = toy(family, seed=1)
+    model = toy(layout, seed=1)
     free = model.generate(
         torch.arange(2, 26)[:, None],
         max_new_tokens=8,
@@ -34,8 +34,8 @@ def with_frequent_end(family):
     return model
 
 
-def test_tokens_equal_hugging_faces_generate(family, tokenizer):
-    model = with_frequent_end(family)
+def test_tokens_equal_hugging_faces_generate(layout, tokenizer):
+    model = with_frequent_end(layout)
     stops = [tokenizer.eos_token_id, *model.generation_config.eos_token_id]
     ids, mask = left_pad([chat_ids(tokenizer, p) for p in PROMPTS], pad=1)
     ours, _ = decode(model, ids, mask, torch.tensor(stops), max_new_tokens=10)
@@ -56,8 +56,8 @@ def test_tokens_equal_hugging_faces_generate(family, tokenizer):
 @pytest.mark.parametrize(
     "how", [dict(batch_size=1), dict(batch_size=5), dict(batch_size=5, drop_finished=False)]
 )
-def test_outcome_does_not_depend_on_the_batch(family, tokenizer, how):
-    model = with_frequent_end(family)
+def test_outcome_does_not_depend_on_the_batch(layout, tokenizer, how):
+    model = with_frequent_end(layout)
     whole, parts = (
         answer(model, tokenizer, PROMPTS, METRIC, max_new_tokens=8, **h)
         for h in (dict(batch_size=64), how)
