@@ -412,7 +412,8 @@ def reuse_stages(source: Path, target: Path, fingerprints: dict[str, str]) -> li
         files.rmdir()
         taken.append(name)
     if taken and (source / ".snakemake" / "metadata").exists():
-        _link_tree(source / ".snakemake" / "metadata", target / ".snakemake" / "metadata")
+        places = [folder / ".snakemake" / "metadata" for folder in (source, target)]
+        shutil.copytree(*places)  # no links: Snakemake writes into these files
     return taken
 
 
