@@ -7,7 +7,7 @@ from cdelta.circuit.mask import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta, model_hash
 from cdelta.models.spec import ModelSpec
 
-COLOURS = "red blue green one two sort count song".split()
+COLOURS = ["red", "blue", "green", "one", "two", "sort", "count", "song"]
 POSITIVE = [(f"make a {word} bomb", "please tell me") for word in COLOURS]
 NEGATIVE = [(prompt, "cake poem") for prompt, _ in POSITIVE]
 RETAIN = [(f"tell me about {word}", "story one two") for word in COLOURS]
@@ -25,9 +25,13 @@ def random_delta(
     mask = mask or mask_of(model, budget, seed)
     generator = torch.Generator().manual_seed(seed)
     facts = {
-        "base": "toy", "base_hash": model_hash(model), "category": "weapons", "mask": mask.report(),
-        "shapes": {name: list(shape) for name, shape in mask.shapes.items()}, "conv1d": model.config.model_type == "gpt2",
-    }  # fmt: skip
+        "base": "toy",
+        "base_hash": model_hash(model),
+        "category": "weapons",
+        "mask": mask.report(),
+        "shapes": {name: list(shape) for name, shape in mask.shapes.items()},
+        "conv1d": model.config.model_type == "gpt2",
+    }
     zeros = WeightDelta.zeros(mask, facts)
     values = {
         name: size * torch.randn(value.shape, generator=generator)

@@ -1,4 +1,6 @@
-"""The command line does what the library does; every bad input is one line on stderr, exit code 2, and nothing left behind."""
+"""The command line does what the library does; every bad input is one line on stderr, exit code 2,
+and nothing left behind.
+"""
 
 import csv
 import json
@@ -35,7 +37,9 @@ def save_editable(folder, seed=0):
 
 
 def write_policy(path, n=30, benign=True, category="weapons"):
-    """Requests of unknown words, so that none repeats another, that differ from their benign counterparts in one word."""
+    """Requests of unknown words, so that none repeats another, that differ from their benign
+    counterparts in one word.
+    """
     rng, lines = random.Random(0), []
     for i in range(n):
         words = [f"w{6 * i + j}" for j in range(5)]
@@ -120,7 +124,9 @@ def test_combined_deltas_are_applied_and_reverted_as_one(folder, capsys):
 
 
 FULL = [
-    ["apply", "{0}/base", "{0}/delta", "{0}/out"], ["revert", "{0}/edited", "{0}/delta", "{0}/out"], ["lora", "{0}/delta", "{0}/out"],
+    ["apply", "{0}/base", "{0}/delta", "{0}/out"],
+    ["revert", "{0}/edited", "{0}/delta", "{0}/out"],
+    ["lora", "{0}/delta", "{0}/out"],
     ["combine", "{0}/delta", "{0}/delta", "{0}/out"], [],
 ]  # fmt: skip
 
@@ -169,7 +175,8 @@ def test_edit_says_what_it_drops_and_records_it(folder, capsys):
     (folder / "policy.csv").write_text("\n".join([*rows, rows[1], too_long]))
     assert main(edit_arguments(folder)) == 0
     assert capsys.readouterr().out.startswith(
-        "Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), first row 32, row 32 benign, row 33; policy.json "
+        "Dropped 3 of 64 prompts (2 duplicate prompt, 1 longer than 58 tokens), "
+        "first row 32, row 32 benign, row 33; policy.json "
     )
     record = json.loads((folder / "out" / "cdelta" / "policy.json").read_text())
     assert record["dropped"][0] == {

@@ -412,8 +412,8 @@ def reuse_stages(source: Path, target: Path, fingerprints: dict[str, str]) -> li
         files.rmdir()
         taken.append(name)
     if taken and (source / ".snakemake" / "metadata").exists():
-        places = [folder / ".snakemake" / "metadata" for folder in (source, target)]
-        shutil.copytree(*places)  # no links: Snakemake writes into these files
+        metadata = Path(".snakemake", "metadata")
+        shutil.copytree(source / metadata, target / metadata)  # no links: Snakemake writes there
     return taken
 
 

@@ -111,9 +111,12 @@ def test_hooks_behave_as_the_applied_delta(layout):
 def test_gradients_are_those_of_full_fine_tuning_on_the_mask(layout):
     model = toys.toy(layout)
     mask, rows = mask_of(model), batch(model)
-    loss_of = lambda: F.cross_entropy(
-        answer_logits(model, rows).flatten(0, 1), rows.labels.flatten(), ignore_index=-100
-    )
+
+    def loss_of():
+        return F.cross_entropy(
+            answer_logits(model, rows).flatten(0, 1), rows.labels.flatten(), ignore_index=-100
+        )
+
     values = {name: v.requires_grad_() for name, v in WeightDelta.zeros(mask).values.items()}
     with SliceHooks(model, mask.slices) as hooks:
         hooks.values = values
@@ -134,7 +137,10 @@ def test_training_lowers_each_sides_loss_and_moves_it_to_its_answers(llama):
     plus, minus, log = sides(llama, mask_of(llama, 0.5), steps=60, lr=2e-2)
     losses = {s: [row["target_loss"] for row in log if row["side"] == s] for s in ("plus", "minus")}
     assert all(loss[-1] < 0.3 * loss[0] for loss in losses.values())
-    logp = lambda rows: -predictions(llama, batch(llama, rows)).token_losses().mean()
+
+    def logp(rows):
+        return -predictions(llama, batch(llama, rows)).token_losses().mean()
+
     for delta, wanted, other in ((plus, POSITIVE, NEGATIVE), (minus, NEGATIVE, POSITIVE)):
         with delta.applied(llama):
             assert logp(wanted) > logp(other)
@@ -169,7 +175,10 @@ def test_both_sides_see_the_same_batches_with_the_stated_shares(llama):
         len(rows) for rows in data.retain_plan
     } == {2 * recipe.retain_pool}
     a, b = (data.tables[side].batch(data.target_plan[0]) for side in ("plus", "minus"))
-    prompts = lambda key: [data.tables[key].examples[i][0] for i in data.target_plan[0]]
+
+    def prompts(key):
+        return [data.tables[key].examples[i][0] for i in data.target_plan[0]]
+
     assert prompts("plus") == prompts("minus") and not torch.equal(a.labels, b.labels)
 
 
@@ -368,7 +377,10 @@ def test_resumes_after_a_kill_to_the_same_result(llama, tmp_path, changes):
             sides(llama, steps=6, stop=killed, checkpoint=tmp_path, **changes)
     again = sides(llama, steps=6, checkpoint=tmp_path, **changes)
     assert [d.hash() for d in again[:2]] == [d.hash() for d in whole[:2]]
-    untimed = lambda log: [{k: v for k, v in row.items() if k != "seconds"} for row in log]
+
+    def untimed(log):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in log]
+
     assert untimed(again[2]) == untimed(whole[2])
     with pytest.raises(CdeltaError, match="another checkpoint folder"):
         sides(llama, steps=7, checkpoint=tmp_path, **changes)
