@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import toys
 from edits import mask_of, random_delta, same_weights, weights
-from rows import make
+from outcome_rows import make
 from test_baselines import RECORDS
 
 from cdelta.artifact.composition import interference, merged, removals, subsets, union_mask
