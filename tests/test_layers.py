@@ -25,8 +25,8 @@ LAYERS = (
     "cli",
 )
 CORE = ("models", "attribution", "circuit", "delta", "edit")
-BARE = {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub"}
-"""What a bare GPU box has: tqdm and huggingface_hub come with transformers."""
+BARE = {"torch", "transformers", "numpy", "safetensors", "tqdm", "huggingface_hub", "pandas"}
+"""What a bare GPU box has: tqdm and huggingface_hub come with transformers, pandas with most."""
 CORE_MAY_USE = BARE | {"tokenizers", "jinja2", "jaxtyping", "pandas", "yaml"}
 """pandas where rows are handled; jinja2 and yaml for model cards and templates."""
 PACKAGE = ROOT / "cdelta"

@@ -78,7 +78,7 @@ def test_reading_what_a_stage_does_not_declare_is_an_error():
     assert settings.edit.lr == 3e-3 and settings.recipe.edit.lr == 3e-3 and settings.name == "tiny"
     with pytest.raises(CdeltaError, match="04_edit does not declare that it reads serving"):
         _ = settings.serving
-    with pytest.raises(CdeltaError, match="reads circuit, edit"):
+    with pytest.raises(CdeltaError, match="reads circuit"):
         _ = VisibleSettings(load_preset("tiny"), "01_dataset").recipe
     with pytest.raises(AttributeError):
         _ = settings.nothing

@@ -511,7 +511,7 @@ def test_hardest_by_first_token_kl(llama):
         training = Training(llama, hooks, mask, data, recipe)
         training.run()
         pool = list(range(len(RETAIN)))
-        base = training._base.first_log_p(pool, data.tables["retain"].batch(pool))
+        base = training.base.first_log_p(pool, data.tables["retain"].batch(pool))
         hooks.values = training.delta("difference").values
         log_q = answer_logits(llama, data.tables["retain"].batch(pool))[:, 0].log_softmax(-1)
         kl = (base.exp() * (base - log_q)).sum(-1)
