@@ -22,7 +22,7 @@ from cdelta.artifact.run import check_figures, read_manifest, read_settings, rea
 from cdelta.artifact.stages import NAMES, find_stage
 from cdelta.errors import CdeltaError
 from cdelta.files import new_folder, remove_folder, write_text
-from cdelta.paths import NOTEBOOKS, ORGANISM, RUNS
+from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, RUNS
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -84,6 +84,7 @@ def _facts(run_dir: Path, done: Sequence[str]) -> dict[str, Any]:
         "met": sum(verdict.met for verdict in verdicts),
         "headline": _headline(items),
         "parts": [_part(run_dir, name, items, wanted) for name in done],
+        "benchmarks": _benchmarks(),
         "stages": _stage_rows(run_dir, done),
         **_subject(run_dir, read_settings(run_dir)),
     }
@@ -148,6 +149,16 @@ def _prepared(figures: Path, item: dict[str, Any]) -> dict[str, Any]:
     numeric = [_is_numeric([row[i] for row in rows]) for i in range(len(header))]
     names = [name.replace("_", " ") for name in header]
     return {**item, "rows": [names, *shown], "numeric": numeric}
+
+
+def _benchmarks() -> list[dict[str, Any]]:
+    """The repository's recorded measurements, which belong to no run (tests/benchmarks)."""
+    found = []
+    for path in sorted((FIGURES / "bench").glob("*.csv")):
+        caption = f"Recorded in figures/bench by tests/benchmarks/run.py or {path.stem}.py."
+        item = {"id": path.stem, "kind": "table", "caption": caption, "files": [], "title": ""}
+        found.append(_prepared(path.parent, item))
+    return found
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
