@@ -22,6 +22,7 @@ from cdelta.edit.training import Training
 from cdelta.edit.verdict import Stop, Verdict
 from cdelta.errors import CdeltaError
 from cdelta.models.hooks import frozen
+from cdelta.models.templates import template_facts
 from cdelta.settings import changed
 
 OTHER_BATCHES = 1000
@@ -79,7 +80,7 @@ def train(
             "the model is in training mode, where dropout makes the sides differ: "
             "call model.eval() first."
         )
-    facts = {**_facts(model, mask, how), **(metadata or {})}
+    facts = {**_facts(model, mask, how), **_prompt_facts(tok), **(metadata or {})}
     with frozen(model), SliceHooks(model, mask.slices) as hooks:
         for attempt in range(how.attempts):
             again = replace(how, seed=how.seed + OTHER_BATCHES * attempt)
@@ -131,6 +132,12 @@ def fit_delta(
         progress=progress,
         metadata=metadata,
     ).delta
+
+
+def _prompt_facts(tok) -> dict[str, str]:
+    """What the prompts were written with: the date that the chat template was told."""
+    date = template_facts(tok).date if tok.chat_template else ""
+    return {"template_date": date} if date else {}
 
 
 def _facts(model, mask: ParameterMask, how: EditRecipe) -> dict[str, object]:

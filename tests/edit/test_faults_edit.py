@@ -9,10 +9,15 @@ from hypothesis import given as drawn
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from test_cli import edit_arguments, names, save_editable, write_policy
+from toys import family_folder
 
+from cdelta.circuit.controls import random_mask
 from cdelta.cli import main, parser
 from cdelta.delta.weight_delta import WeightDelta
+from cdelta.edit.fit import fit_delta
 from cdelta.models.checkpoint import Checkpoint
+from cdelta.models.loading import load_model
+from cdelta.models.spec import ModelSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,3 +132,12 @@ def test_any_command_line_is_one_sentence(capsys, command, words):
     said = capsys.readouterr()
     assert code == 2 or (code == 0 and "usage" in said.out)
     assert said.err.count("\n") <= 1 and "Traceback" not in said.err
+
+
+def test_fault_03_the_date_of_a_template_is_recorded_with_the_delta(tmp_path):
+    folder = family_folder("llama", tmp_path / "llama")
+    model, tok = load_model(folder, dtype="float32", device="cpu")
+    mask = random_mask(ModelSpec.from_model(model), 0.2, 0)
+    rows = [("one two", "no"), ("three four", "never")]
+    delta = fit_delta(model, tok, mask, rows, rows, rows, steps=1)
+    assert "2024" in delta.metadata["template_date"]
