@@ -66,7 +66,10 @@ def test_the_readme_is_short_and_its_blocks_are_generated():
 
 
 def test_results_are_computed_from_the_recorded_tables(tmp_path):
-    shutil.copy(FIGURES / "tiny" / "tab_selectivity.csv", tmp_path)
-    lines = readme.results(tmp_path).splitlines()
-    assert lines[0].startswith("- **Target refused**") and "%" in lines[0]
+    for name in ("smollm2-quick", "smollm2"):
+        (tmp_path / name).mkdir()
+        shutil.copy(FIGURES / "tiny" / "tab_selectivity.csv", tmp_path / name)
+        lines = readme.results(tmp_path).splitlines()
+        assert lines[0].startswith(f"Preset `{name}`")
+        assert lines[2].startswith("- **Target refused**") and "%" in lines[2]
     assert "not recorded" in readme.results(FIGURES / "absent")

@@ -23,8 +23,8 @@ from cdelta.errors import CdeltaError
 from cdelta.files import write_text
 from cdelta.paths import FIGURES, ROOT
 
-SUBJECT = "smollm2"
-"""The preset whose recorded run gives the results."""
+SUBJECTS = ("smollm2", "smollm2-quick")
+"""Presets whose recorded run gives the results: the first one that is recorded."""
 BLOCKS = ("results", "presets")
 CLOSE_TO = 0.02
 """θ⁺ alone is said to do as well where its target refusal is at most this much lower."""
@@ -39,11 +39,16 @@ def markers(block: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------- results
 
 
-def results(folder: Path = FIGURES / SUBJECT) -> str:
-    """Lines about a recorded run, as a Markdown list; a note where it is not recorded."""
-    if not (folder / "tab_selectivity.csv").exists():
-        return "*The run on SmolLM2-135M-Instruct is not recorded yet.*"
-    return "\n".join(f"- {line}" for line in _lines(folder))
+def results(figures: Path = FIGURES) -> str:
+    """Lines about the recorded run, as a Markdown list; a note where none is recorded."""
+    for name in SUBJECTS:
+        folder = figures / name
+        if (folder / "tab_selectivity.csv").exists():
+            preset = load_preset(name)
+            categories, seeds = ", ".join(preset.categories), len(preset.seeds)
+            start = f"Preset `{name}` ({categories}; {seeds} seed{'s' * (seeds > 1)}):"
+            return "\n".join([start, "", *(f"- {line}" for line in _lines(folder))])
+    return "*The run on SmolLM2-135M-Instruct is not recorded yet.*"
 
 
 def _lines(folder: Path) -> Iterator[str]:
