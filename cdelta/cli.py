@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,6 +104,14 @@ def _add_edit(commands) -> None:
         recipe = "a preset's name or a TOML file (default: what was recorded for such a model)"
         option("--recipe", default="", metavar="NAME_OR_FILE", help=recipe)
         add_flags(command, Recipe)
+        _add_template_arg(command)
+
+
+def _add_template_arg(command: argparse.ArgumentParser) -> None:
+    keyword = "a keyword for the chat template (enable_thinking=false); may be given several times"
+    command.add_argument(
+        "--template-arg", action="append", default=[], metavar="NAME=VALUE", help=keyword
+    )
 
 
 def _add_ask(commands) -> None:
@@ -112,6 +122,7 @@ def _add_ask(commands) -> None:
     command.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="most tokens")
     command.add_argument("--device", default="auto", help="cpu, cuda or auto")
     command.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
+    _add_template_arg(command)
 
 
 def _add_delta_commands(commands) -> None:
@@ -151,9 +162,10 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if not name:
         embedded = Path(arguments.model).resolve() == Path(ORGANISM).resolve()
         name = "smollm2" if "smollm2" in preset_names() and not embedded else "tiny"
-    if name.endswith(".toml"):
-        return given(arguments, load_toml(name, Recipe))
-    return given(arguments, load_preset(name).recipe)
+    told = load_toml(name, Recipe) if name.endswith(".toml") else load_preset(name).recipe
+    recipe = given(arguments, told)
+    keywords = (*recipe.answers.template_args, *arguments.template_arg)
+    return replace(recipe, answers=replace(recipe.answers, template_args=keywords))
 
 
 def _job(arguments: argparse.Namespace):
@@ -188,7 +200,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _ask(arguments: argparse.Namespace) -> int:
     from cdelta.edit.ask import Question, compare
 
-    how = (arguments.max_new_tokens, arguments.device, arguments.system)
+    how = (arguments.max_new_tokens, arguments.device, arguments.system, arguments.template_arg)
     question = Question(_lines(arguments.prompts), *how)
     for line in compare(arguments.base, arguments.edited, question):
         _say(line)
@@ -220,7 +232,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     base, delta = local_folder(arguments.base), WeightDelta.load(arguments.delta)
     k = delta.scale_or_own(arguments.scale)
     out = save_edited(base, delta, arguments.out, k, arguments.force)
-    command = f"cdelta verify {arguments.base} {out} {arguments.delta}"
+    command = shlex.join(["cdelta", "verify", arguments.base, str(out), arguments.delta])
     _say(f"Wrote {out} at scale k = {k:g}; check it with: {command}")
     return 0
 

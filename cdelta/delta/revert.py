@@ -49,7 +49,7 @@ def revert(edited: str | Path, delta: WeightDelta, out: str | Path, force: bool 
         if not force:
             raise WrongBase(
                 f"{edited} does not record this delta as its last edit: pass that delta, "
-                "or force a subtraction."
+                "or force a subtraction (--force)."
             )
         save_edited(edited, delta, out, scale=-delta.k, force=True)
         return False

@@ -178,7 +178,7 @@ class WeightDelta:
             name = self.metadata.get("base") or "an unknown model"
             raise WrongBase(
                 f"the delta was made for base {name} ({str(expected)[:12]}), not for this model "
-                f"({own[:12]}): use that base, or force it."
+                f"({own[:12]}): use that base, or force it (--force)."
             )
         return own
 

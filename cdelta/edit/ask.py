@@ -9,11 +9,13 @@ from pathlib import Path
 
 from cdelta.attribution.metrics import Metric, TokenSets, refusal_log_odds
 from cdelta.delta.apply import RECORD
+from cdelta.delta.base import damaged
 from cdelta.evaluation.judges import Rules
 from cdelta.files import write_json
 from cdelta.models.checkpoint import local_folder
 from cdelta.models.generation import Answer, answer
 from cdelta.models.loading import load_model
+from cdelta.models.templates import parse_template_args
 
 METRIC = "metric.json"
 """Beside the delta: the first tokens of refusals and of compliances."""
@@ -27,6 +29,8 @@ class Question:
     max_new_tokens: int = 64
     device: str = "auto"
     system: str = ""
+    template_args: Sequence[str] = ()
+    """Keywords for the chat template, NAME=VALUE."""
 
 
 def compare(base: str, edited: str, question: Question) -> Iterator[str]:
@@ -48,7 +52,9 @@ def compare(base: str, edited: str, question: Question) -> Iterator[str]:
 
 def _answers(folder: Path, question: Question, metric: Metric | None) -> list[Answer]:
     """One model's answers; only one model is in memory at a time."""
-    model, tok = load_model(folder, "auto", question.device, system=question.system)
+    keywords = parse_template_args(question.template_args)
+    system = question.system
+    model, tok = load_model(folder, "auto", question.device, system=system, template_args=keywords)
     return answer(model, tok, question.prompts, metric, max_new_tokens=question.max_new_tokens)
 
 
@@ -58,9 +64,16 @@ def save_metric(sets: TokenSets, record: Path) -> None:
 
 
 def load_metric(edited: Path) -> Metric | None:
-    """The metric that an edited folder records; None without a record."""
+    """The metric that an edited folder records; None without a record. Raises `CdeltaError` if it
+    is damaged.
+    """
     path = edited / RECORD / METRIC
     if not path.exists():
         return None
-    ids = json.loads(path.read_text(encoding="utf-8"))
-    return refusal_log_odds(ids["refuse"], ids["comply"])
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+        return refusal_log_odds(ids["refuse"], ids["comply"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(
+            path, error, "fetch it again, or remove it to ask without log-odds"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -77,7 +78,13 @@ def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
 def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
     """Bound and given keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
     arguments = {**getattr(tok, "cdelta_template_args", {}), **template_args}
+    own = {"messages", *inspect.signature(tok.apply_chat_template).parameters}
     for name, value in arguments.items():
+        if name in own:
+            raise CdeltaError(
+                f"the template argument {name}={value!r} is none of the template's own keywords: "
+                "leave it out."
+            )
         if _REASONING_ARGUMENT.search(name) and value not in _OFF:
             raise CdeltaError(
                 f"the template argument {name}={value!r} asks for reasoning before the answer, "

@@ -177,6 +177,5 @@ def _too_few(found: PairYield, benign: int, minimum: int) -> str:
         "prompt "
         f"pairs of equal token length from {found.targets} target and {benign} benign prompts, "
         f"{minimum} needed: rephrase benign prompts to their target's length, add rows, or lower "
-        "the "
-        f"minimum."
+        "the minimum (--min-pairs)."
     )
