@@ -14,7 +14,15 @@ import torch
 from cdelta.edit.recipe import SIDES, EditRecipe
 from cdelta.edit.rows import Reply, TrainingRows
 from cdelta.errors import CdeltaError, refuse_test
-from cdelta.models.chat import NO_LABEL, Batch, example_ids, pad_id, positions, stop_ids
+from cdelta.models.chat import (
+    NO_LABEL,
+    Batch,
+    example_ids,
+    pad_id,
+    positions,
+    rope_boundary,
+    stop_ids,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -98,6 +106,7 @@ class Data:
             limit = how.first_tokens or None
             kept = [encoded(tok, *row, stops) for row in rows.retain]
             examples["retain"] = [(prompt, answer[:limit]) for prompt, answer in kept]
+        _check_sides(model, examples)
         tables = {
             key: Table.of(found, pad_id(model, tok), device) for key, found in examples.items()
         }
@@ -156,6 +165,22 @@ def check_rows(rows: TrainingRows, how: EditRecipe) -> None:
         )
     if how.retain_share and how.batch_size < 2:
         raise CdeltaError("batch_size must be at least 2 to hold a target row and a retain row.")
+
+
+def _check_sides(model, examples: Mapping[str, list[Example]]) -> None:
+    """Raise `CdeltaError` if rows lie on both sides of LongRoPE's boundary: those beyond it would
+    change the positions of every row that shares their batch.
+    """
+    boundary = rope_boundary(model)
+    if boundary is None:
+        return
+    rows = [row for found in examples.values() for row in found]
+    longer = sum(len(prompt) + len(answer) - 1 > boundary for prompt, answer in rows)
+    if 0 < longer < len(rows):
+        raise CdeltaError(
+            f"{longer} of {len(rows)} training rows exceed {boundary} tokens, from where this "
+            "model's positions mean something else: shorten these prompts or answers."
+        )
 
 
 def plan(

@@ -23,7 +23,13 @@ from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.answers import answer_options, bound
 from cdelta.edit.ask import save_metric
 from cdelta.edit.estimate import duration, estimate
-from cdelta.edit.find import find_circuit, first_token_metric, refusal_metric, refusal_tokens
+from cdelta.edit.find import (
+    find_circuit,
+    first_token_metric,
+    recipe_pairs,
+    refusal_metric,
+    refusal_tokens,
+)
 from cdelta.edit.fit import Fit, train
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
@@ -34,7 +40,7 @@ from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import kind_rates
 from cdelta.files import hashed_files, new_folder, remove_folder, write_hashed, write_json
 from cdelta.memory import peak_memory
-from cdelta.models.chat import FALLBACK_TEMPLATE
+from cdelta.models.chat import FALLBACK_TEMPLATE, rope_boundary
 from cdelta.models.checkpoint import Checkpoint, local_folder
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
@@ -121,6 +127,7 @@ def _run(job: EditJob, say: Say, progress: bool) -> Summary:
     for warning in policy.warnings:
         say(warning)
     say(estimate(model, tok, policy.records, job.recipe))
+    recipe_pairs(policy.records, job.category, tok, job.recipe)  # too few: before any answer
     _resume(job, folder, policy, say)
     study = Study(model, tok, job, policy, progress)
     circuit, fit = study.circuit, study.fit
@@ -135,9 +142,11 @@ def _run(job: EditJob, say: Say, progress: bool) -> Summary:
 
 
 def read_policy(job: EditJob, model, tok) -> Policy:
-    """The category's records, without prompts that are too long for the model."""
+    """The category's records, without prompts that are too long for the model, or whose answers
+    would cross LongRoPE's boundary.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    longest = context - job.recipe.answers.max_new_tokens
+    longest = min(context, rope_boundary(model) or context) - job.recipe.answers.max_new_tokens
     return build_policy(
         job.policy,
         [job.category],
