@@ -137,12 +137,21 @@ def stop_ids(model, tok) -> list[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     named = [tok.eos_token_id, *ids, _template_end(tok)]
-    found = [token for token in dict.fromkeys(named) if token is not None]
+    found = [token for token in dict.fromkeys(map(_checked_id, named)) if token is not None]
     if not found:
         raise CdeltaError(
             "the tokenizer has no end-of-sequence token: set tok.eos_token, or no answer ends."
         )
     return found
+
+
+def _checked_id(token: Any) -> int | None:
+    if token is None or type(token) is int:
+        return token
+    raise CdeltaError(
+        f"generation_config.json says eos_token_id={token!r}, which is no token id: mend or remove "
+        "it."
+    )
 
 
 def end_id(tok, stops: Sequence[int], **template_args: Any) -> int:

@@ -208,6 +208,10 @@ def read_config(path_or_id: str | Path, revision: str | None = None) -> Pretrain
     try:
         values = PretrainedConfig.get_config_dict(str(path_or_id), **source)[0]
     except (OSError, ValueError, TypeError) as error:
+        if Path(path_or_id).is_dir():
+            raise CdeltaError(
+                f"{path_or_id}: config.json cannot be read ({first_line(error)}): copy it again."
+            ) from error
         raise CdeltaError(
             f"{str(path_or_id)!r} is neither a checkpoint folder nor a hub model within reach: "
             f"{first_line(error)}."

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
@@ -76,7 +77,8 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None):
         )
     except Exception as error:  # as many types as files that can be wrong
         raise CdeltaError(
-            f"cannot load a tokenizer from {str(path_or_id)!r}: {_reason(error)}."
+            f"cannot load a tokenizer from {str(path_or_id)!r}: "
+            f"{_reason(error, '; copy its tokenizer files again')}."
         ) from error
     if not isinstance(tok.model_max_length, (int, float)):
         raise CdeltaError(
@@ -86,10 +88,10 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None):
     return tok
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, remedy: str = "") -> str:
     if "gated" in str(error).casefold() or "401" in str(error):
         return "its licence must be accepted on its page, and then `hf auth login`"
-    return first_line(error)
+    return first_line(error) + remedy
 
 
 def _check_loaded(model: PreTrainedModel, found: Mapping[str, Any], source: str | Path) -> None:
@@ -184,8 +186,8 @@ def check_model(
         check.attempt("weights", check.weights)
         check.attempt("device", lambda: check.memory(dtype, device))
         check.attempt("disk", lambda: check.disk(out))
-        if check.attempt("tokenizer", lambda: check.read_tokenizer(system, template_args or {})):
-            check.attempt("template", check.template)
+        read = partial(check.read_tokenizer, system, template_args or {})
+        if check.attempt("tokenizer", read) and check.attempt("template", check.template):
             check.attempt("tokens", check.special_tokens)
             check.attempt("context", lambda: check.context(prompts, max_new_tokens))
         check.attempt("answers", check.penalties)

@@ -1,9 +1,12 @@
 """Faults that users met elsewhere, each with a small input; named by their numbers in the list."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import toys
+from edits import random_delta
 from hypothesis import HealthCheck
 from hypothesis import given as drawn
 from hypothesis import settings as limits
@@ -15,6 +18,7 @@ from cdelta.circuit.controls import random_mask
 from cdelta.cli import main, parser
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.fit import fit_delta
+from cdelta.errors import CdeltaError
 from cdelta.models.checkpoint import Checkpoint
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
@@ -141,3 +145,62 @@ def test_fault_03_the_date_of_a_template_is_recorded_with_the_delta(tmp_path):
     rows = [("one two", "no"), ("three four", "never")]
     delta = fit_delta(model, tok, mask, rows, rows, rows, steps=1)
     assert "2024" in delta.metadata["template_date"]
+
+
+def test_fault_03_keywords_of_a_template_are_flags_of_edit_check_and_ask(tmp_path, capsys):
+    """Each by its own flag, beside those of the recipe; a value may hold a comma."""
+    folder = save_editable(tmp_path / "base")
+    template = "{{ 1 / 0 if tone != 'kind, short' }}" + toys.TEMPLATE
+    (folder / "chat_template.jinja").write_text(template)
+    told = ["--template-arg", "thinking=false", "--template-arg", "tone=kind, short"]
+    assert main(["check", "--model", str(folder), "--recipe", "tiny"]) == 1
+    assert main(["check", "--model", str(folder), "--recipe", "tiny", *told]) == 0
+    (tmp_path / "asked.txt").write_text("make a cake")
+    ask = ["ask", str(folder), str(folder), "--prompts", str(tmp_path / "asked.txt")]
+    refused(tmp_path, capsys, ask, "chat template cannot write")
+    assert main([*ask, *told, "--max-new-tokens", "2"]) == 0
+
+
+def longrope_rows(lengths):
+    return [(" ".join(["red"] * length), "song") for length in lengths]
+
+
+def test_fault_07_training_rows_beyond_the_original_context_are_refused():
+    """They would change the positions of every row that shares their batch."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    rope |= factors | {"original_max_position_embeddings": 16}
+    model = toys.toy("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    tok, mask = toys.toy_tokenizer(), random_mask(ModelSpec.from_model(model), 0.2, 0)
+    short, mixed, long = (longrope_rows(each) for each in ((4, 6), (4, 20), (20, 22)))
+    with pytest.raises(CdeltaError, match="3 of 6 training rows exceed 16 tokens.*shorten"):
+        fit_delta(model, tok, mask, mixed, mixed, mixed, steps=1)
+    for rows in (short, long):
+        assert fit_delta(model, tok, mask, rows, rows, rows, steps=1).count()
+
+
+def test_fault_17_a_damaged_metric_is_one_sentence(edited, capsys):
+    path = edited / "out" / "cdelta" / "metric.json"
+    kept = path.read_text()
+    (edited / "asked.txt").write_text("make a cake")
+    ask = ["ask", edited / "base", edited / "out", "--prompts", edited / "asked.txt"]
+    for content in ("", "[]", "{}", '{"refuse": 3, "comply": [4]}', "version https://git-lfs.g\n"):
+        path.write_text(content)
+        refused(edited, capsys, [str(part) for part in ask], "metric.json is (damaged|a Git LFS)")
+    path.write_text(kept)
+    assert main([*map(str, ask), "--max-new-tokens", "2"]) == 0
+
+
+def test_fault_19_the_command_that_is_named_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "run #3 $x"
+    folder.mkdir()
+    base = save_editable(folder / "base")
+    random_delta(load_model(base, dtype="float32", device="cpu")[0]).save(folder / "delta")
+    assert main(["apply", *(str(folder / name) for name in ("base", "delta", "out"))]) == 0
+    named = capsys.readouterr().out.partition("check it with: ")[2]
+    assert shlex.split(named)[0] == "cdelta" and main(shlex.split(named)[1:]) == 0
+
+
+def test_fault_24_too_few_pairs_are_said_before_any_answer(folder, capsys, monkeypatch):
+    monkeypatch.setattr("cdelta.edit.job.evaluate", None)
+    refused(folder, capsys, edit_arguments(folder, **{"min-pairs": 99}), r"\(--min-pairs\)")

@@ -127,6 +127,13 @@ def test_fault_03_template_arguments_are_json_or_words():
         parse_template_args(["enable_thinking"])
 
 
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "return_dict"])
+def test_fault_03_keywords_that_are_not_the_templates_are_refused(name):
+    tok = bind_template(toys.toy_tokenizer(), **{name: True})
+    with pytest.raises(CdeltaError, match=f"{name}=True is none of the template's own keywords"):
+        chat_ids(tok, "red")
+
+
 def test_fault_03_the_same_prompt_reaches_metric_generation_and_training(llama):
     tok = bind_template(with_template(toys.TEMPLATE), system="please")
     ids = chat_ids(tok, "red")
@@ -187,7 +194,7 @@ def test_fault_16_a_template_that_fails_is_one_sentence(tmp_path, template):
     if isinstance(template, str) and template:
         folder = toys.save_toy(tmp_path)
         tok.save_pretrained(folder)
-        assert any("template" in text for text in problems(folder))
+        assert [each for each in problems(folder) if "template" in each] == problems(folder)[:1]
 
 
 # ---------------------------------------------------------------------- batches
@@ -401,9 +408,23 @@ def test_fault_15_an_odd_configuration_is_one_sentence(tmp_path, changes):
 def test_fault_15_a_damaged_configuration_is_one_sentence(tmp_path, content):
     folder = toys.save_toy(tmp_path)
     (folder / "config.json").write_text(content)
-    with pytest.raises(CdeltaError):
+    with pytest.raises(CdeltaError, match="config.json.*copy it again"):
         read_config(folder)
     assert len(problems(folder)) == 1
+
+
+@pytest.mark.parametrize("end", ["<eos>", [1, "x"], 1.5, True])
+def test_fault_15_an_end_that_is_no_token_id_is_one_sentence(tmp_path, end):
+    folder = toys.save_toy(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert ["mend or remove it" in text for text in problems(folder)] == [True]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_fault_15_a_damaged_tokenizer_has_a_remedy(tmp_path, file):
+    folder = toys.save_toy(tmp_path)
+    (folder / file).write_text("{}" if file == "tokenizer.json" else "[3]")
+    assert ["copy its tokenizer files again" in text for text in problems(folder)] == [True]
 
 
 def test_fault_17_a_git_lfs_pointer_is_named(tmp_path):
