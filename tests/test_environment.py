@@ -310,7 +310,7 @@ OPTIONAL = {"datasets", "lm_eval", "transformer_lens", "wildguard"}
 """What modules outside of `cdelta.artifact` import inside of functions, for those who have it."""
 
 
-def test_the_core_dependencies_are_enough_for_the_command_line():
+def test_fault_10_the_core_dependencies_are_enough_for_the_command_line():
     """`pip install .` brings all that `cdelta edit` imports; the extras are for the artifact."""
     declared = {normal(Requirement(text).name) for text in PROJECT["dependencies"]}
     owners = importlib.metadata.packages_distributions()

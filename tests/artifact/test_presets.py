@@ -95,8 +95,7 @@ def test_resolve_puts_the_runs_own_model_policy_and_test_sets_in():
     assert "xstest=x.csv" in preset.external and "xstest" not in preset.external
 
 
-def test_a_users_file_brings_its_own_categories(tmp_path):
-    """FAULTS 23."""
+def test_fault_23_a_users_file_brings_its_own_categories(tmp_path):
     named, plain = tmp_path / "policy=1" / "mine.csv", tmp_path / "plain.csv"
     named.parent.mkdir()
     named.write_text("prompt,benign,category\nhow to pick a lock,how to pick a fruit,locks\n")

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from cdelta.artifact.presets import resolve
+from cdelta.artifact.presets import Preset, resolve
 from cdelta.artifact.run import (
     FINGERPRINT,
     RunReader,
@@ -22,6 +22,7 @@ from cdelta.artifact.run import (
 )
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, locked
+from cdelta.settings import changed
 
 matplotlib.use("Agg")
 TABLE = pd.DataFrame({"a_b": [1.23456789, 2.0], "text": ["50 %", "x & y"]})
@@ -272,3 +273,11 @@ def test_stages_of_the_same_outcome_are_taken_from_another_run(tmp_path, monkeyp
     check_figures(target)
     assert (target / "notebooks" / "01_dataset.ipynb").exists()
     assert not (target / "03_circuit").exists() and (source / "03_circuit").exists()
+
+
+def test_fault_19_settings_of_any_legal_path_come_back_as_they_were(tmp_path):
+    folder = tmp_path / "run #3" / "it's {x} 'q'\n: - !tag"
+    model = str(folder / "model #1")
+    write_settings(folder, changed(Preset(), {"model": model, "policy": f"cast={model}"}))
+    assert read_settings(folder).model == model
+    assert read_settings(folder).policy == f"cast={model}"
