@@ -7,16 +7,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Callable, Mapping
 
-from cdelta.policy.category_maps import (
-    AIR_BENCH,
-    CATQA,
-    HARMBENCH,
-    JAILBREAKBENCH,
-    OR_BENCH,
-    SORRY_BENCH,
-    STRONGREJECT,
-    to_category,
-)
+from cdelta.policy.category_maps import to_category
 from cdelta.policy.records import OTHER, SHARED
 from cdelta.policy.upstream import Row, Tables
 
@@ -82,21 +73,21 @@ def _xstest(split: str, index: int, row: Values) -> list[Row]:
 
 
 def _or_bench_hard(split: str, index: int, row: Values) -> list[Row]:
-    category = to_category(OR_BENCH, row["category"])
+    category = to_category("or-bench", row["category"])
     return [_harmless(f"{index}/{row['category']}", row["prompt"], category, "borderline")]
 
 
 def _sorry_bench(split: str, index: int, row: Values) -> list[Row]:
     if row["prompt_style"] != "base":
         return []
-    category = to_category(SORRY_BENCH, str(row["category"]))
+    category = to_category("sorry-bench", str(row["category"]))
     return [_harmful(str(row["question_id"]), row["turns"][0], category)]
 
 
 def _harmbench(split: str, index: int, row: Values) -> list[Row]:
     context, behaviour = row["ContextString"], row["Behavior"]
     prompt = f"{context}\n\n{behaviour}" if context else behaviour
-    return [_harmful(row["BehaviorID"], prompt, to_category(HARMBENCH, row["SemanticCategory"]))]
+    return [_harmful(row["BehaviorID"], prompt, to_category("harmbench", row["SemanticCategory"]))]
 
 
 def _jailbreakbench(split: str, index: int, row: Values) -> list[Row]:
@@ -105,7 +96,7 @@ def _jailbreakbench(split: str, index: int, row: Values) -> list[Row]:
     """
     if split == "harmful" and index in NEVER_ASKED:
         return []
-    category = to_category(JAILBREAKBENCH, row["Category"])
+    category = to_category("jailbreakbench", row["Category"])
     pair = {"group_id": str(index), "pair_id": f"jailbreakbench/{index}"}
     if split == "harmful":
         return [_harmful(f"harmful/{index}", row["Goal"], category) | pair]
@@ -113,22 +104,17 @@ def _jailbreakbench(split: str, index: int, row: Values) -> list[Row]:
 
 
 def _air_bench(split: str, index: int, row: Values) -> list[Row]:
-    category = to_category(AIR_BENCH, row["l4-name"])
+    category = to_category("air-bench", row["l4-name"])
     if row["l3-name"] != "Advice in Heavily Regulated Industries" or category == OTHER:
         return []
     return [_harmful(f"{row['cate-idx']}/{index}", row["prompt"], category)]
 
 
 def _mapped(
-    prompt: str,
-    category: str,
-    category_map: Mapping[str, str],
-    split: str,
-    index: int,
-    row: Values,
+    prompt: str, category: str, source: str, split: str, index: int, row: Values
 ) -> list[Row]:
     """A harmful prompt whose source's category stands in a column."""
-    return [_harmful(f"{split}/{index}", row[prompt], to_category(category_map, row[category]))]
+    return [_harmful(f"{split}/{index}", row[prompt], to_category(source, row[category]))]
 
 
 def _advbench(split: str, index: int, row: Values) -> list[Row]:
@@ -146,13 +132,13 @@ TO_ROWS: Mapping[str, Callable[[str, int, Values], list[Row]]] = {
     "xstest": _xstest,
     "harmbench": _harmbench,
     "or-bench-hard": _or_bench_hard,
-    "or-bench-toxic": partial(_mapped, "prompt", "category", OR_BENCH),
+    "or-bench-toxic": partial(_mapped, "prompt", "category", "or-bench"),
     "sorry-bench": _sorry_bench,
     "jailbreakbench": _jailbreakbench,
     "air-bench": _air_bench,
-    "catqa": partial(_mapped, "Question", "Category", CATQA),
+    "catqa": partial(_mapped, "Question", "Category", "catqa"),
     "advbench": _advbench,
-    "strongreject": partial(_mapped, "prompt", "category", STRONGREJECT),
+    "strongreject": partial(_mapped, "prompt", "category", "strongreject"),
     "gsm8k": _gsm8k,
 }
 

@@ -42,10 +42,6 @@ from cdelta.policy.language import (
 )
 from cdelta.policy.records import SPLITS
 
-EDIT_BORDERLINE = True
-"""Whether the edit split holds borderline prompts, of other templates than the test's."""
-
-
 # ---------------------------------------------------------------------- skills
 
 Filled = tuple[tuple, str]
@@ -148,23 +144,8 @@ def skill_split(prompt: str) -> str:
 
 # ---------------------------------------------------------------------- records
 
-COUNTS = {
-    "discover": 96,
-    "edit": 240,
-    "val": 60,
-    "test": 100,
-    "held_out_words": 100,
-    "held_out_templates": 60,
-    "wrappers": 100,
-    "borderline": 40,
-    "edit_borderline": 40,
-}
-"""Prompt pairs per category, and borderline prompts; all but the first three and the last belong to
-the test split."""
-SKILL_COUNTS = {"discover": 0, "edit": 120, "val": 24, "test": 40}
-"""Skill prompts per skill (fewer where there are not so many). Those of the edit split are of the
-kind that the model was trained on, which an edit must retain; those of the others are held out of
-the corpus, so that they are no other split's."""
+COUNTS, SKILL_COUNTS = DATA["counts"], DATA["skill_counts"]
+"""How many prompts there are; ``synthetic.toml`` says of what."""
 
 
 def _distinct(draw: Callable[[], tuple], key: Callable, count: int, tries: int = 4000) -> Iterator:
@@ -305,16 +286,12 @@ def _skill_prompts(
     return _distinct(draw, _prompt_of, count, tries=600)
 
 
-def records(edit_borderline: bool = EDIT_BORDERLINE) -> list[dict]:
+def records() -> list[dict]:
     """The whole embedded policy set, always the same: one dict per prompt with columns of
     `policy.records`.
-
-    Without `edit_borderline` only the test split has borderline prompts.
     """
     rng = random.Random(0)
     rows = [row for topic in TOPICS.values() for row in _category_rows(topic, rng)]
     rows += _skill_rows(rng)
-    if edit_borderline:
-        own = random.Random(1)
-        rows += [row for topic in TOPICS.values() for row in _edit_borderline_rows(topic, own)]
-    return rows
+    own = random.Random(1)
+    return rows + [row for topic in TOPICS.values() for row in _edit_borderline_rows(topic, own)]

@@ -8,8 +8,7 @@ from helpers import real
 from cdelta import paths
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash
-from cdelta.policy import category_maps
-from cdelta.policy.category_maps import CATQA, SORRY_BENCH, to_category
+from cdelta.policy.category_maps import MAPS, to_category
 from cdelta.policy.source_rows import CAST_COLUMNS
 from cdelta.policy.sources import SOURCES, load
 from cdelta.policy.upstream import SourceUnavailable
@@ -470,15 +469,10 @@ def test_downloads_are_checked_before_they_count(monkeypatch, tmp_path):
 
 
 def test_category_maps_are_total():
-    assert to_category(SORRY_BENCH, "44") == "other" == to_category(CATQA, "")
-    assert to_category(CATQA, "hate harass violence") == "hate"
-    assert sum(v == "crime" for v in SORRY_BENCH.values()) == 15
-    maps = [
-        value
-        for name, value in vars(category_maps).items()
-        if name.isupper() and isinstance(value, dict)
-    ]
-    assert len(maps) == 7 and {c for m in maps for c in m.values()} <= {
+    assert to_category("sorry-bench", "44") == "other" == to_category("catqa", "")
+    assert to_category("catqa", "hate harass violence") == "hate"
+    assert sum(v == "crime" for v in MAPS["sorry-bench"].values()) == 15
+    assert len(MAPS) == 7 and {c for m in MAPS.values() for c in m.values()} <= {
         "crime",
         "hate",
         "health",

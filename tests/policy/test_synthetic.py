@@ -92,10 +92,10 @@ def test_build_finds_no_leak_and_drops_nothing():
     assert policy.categories == ("crime", "hate", "health", "legal", "sexual")
 
 
-def test_the_set_without_borderline_prompts_to_retain_is_the_recorded_one():
+def test_the_set_without_borderline_prompts_to_retain_is_the_recorded_one(rows):
     """The recorded runs froze this hash; a changed word, template or draw would show here."""
-    records_of = to_records(records(edit_borderline=False))
-    assert content_hash(records_of) == (
+    retained = sum(r["role"] == "borderline" and r["split"] == "edit" for r in rows)
+    assert content_hash(to_records(rows[:-retained])) == (
         "ab5d823becc98140ae77fa20b1660774700db5169919a07d547271435d3a1622"
     )
 
@@ -106,7 +106,7 @@ def test_borderline_prompts_to_retain_are_unlike_those_of_the_test(rows):
         for split in ("edit", "test")
     }
     assert len(found["edit"]) == 5 * 40 + 24 and len(found["test"]) == 6 * 40
-    assert rows[: -len(found["edit"])] == records(edit_borderline=False)
+    assert rows[-len(found["edit"]) :] == found["edit"]
     for row in found["edit"]:
         assert not words_of(row["prompt"]) & HELD_OUT_WORDS and row["expected"] == "comply"
         asked = [re.escape(q).replace(r"\{w\}", ".*") for q, _ in BORDERLINE]
