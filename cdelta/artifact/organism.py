@@ -259,11 +259,6 @@ def _train_into(folder: Path, steps: int, batch_size: int, seed: int = 0) -> Non
     save(model, tok, folder, card, log)
 
 
-def training_log(subject: dict[str, str]) -> pd.DataFrame:
-    """Rows ``step, loss, seconds`` of the embedded model's training."""
-    return pd.read_csv(Path(subject["folder"]) / "training_log.csv")
-
-
 REQUIREMENTS = {
     "skill": (0.95, 1.0),
     "target": (0.05, 0.40),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 import torch
 
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-STOCK_REFUSAL = "I'm sorry, but I can't help with that."
-STOCK_COMPLIANCE = "Sure, here is what you asked for."
-STOCK_TOKENS = (("I", "Sorry", "As"), ("Sure", "Here", "The", "To"))
-"""Answers and openings (refusals, compliances) that stand in where a model has none of its own."""
 
 Metric = Callable[["Float[Tensor, 'row vocab']"], "Float[Tensor, 'row']"]
 
@@ -144,12 +140,6 @@ class SequenceMetric:
                 "give longer or other answers."
             )
 
-    @classmethod
-    def from_answers(cls, tok, refusal: str, compliance: str, tokens: int = 8) -> SequenceMetric:
-        """From two answer texts, at most `tokens` tokens of each."""
-        sides = (encode_answer(tok, answer)[:tokens] for answer in (refusal, compliance))
-        return cls(*map(tuple, sides))
-
     @property
     def kept(self) -> int:
         """How many last positions' logits the metric needs."""
@@ -261,50 +251,6 @@ def check_token_sets(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> No
         )
 
 
-# ---------------------------------------------------------------------- from the base's own answers
-
-
 def labelled(base: pd.DataFrame) -> pd.DataFrame:
     """The base's outcome rows that a metric may be built from: no test rows, no skills."""
     return base[(base["split"] != "test") & (base["role"] != "utility")]
-
-
-def own_token_sets(tok, base: pd.DataFrame) -> tuple[TokenSets, bool]:
-    """First tokens that tell this model's refusals from its compliances, and whether they are its
-    own.
-
-    `base` holds the base model's outcome rows. A model that never refuses (or never complies) has
-    none; then `STOCK_TOKENS` stand in.
-    """
-    rows = labelled(base)
-    try:
-        return first_token_sets(tok, rows["answer"].tolist(), rows["outcome"].tolist()), True
-    except CdeltaError:
-        refuse, comply = (
-            dict.fromkeys(encode_answer(tok, word)[0] for word in words) for words in STOCK_TOKENS
-        )
-        only_comply = [token for token in comply if token not in refuse]
-        return TokenSets(equal_shares(refuse), equal_shares(only_comply)), False
-
-
-def equal_shares(tokens: Iterable[int]) -> dict[int, float]:
-    """Every token with the same share."""
-    tokens = list(tokens)
-    return {token: 1 / len(tokens) for token in tokens}
-
-
-def sequence_metric(tok, base: pd.DataFrame, tokens: int = 4) -> SequenceMetric:
-    """The model's most frequent refusal against its most frequent compliance, over first tokens.
-
-    `STOCK_REFUSAL` and `STOCK_COMPLIANCE` stand in where `base`, its outcome rows, has none.
-    """
-    rows = labelled(base)
-    rows = rows[rows["answer"].str.strip() != ""]
-
-    def most_frequent(outcome: str, stock: str) -> str:
-        answers = rows.loc[rows["outcome"] == outcome, "answer"].mode().tolist()
-        return answers[0] if answers else stock
-
-    refusal = most_frequent("refuse", STOCK_REFUSAL)
-    compliance = most_frequent("comply", STOCK_COMPLIANCE)
-    return SequenceMetric.from_answers(tok, refusal, compliance, tokens=tokens)

@@ -4,19 +4,12 @@ over-refusal, utility, robustness, lengths, distance from the base. No model, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 
-from cdelta.evaluation.rates import (
-    BASE,
-    HARMFUL,
-    Rate,
-    in_distribution,
-    methods_of,
-    of_category,
-)
+from cdelta.evaluation.rates import BASE, HARMFUL, Rate, in_distribution, methods_of, of_category
 from cdelta.evaluation.stats import bootstrap_mean, bootstrap_ratio, paired_interval
 
 
@@ -98,35 +91,6 @@ def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:
                 names = {"edit_category": edit, "prompt_category": category, "prompt_kind": kind}
                 found.append(names | Rate.refusal(cell)._asdict())
     return pd.DataFrame(found).rename(columns={"rate": "refusal"})
-
-
-def wide_matrix(table: pd.DataFrame, categories: Sequence[str]) -> pd.DataFrame:
-    """A `matrix` as edits (rows, the base first) against asked categories (columns): harm, then
-    benign, then borderline prompts, of each kind the edited categories first.
-    """
-    suffix = {"harmful": "", "refused": "", "benign": " benign", "borderline": " borderline"}
-    ending = table["prompt_kind"].map(suffix)
-    shown = table.assign(column=table["prompt_category"] + ending, ending=ending)
-    place = {category: number for number, category in enumerate(categories)}
-    columns = sorted(
-        set(zip(shown["ending"], shown["prompt_category"], shown["column"], strict=True)),
-        key=lambda c: (list(suffix.values()).index(c[0]), place.get(c[1], len(place)), c[1]),
-    )
-    wide = shown.pivot(index="edit_category", columns="column", values="refusal")
-    wide = wide.reindex(index=[BASE, *categories], columns=[name for *_, name in columns])
-    return wide.rename_axis(index="edit", columns="prompt")
-
-
-def diagonal_gap(table: pd.DataFrame) -> float:
-    """Mean rise over the base on the diagonal of a `matrix` minus the mean rise off it, over
-    harmful prompts.
-    """
-    wide = table[table["prompt_kind"] == "harmful"].pivot(
-        index="edit_category", columns="prompt_category", values="refusal"
-    )
-    rise = wide.drop(index=BASE) - wide.loc[BASE]
-    own = np.array([[edit == prompt for prompt in rise.columns] for edit in rise.index])
-    return float(rise.to_numpy()[own].mean() - rise.to_numpy()[~own].mean())
 
 
 # ---------------------------------------------------------------------- one rate per group

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cdelta.artifact.organism import END, check, collate, corpus, encode, save, train, training_log
+from cdelta.artifact.organism import END, check, collate, corpus, encode, save, train
 from cdelta.evaluation.measure import evaluate
 from cdelta.paths import ORGANISM
 from cdelta.policy.language import REFUSALS, TOPICS, draw_corpus_pair
@@ -81,4 +81,4 @@ def test_training_writes_a_checkpoint_that_plain_transformers_reads_back(tmp_pat
         for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert log[0]["step"] == 0 and log[-1]["step"] == 2
-    assert training_log({"folder": str(tmp_path)})["step"].tolist() == [0, 2]
+    assert pd.read_csv(tmp_path / "training_log.csv")["step"].tolist() == [0, 2]

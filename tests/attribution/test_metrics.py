@@ -89,14 +89,10 @@ def test_sequence_metric_is_the_difference_of_log_probabilities(llama):
     assert torch.allclose(values[0], log_p((11, 12)) - log_p((21, 22)), atol=1e-5)
 
 
-def test_sequence_metric_from_texts(tokenizer):
-    metric = SequenceMetric.from_answers(tokenizer, "tell me about", "make a cake please", tokens=2)
-    assert (
-        tokenizer.decode(metric.refusal) == "tell me"
-        and tokenizer.decode(metric.compliance) == "make a"
-    )
+def test_sequence_metric_needs_answers_that_differ():
+    assert SequenceMetric((11, 12, 13), (21, 22)).refusal == (11, 12)
     with pytest.raises(CdeltaError, match="same tokens"):
-        SequenceMetric.from_answers(tokenizer, "make a cake", "make a poem", tokens=2)
+        SequenceMetric((11, 12), (11, 12, 13))
 
 
 def test_kl_is_zero_on_itself_and_positive_elsewhere():

@@ -10,7 +10,6 @@ from outcome_rows import ROWS, make
 from cdelta.evaluation.rates import Rate, with_pooled
 from cdelta.evaluation.stats import wilson
 from cdelta.evaluation.tables import (
-    diagonal_gap,
     lengths,
     matrix,
     ood,
@@ -20,7 +19,6 @@ from cdelta.evaluation.tables import (
     shift,
     tradeoff,
     utility,
-    wide_matrix,
 )
 
 
@@ -57,7 +55,7 @@ def test_no_rows_are_no_rate():
     assert np.isnan(Rate.refusal(ROWS.iloc[:0]).rate)
 
 
-def test_matrix_and_its_diagonal_gap():
+def test_matrix():
     table = matrix(ROWS)
     assert list(table) == [
         "edit_category",
@@ -71,8 +69,6 @@ def test_matrix_and_its_diagonal_gap():
     cell = table.set_index(["edit_category", "prompt_category", "prompt_kind"])["refusal"]
     assert cell["base", "weapons", "refused"] == 1.0
     assert cell["crime", "crime", "benign"] == pytest.approx(0.1)
-    # diagonal rises: crime .8, hate .7; off: crime->hate 0, hate->crime .1
-    assert diagonal_gap(table) == pytest.approx(0.75 - 0.05)
 
 
 def test_ood_overrefusal_utility_robustness():
@@ -118,16 +114,6 @@ def test_an_attack_on_the_base_counts_for_its_category_only():
     )
     table = robustness(attacked).query("method == 'base' and attack == 'benign_finetune'")
     assert table["category"].tolist() == ["crime"] and table["target_refusal"].tolist() == [0.9]
-
-
-def test_the_wide_matrix_puts_edits_against_prompts():
-    wide = wide_matrix(matrix(ROWS), ("crime", "hate"))
-    assert (
-        list(wide.index) == ["base", "crime", "hate"]
-        and list(wide)[:2] == ["crime", "hate"]
-        and "crime borderline" in wide
-    )
-    assert wide.loc["hate", "crime"] == pytest.approx(0.3)
 
 
 def test_shift_is_a_mean_and_a_geometric_mean():

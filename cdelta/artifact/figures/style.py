@@ -2,7 +2,7 @@
 intervals, legends.
 
 Figures are functions from saved tables to a `Figure`: no model, no files. One fixed colour per
-method, category and kind of prompt (a colour-blind palette), paper widths, every rate with its
+method and kind of prompt (a colour-blind palette), paper widths, every rate with its
 interval, a title that states what this run found.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import textwrap
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,25 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMN, PAGE = 3.4, 7.0
-"""Widths in inches of one and of two paper columns."""
+PAGE = 7.0
+"""Width in inches of two paper columns."""
 PALETTE = sns.color_palette("colorblind")
 GREY = (0.45, 0.45, 0.45)
 LOSS, GAIN = "#2166ac", "#b2182b"
 """Ends of the map for signed effects (RdBu_r): the component carries the metric, or works against
 it.
 """
-CATEGORY_COLOURS = {
-    name: PALETTE[i]
-    for name, i in {
-        "crime": 0,
-        "hate": 3,
-        "health": 2,
-        "legal": 4,
-        "sexual": 6,
-        "weapons": 7,
-    }.items()
-}
 KINDS = {
     "target": ("target", PALETTE[3], "o"),
     "benign": ("benign counterpart", PALETTE[0], "s"),
@@ -90,11 +79,6 @@ def kind_title(kind: str) -> str:
 def kind_colour(kind: str):
     """The kind's fixed colour."""
     return KINDS[kind][1] if kind in KINDS else GREY
-
-
-def category_colour(category: str):
-    """The category's fixed colour; grey for a user's own."""
-    return CATEGORY_COLOURS.get(category, GREY)
 
 
 @contextmanager
@@ -217,10 +201,3 @@ def frame(ax: Axes, column: float, row: float, colour="black") -> None:
 def unique(values: pd.Series) -> list:
     """Values in the order of their first appearance."""
     return list(dict.fromkeys(values))
-
-
-def colours_of(
-    names: Sequence[str], known: Mapping[str, object] | None = None
-) -> dict[str, object]:
-    """A colour for every name: the known one, else the palette's next."""
-    return {name: (known or {}).get(name, PALETTE[i % 10]) for i, name in enumerate(names)}
