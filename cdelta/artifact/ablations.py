@@ -14,10 +14,6 @@ from cdelta.circuit.controls import random_mask
 from cdelta.circuit.mask import ParameterMask
 from cdelta.circuit.ranking import unit_scores
 from cdelta.circuit.selection import select_units
-from cdelta.edit.fit import train
-from cdelta.edit.rows import training_rows
-from cdelta.edit.scale import choose_scale
-from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import wilson
 
@@ -111,17 +107,12 @@ def fit_variant(bench: Bench, variant: Variant) -> WeightDelta:
     settings = bench.run.settings
     recipe = settings.recipe.seeded(settings.seeds[0])
     recipe = replace(recipe, edit=replace(recipe.edit, **variant.changes))
-    rows = training_rows(bench.base, variant.category, recipe.edit)
-    stop = stop_rule(bench.model, bench.tok, bench.val, variant.category, recipe, bench.metric)
-    return train(bench.model, bench.tok, variant.mask, rows, recipe.edit, stop=stop).delta
+    return bench.fit(variant.mask, variant.category, recipe).delta
 
 
 def variant_row(bench: Bench, variant: Variant, delta: WeightDelta) -> dict[str, object]:
     """A variant's rates on validation at the k that the caps allow."""
-    recipe = bench.run.settings.recipe
-    choice = choose_scale(
-        bench.model, bench.tok, delta, bench.val, variant.category, recipe, bench.metric
-    )
+    choice = bench.choice(delta, variant.category, bench.run.settings.recipe)
     own = (bench.val["category"] == variant.category) & (bench.val["role"] == "target")
     n, row = int(own.sum()), choice.row
     low, high = wilson(row["target"] * n, n)

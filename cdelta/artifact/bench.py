@@ -19,7 +19,11 @@ from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.mask import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.answers import answer_options
-from cdelta.edit.scale import Caps
+from cdelta.edit.fit import Fit, train
+from cdelta.edit.recipe import Recipe
+from cdelta.edit.rows import training_rows
+from cdelta.edit.scale import Caps, Choice, choose_scale
+from cdelta.edit.stop import stop_rule
 from cdelta.evaluation.measure import evaluate
 from cdelta.files import write_json
 from cdelta.models.spec import ModelSpec
@@ -86,6 +90,19 @@ class Bench:
         under = {"method": "cdelta", "k": k, "param_fraction": share, **condition}
         with delta.applied(self.model, k):
             return self.answers(records, **under)
+
+    def fit(self, mask: ParameterMask, category: str, recipe: Recipe, **options: object) -> Fit:
+        """An update on a mask, trained as the recipe says; `options` as `train` takes them."""
+        rows = training_rows(self.base, category, recipe.edit)
+        stop = stop_rule(self.model, self.tok, self.val, category, recipe, self.metric)
+        return train(self.model, self.tok, mask, rows, recipe.edit, stop=stop, **options)
+
+    def choice(
+        self, delta: WeightDelta, category: str | Sequence[str], recipe: Recipe, **options: object
+    ) -> Choice:
+        """The scale k; `options` as `choose_scale` takes them."""
+        known = (self.val, category, recipe, self.metric)
+        return choose_scale(self.model, self.tok, delta, *known, **options)
 
     def scores(self) -> dict[str, Scores]:
         """Attribution scores of every category (stage 02)."""

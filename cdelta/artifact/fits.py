@@ -19,14 +19,9 @@ from pathlib import Path
 import pandas as pd
 
 from cdelta.artifact.bench import Bench
-from cdelta.artifact.presets import resolve
-from cdelta.artifact.run import RunReader, read_settings
+from cdelta.artifact.run import RunReader
+from cdelta.artifact.workers import names, share
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.fit import train
-from cdelta.edit.rows import training_rows
-from cdelta.edit.scale import choose_scale
-from cdelta.edit.stop import stop_rule
-from cdelta.errors import CdeltaError
 from cdelta.files import locked
 
 STAGE = "04_edit"
@@ -72,21 +67,9 @@ def finished_edit(bench: Bench, category: str, seed: int) -> Edit:
 def _make(bench: Bench, category: str, seed: int, work: Path) -> None:
     """Train, choose k, and keep both; the delta last, since it says that the edit is finished."""
     recipe = bench.run.settings.recipe.seeded(seed)
-    model, tok = bench.model, bench.tok
-    fit = train(
-        model,
-        tok,
-        bench.mask(category),
-        training_rows(bench.base, category, recipe.edit),
-        recipe.edit,
-        stop=stop_rule(model, tok, bench.val, category, recipe, bench.metric),
-        checkpoint=work / "training",
-        metadata={"category": category},
-    )
-    scales = {"store": work / "scale"}
-    choice = choose_scale(
-        model, tok, fit.delta, bench.val, category, recipe, bench.metric, **scales
-    )
+    kept = {"checkpoint": work / "training", "metadata": {"category": category}}
+    fit = bench.fit(bench.mask(category), category, recipe, **kept)
+    choice = bench.choice(fit.delta, category, recipe, store=work / "scale")
     where = {"category": category, "seed": seed}
     pd.DataFrame(fit.log).assign(**where).to_parquet(work / LOG, index=False)
     chosen = {"chosen": choice.curve["k"] == choice.k, "within_caps": choice.within_caps}
@@ -103,33 +86,21 @@ def _lock(run: RunReader, category: str, seed: int) -> Path:
     return _folder(run, category, seed).parent / f".{category}-{seed}.lock"
 
 
+def _work(run: RunReader, args: argparse.Namespace) -> None:
+    bench = Bench(run)
+    wanted = names(args.categories) or run.settings.categories
+    for category, seed in edits_of(run):
+        lock = _lock(run, category, seed)
+        if category not in wanted:
+            continue
+        with suppress(BlockingIOError), locked(lock, wait=False):
+            edit = finished_edit(bench, category, seed)
+            print(f"{category} {seed}: k = {edit.delta.metadata['k']:g}", flush=True)
+
+
 def main(argv: Iterable[str] | None = None) -> int:
     """Make the edits that no other process is at."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdelta.artifact.fits",
-        description="Make stage 04's edits, beside other processes that do the same.",
-    )
-    parser.add_argument("--run-dir", required=True, help="the run's folder")
-    parser.add_argument("--preset", default="tiny", help="where the folder does not name one")
-    parser.add_argument("--categories", default="", help="categories, with commas between them")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    args = parser.parse_args(None if argv is None else list(argv))
-    try:
-        folder = Path(args.run_dir)
-        settings = read_settings(folder) or resolve(args.preset)
-        bench = Bench(RunReader(STAGE, settings, folder, args.device))
-        wanted = args.categories.split(",") if args.categories else settings.categories
-        for category, seed in edits_of(bench.run):
-            lock = _lock(bench.run, category, seed)
-            if category not in wanted:
-                continue
-            with suppress(BlockingIOError), locked(lock, wait=False):
-                edit = finished_edit(bench, category, seed)
-                print(f"{category} {seed}: k = {edit.delta.metadata['k']:g}", flush=True)
-    except CdeltaError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return share(STAGE, "cdelta.artifact.fits", _work, argv, {})
 
 
 if __name__ == "__main__":

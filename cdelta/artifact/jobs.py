@@ -25,9 +25,9 @@ import pandas as pd
 import torch
 
 from cdelta.artifact.job_results import DONE, EDITED, Job, Results, described
-from cdelta.artifact.presets import resolve
-from cdelta.artifact.run import RunReader, read_settings
+from cdelta.artifact.run import RunReader
 from cdelta.artifact.subject import load_mask, load_metric, load_subject
+from cdelta.artifact.workers import names, share
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.answers import answer_options
 from cdelta.edit.rows import training_rows
@@ -339,37 +339,26 @@ def _save(table: pd.DataFrame, path: Path) -> None:
 # ---------------------------------------------------------------------- command line
 
 
+FLAGS = {
+    "--only": "methods, with commas between them",
+    "--model": "folder of the model, if it lies elsewhere",
+    "--harness-data": "folder of the task files",
+}
+
+
+def _work(run: RunReader, args: argparse.Namespace) -> None:
+    if run.preset.threads:
+        torch.set_num_threads(run.preset.threads)
+    only = names(args.only)
+    for key in only:
+        method_of(key)
+    comparison = Comparison(run, args.model, args.harness_data)
+    comparison.run_all(to_the_end=False, only=only, categories=names(args.categories))
+
+
 def main(argv: Iterable[str] | None = None) -> int:
     """Do the jobs of a run's comparison that no other process is at."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cdelta.artifact.jobs",
-        description="Do stage 05's jobs, beside other processes that do the same.",
-    )
-    parser.add_argument("--run-dir", required=True, help="the run's folder")
-    parser.add_argument("--preset", default="tiny", help="where the folder does not name one")
-    parser.add_argument("--only", default="", help="methods, with commas between them")
-    parser.add_argument("--categories", default="", help="categories, with commas between them")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--model", default="", help="folder of the model, if it lies elsewhere")
-    parser.add_argument("--harness-data", default="", help="folder of the task files")
-    args = parser.parse_args(None if argv is None else list(argv))
-    try:
-        folder = Path(args.run_dir)
-        settings = read_settings(folder) or resolve(args.preset)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        run = RunReader(STAGE, settings, folder, args.device)
-        only, categories = (
-            [name for name in text.split(",") if name] for text in (args.only, args.categories)
-        )
-        for key in only:
-            method_of(key)
-        comparison = Comparison(run, args.model, args.harness_data)
-        comparison.run_all(to_the_end=False, only=only, categories=categories)
-    except CdeltaError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return share(STAGE, "cdelta.artifact.jobs", _work, argv, FLAGS)
 
 
 if __name__ == "__main__":

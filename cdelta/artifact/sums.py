@@ -14,7 +14,6 @@ from cdelta.artifact.composition import interference, merged, union_mask
 from cdelta.delta.weight_delta import WeightDelta, compose
 from cdelta.edit.fit import train
 from cdelta.edit.rows import training_rows
-from cdelta.edit.scale import choose_scale
 from cdelta.edit.stop import stop_rule
 from cdelta.evaluation.rates import curve_row, edit_name
 
@@ -80,7 +79,7 @@ def joint_rows(bench: Bench, subset: Sequence[str], test: pd.DataFrame) -> pd.Da
     rows = training_rows(base, name, recipe.edit)
     stop = stop_rule(bench.model, bench.tok, val, name, recipe, bench.metric)
     delta = train(bench.model, bench.tok, mask, rows, recipe.edit, stop=stop).delta
-    choice = choose_scale(bench.model, bench.tok, delta, bench.val, subset, recipe, bench.metric)
+    choice = bench.choice(delta, subset, recipe)
     return bench.answers_of(delta, choice.k, test, method="joint", edit_category=name)
 
 
