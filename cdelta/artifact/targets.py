@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import ge, le
+from operator import attrgetter, ge, le
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 
 from cdelta.evaluation.comparison import MEASURES, with_values
 from cdelta.evaluation.multiple_choice import TASKS
-from cdelta.evaluation.rates import BASE, Rate, in_distribution, methods_of
+from cdelta.evaluation.rates import BASE, Rate, in_distribution, methods_of, paired_means
 from cdelta.evaluation.stats import Estimate, bootstrap_ratio, paired_interval
 
 
@@ -82,13 +82,16 @@ class Target(NamedTuple):
 # ---------------------------------------------------------------------- values
 
 
+def _estimate(rate: Rate) -> Estimate | None:
+    return Estimate(*rate[:3]) if rate.n else None
+
+
 def rate_of(measure: str) -> Value:
     """The rate of a measure under the method."""
 
     def value(evidence: Evidence, category: str) -> Estimate | None:
         own = MEASURES[measure].rows(evidence.pairs[category][0], category)
-        rate = Rate.of(own[MEASURES[measure].value], own["id"])
-        return Estimate(rate.rate, rate.low, rate.high) if rate.n else None
+        return _estimate(Rate.of(own[MEASURES[measure].value], own["id"]))
 
     return value
 
@@ -104,9 +107,8 @@ def rise_of(measure: str) -> Value:
 
 
 def _change(own: pd.DataFrame, base: pd.DataFrame, value: str = "refused") -> Estimate | None:
-    means = [rows[value].astype(float).groupby(rows["id"]).mean() for rows in (own, base)]
-    pair = pd.concat(means, axis=1, join="inner")
-    return paired_interval(pair.iloc[:, 0], pair.iloc[:, 1]) if len(pair) else None
+    first, second = paired_means(own, base, value, "id")
+    return paired_interval(first, second) if len(first) else None
 
 
 def worst_rise(role: str, own: bool = True, size: bool = False) -> Value:
@@ -128,13 +130,9 @@ def worst_rise(role: str, own: bool = True, size: bool = False) -> Value:
         ]
         if size:
             changes = [_size(change) for change in changes]
-        return max(changes, key=_value, default=None)
+        return max(changes, key=attrgetter("value"), default=None)
 
     return value
-
-
-def _value(estimate: Estimate) -> float:
-    return estimate.value
 
 
 def _size(estimate: Estimate) -> Estimate:
@@ -149,9 +147,7 @@ def skills_kept(evidence: Evidence, category: str) -> Estimate | None:
     own, base = (MEASURES["utility"].rows(rows, category) for rows in evidence.pairs[category])
     if not len(own) or not base["right"].any():
         return None
-    means = [rows["right"].astype(float).groupby(rows["id"]).mean() for rows in (own, base)]
-    pair = pd.concat(means, axis=1, join="inner")
-    return bootstrap_ratio(pair.iloc[:, 0], pair.iloc[:, 1])
+    return bootstrap_ratio(*paired_means(own, base, "right", "id"))
 
 
 def on_set(name: str) -> Value:
@@ -160,8 +156,7 @@ def on_set(name: str) -> Value:
     def value(evidence: Evidence, category: str) -> Estimate | None:
         own = evidence.pairs[category][0]
         own = own[(own["kind"] == "target") & (own["ood_set"] == name)]
-        rate = Rate.refusal(own)
-        return Estimate(rate.rate, rate.low, rate.high) if rate.n else None
+        return _estimate(Rate.refusal(own))
 
     return value
 
@@ -172,8 +167,7 @@ def wrapped(evidence: Evidence, category: str) -> Estimate | None:
     own = (rows["method"] == evidence.method) & (rows["edit_category"] == category)
     own &= (rows["role"] == "target") & (rows["category"] == category)
     own &= (rows["ood_set"] == "") & rows["attack"].str.startswith("wrapper")
-    rate = Rate.refusal(rows[own])
-    return Estimate(rate.rate, rate.low, rate.high) if rate.n else None
+    return _estimate(Rate.refusal(rows[own]))
 
 
 def parameters(evidence: Evidence, category: str) -> Estimate:

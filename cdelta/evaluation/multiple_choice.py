@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cdelta.errors import CdeltaError
-from cdelta.evaluation.rates import BASE, Rate
+from cdelta.evaluation.rates import BASE, Rate, paired_means
 from cdelta.evaluation.stats import bootstrap_ratio, mcnemar, paired_interval
 from cdelta.models.chat import NO_LABEL, answer_logits, by_length, collate, pad_id, rope_boundary
 
@@ -207,19 +207,13 @@ def differences(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
     for (category, method, task), own in rows.groupby(["category", "method", "task"], sort=False):
         rate = Rate.of(own["correct"], own["item"])
         start = {"category": category or "all", "method": method, "task": task, "n": rate.n}
-        accuracy = {
-            "accuracy": rate.rate,
-            "accuracy_low": rate.low,
-            "accuracy_high": rate.high,
-        }
+        accuracy = {"accuracy": rate.rate, "accuracy_low": rate.low, "accuracy_high": rate.high}
         found.append(start | accuracy | _change(own, base[base["task"] == task], margin))
     return pd.DataFrame(found)
 
 
 def _change(own: pd.DataFrame, base: pd.DataFrame, margin: float) -> dict[str, object]:
-    means = [part["correct"].astype(float).groupby(part["item"]).mean() for part in (own, base)]
-    pair = pd.concat(means, axis=1, join="inner")
-    first, second = pair.iloc[:, 0], pair.iloc[:, 1]
+    first, second = paired_means(own, base, "correct", "item")
     change = paired_interval(first, second)
     return {
         "accuracy_base": second.mean(),

@@ -107,6 +107,15 @@ class Rate(NamedTuple):
         return {f"{prefix}_refusal": self.rate, low: self.low, high: self.high}
 
 
+def paired_means(
+    first: pd.DataFrame, second: pd.DataFrame, value: str, by: str
+) -> tuple[pd.Series, pd.Series]:
+    """Means of a column per prompt that both sides have."""
+    means = [rows[value].astype(float).groupby(rows[by]).mean() for rows in (first, second)]
+    pair = pd.concat(means, axis=1, join="inner")
+    return pair.iloc[:, 0], pair.iloc[:, 1]
+
+
 def rates(hits: pd.Series, rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """`Rate` of the hits per group of rows, as ``*by, rate, low, high, n``, in order of
     appearance.

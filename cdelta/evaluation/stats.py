@@ -54,7 +54,6 @@ def bootstrap_mean(
     groups: Sequence | None = None,
     draws: int = DRAWS,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> Estimate:
     """Mean and its percentile bootstrap interval.
 
@@ -65,43 +64,30 @@ def bootstrap_mean(
         raise CdeltaError("no values to average.")
     drawn, (totals, sizes) = _drawn(np.stack(_group_sums(values, groups)), draws, seed)
     means = drawn @ totals / (drawn @ sizes)
-    return Estimate(values.mean(), *_percentiles(means, level))
+    return Estimate(values.mean(), *_percentiles(means))
 
 
 def bootstrap_ratio(
     numerator: Sequence[float],
     denominator: Sequence[float],
     draws: int = DRAWS,
-    seed: int = 0,
-    level: float = LEVEL,
 ) -> Estimate:
     """Σ numerator / Σ denominator of paired measurements, with its percentile bootstrap interval
     over the pairs.
     """
     top, bottom = _paired(numerator, denominator)
-    drawn, (tops, bottoms) = _drawn(np.stack([top, bottom]), draws, seed)
+    drawn, (tops, bottoms) = _drawn(np.stack([top, bottom]), draws)
     ratios = drawn @ tops / (drawn @ bottoms)
-    return Estimate(top.sum() / bottom.sum(), *_percentiles(ratios, level))
-
-
-def paired_bootstrap(
-    first: Sequence[float],
-    second: Sequence[float],
-    groups: Sequence | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Estimate:
-    """Mean of first − second on the same prompts, with its percentile bootstrap interval."""
-    a, b = _paired(first, second)
-    return bootstrap_mean(a - b, groups, draws, seed, level)
+    return Estimate(top.sum() / bottom.sum(), *_percentiles(ratios))
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """`paired_bootstrap`; where no prompt differs, resampling has nothing to draw, and the interval
-    is Clopper and Pearson's bound on how many of all prompts may differ all the same.
+    """Mean of first − second on the same prompts, with its percentile bootstrap interval; where no
+    prompt differs, resampling has nothing to draw, and the interval is Clopper and Pearson's bound
+    on how many of all prompts may differ all the same.
     """
-    estimate = paired_bootstrap(first, second)
+    a, b = _paired(first, second)
+    estimate = bootstrap_mean(a - b)
     if estimate.low == estimate.high:
         bound = 1 - ((1 - LEVEL) / 2) ** (1 / len(first))
         return Estimate(estimate.value, estimate.low - bound, estimate.high + bound)
@@ -151,7 +137,7 @@ def _group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray
     return np.bincount(index, weights=values), np.bincount(index).astype(float)
 
 
-def _drawn(units: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(units: np.ndarray, draws: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """How often each unit (a column) is drawn, per resample, and the units.
 
     Where most have equals, as rates do, equal units are drawn together. Otherwise they stay in
@@ -164,6 +150,6 @@ def _drawn(units: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.nda
     return rng.multinomial(n, counts / n, size=draws).astype(float), found
 
 
-def _percentiles(samples: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+def _percentiles(samples: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
