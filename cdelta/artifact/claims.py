@@ -236,15 +236,14 @@ def _column_difference(own: pd.Series, recorded: pd.Series, tolerance: Tolerance
 # ---------------------------------------------------------------------- printing
 
 
-def check_run(run: str | Path, name: str = "") -> int:
+def check_run(run: str | Path) -> int:
     """Print a run's verdicts and its distance from the recorded one; exit code 1 on a miss.
 
-    run: a run's name in data/runs, or a folder of figures. name: the recorded run to compare with
-    (by default the run's own).
+    run: a run's name in data/runs, or a folder of figures.
     """
     figures = _figures_of(run)
     own_name = read_manifest(figures)["preset"]
-    recorded = FIGURES / (name or own_name)
+    recorded = FIGURES / own_name
     verdicts = [measure(claim, figures) for claim in claims_of(own_name)]
     print(f"claims on {figures}")
     for verdict in verdicts:
@@ -286,12 +285,16 @@ def readme_table() -> str:
 
 def with_claims(text: str) -> str:
     """A Markdown text with the table between its markers. Raises `CdeltaError` without markers."""
-    begin, end = MARKERS
+    return filled(text, *MARKERS, readme_table())
+
+
+def filled(text: str, begin: str, end: str, content: str) -> str:
+    """A text with the content between two markers. Raises `CdeltaError` without them."""
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise CdeltaError(f"README.md has no place for the claims: put {begin} and {end} into it.")
-    return f"{before}{begin}\n{readme_table()}\n{end}{after}"
+        raise CdeltaError(f"README.md has no place for a table: put {begin} and {end} into it.")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ would expect, so do the sentences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -254,9 +254,7 @@ def robust(pooled: pd.DataFrame) -> Markdown:
     means = "These attacks leave the edit in place."
     means = "Whoever has the weights can undo much of an edit with little work." if lost else means
     return section(
-        f"{found}.",
-        means,
-        "An edit is no safety guarantee; other attacks may leave less.",
+        f"{found}.", means, "An edit is no safety guarantee; other attacks may leave less."
     )
 
 
@@ -338,8 +336,8 @@ def cost(serving: pd.DataFrame) -> Markdown:
     )
 
 
-def ablations(lines: pd.DataFrame, others: Sequence[str] = ()) -> Markdown:
-    """Notebook 09, from `ablations.budget_lines`; `others`: sentences about the other variants."""
+def ablations(lines: pd.DataFrame) -> Markdown:
+    """Notebook 09, from `ablations.budget_lines`."""
     wide = lines.pivot_table(index="percent", columns="mask", values="rate").dropna()
     found = findings.budget(lines) or "This run has no circuit and random mask of the same size"
     gaps = (
@@ -355,7 +353,7 @@ def ablations(lines: pd.DataFrame, others: Sequence[str] = ()) -> Markdown:
             f" ({gaps.index[-1]:g} %)."
         )
     return section(
-        " ".join([f"{found}.", *others]),
+        f"{found}.",
         means,
         "All rates here are on validation prompts, which also chose k: they compare, they do not"
         " promise.",

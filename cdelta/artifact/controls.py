@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -260,7 +261,8 @@ def _control_row(compared: Compared, kind: str, size: float) -> dict[str, object
         for seed in compared.seeds
     ]
     overlaps = [values[near] for (n, _), values in compared.shared.items() if n.split()[0] == kind]
-    f = {key: compared.mean(key, _faithfulness) for key in ("circuit", kind)}
+    f = {key: compared.mean(key, attrgetter("runs.faithfulness")) for key in ("circuit", kind)}
+    kl = attrgetter("runs.faithfulness_kl")
     better = [
         f"{fraction:g}"
         for fraction, mine, theirs in zip(fractions, f["circuit"], f[kind])
@@ -276,18 +278,10 @@ def _control_row(compared: Compared, kind: str, size: float) -> dict[str, object
         "worst seed": min(single),
         "beats": difference.low > 0,
         f"shared at {fractions[near]:g}": np.mean(overlaps),
-        "f KL circuit": compared.mean("circuit", _faithfulness_kl)[near],
-        "f KL control": compared.mean(kind, _faithfulness_kl)[near],
+        "f KL circuit": compared.mean("circuit", kl)[near],
+        "f KL control": compared.mean(kind, kl)[near],
         "control better at": ", ".join(better) or "-",
     }
-
-
-def _faithfulness(curve: Curve) -> Tensor:
-    return curve.runs.faithfulness
-
-
-def _faithfulness_kl(curve: Curve) -> Tensor:
-    return curve.runs.faithfulness_kl
 
 
 def verdict(table: pd.DataFrame) -> str:

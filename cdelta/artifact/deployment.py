@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,10 +172,7 @@ def rounded_rows(
     """
     rows = []
     for scheme in ("", *SCHEMES):
-
-        def rounding(scheme=scheme):
-            return quantised(bench.model, scheme) if scheme else nullcontext()
-
+        rounding = partial(quantised, bench.model, scheme) if scheme else nullcontext
         with rounding():
             rows.append(bench.answers(test, attack=scheme))
         for category, delta in deltas.items():

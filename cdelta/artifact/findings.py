@@ -336,7 +336,6 @@ def budget(table: pd.DataFrame) -> str:
         return ""
     share, row = wide.index[0], wide.iloc[0]
     return (
-        f"At {share:.2g} % of the parameters the circuit refuses {percent(row['circuit'])} "
-        f"of the target, "
-        f"a random mask {percent(row['random'])}"
+        f"At {share:.2g} % of the parameters the circuit refuses {percent(row['circuit'])} of the "
+        f"target, a random mask {percent(row['random'])}"
     )

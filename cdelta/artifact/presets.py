@@ -17,13 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cdelta.edit.recipe import (
-    AnswersRecipe,
-    AttributionRecipe,
-    CircuitRecipe,
-    EditRecipe,
-    Recipe,
-)
+from cdelta.edit.recipe import AnswersRecipe, AttributionRecipe, CircuitRecipe, EditRecipe, Recipe
 from cdelta.errors import CdeltaError
 from cdelta.settings import changed, parse_overrides
 

@@ -16,10 +16,10 @@ import pandas as pd
 
 from cdelta.artifact import findings
 from cdelta.artifact.ablations import budget_lines
+from cdelta.artifact.claims import filled
 from cdelta.artifact.figures.style import method_title
 from cdelta.artifact.findings import OWN, percent, span
 from cdelta.artifact.presets import Preset, load_preset, preset_names
-from cdelta.errors import CdeltaError
 from cdelta.files import write_text
 from cdelta.paths import FIGURES, ROOT
 
@@ -126,13 +126,7 @@ def _preset_row(preset: Preset) -> str:
 def with_blocks(text: str) -> str:
     """A Markdown text with its blocks filled. Raises `CdeltaError` where one has no place."""
     for block in BLOCKS:
-        begin, end = markers(block)
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise CdeltaError(f"README.md has no place for {block}: put {begin} and {end} into it.")
-        content = results() if block == "results" else presets()
-        text = f"{before}{begin}\n{content}\n{end}{after}"
+        text = filled(text, *markers(block), results() if block == "results" else presets())
     return text
 
 

@@ -18,7 +18,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,10 +162,9 @@ class Run(RunReader):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def figure(self, id: str, figure: Figure, caption: str, title: str = "") -> None:
-        """Save a figure as PDF and PNG under `id`, record it in the manifest and display it.
-
-        `title` is the finding that the figure shows, by default the figure's own title.
+    def figure(self, id: str, figure: Figure, caption: str) -> None:
+        """Save a figure as PDF and PNG under `id`, record it in the manifest with its title
+        (the finding that it shows), and display it.
         """
         import matplotlib.pyplot as plt
         from IPython.display import Image, display
@@ -175,7 +174,7 @@ class Run(RunReader):
             figure.savefig(pdf, bbox_inches="tight", metadata={"CreationDate": None})
         figure.savefig(png, bbox_inches="tight", dpi=200, metadata={"Software": None})
         plt.close(figure)
-        found = title or " ".join(figure.get_suptitle().split())
+        found = " ".join(figure.get_suptitle().split())
         self._record(id, "figure", (pdf, png), caption, found)
         display(Image(data=png.read_bytes(), width=int(100 * figure.get_figwidth())))
 
@@ -193,7 +192,9 @@ class Run(RunReader):
         tex.write_text(_latex(table, shown, digits), encoding="utf-8")
         self._record(id, "table", (csv, tex), caption)
         rates = rate_columns(table.columns)
-        formats = {c: _formatter(str(c) in rates, digits) for c in table.columns}
+        formats = {
+            c: partial(readable, percent=str(c) in rates, digits=digits) for c in table.columns
+        }
         view = table.style.format(formats).set_uuid(id)  # pandas would draw a new id for every run
         display(view if shown else view.hide(axis="index"))
 
@@ -264,10 +265,6 @@ class Run(RunReader):
             "caption": caption,
         }
         self._items.append(item)
-
-
-def _formatter(percent: bool, digits: int):
-    return lambda value: readable(value, percent, digits)
 
 
 def _latex(table: pd.DataFrame, index: bool, digits: int) -> str:

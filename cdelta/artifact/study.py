@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -156,13 +157,12 @@ class CircuitStudy:
         settings = self._run.settings
         recipe = Recipe(attribution=settings.attribution, circuit=settings.circuit)
         found = recipe_circuit(self.scores[category], recipe, category, self.others(category))
-        facts = {**found.provenance, "model_hash": self._identity()}
+        facts = {**found.provenance, "model_hash": self._identity}
         return Circuit(found.nodes, found.edges, facts)
 
+    @cached_property
     def _identity(self) -> str:
-        if not hasattr(self, "_hash"):
-            self._hash = model_hash(self.model)
-        return self._hash
+        return model_hash(self.model)
 
     def per_category(self, table: Callable[[str], pd.DataFrame | Mapping]) -> pd.DataFrame:
         """`table` of every category below each other, with the category as first column."""

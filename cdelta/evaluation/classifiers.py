@@ -75,10 +75,7 @@ def llama_guard(model_id: str = "meta-llama/Llama-Guard-3-8B") -> Verdicts:
     model, tok = _reached(model_id, _model_and_tokenizer, model_id)
 
     def conversation(prompt: str, answer: str) -> list[int]:
-        turns = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": answer},
-        ]
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return tok.apply_chat_template(turns, return_dict=True)["input_ids"]
 
     return _verdicts(model, tok, conversation, compliant="unsafe")

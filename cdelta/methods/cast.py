@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -175,11 +176,7 @@ def search_condition(
                 condition_similarity(rows[:, layer], vector) for rows in (val_inside, val_outside)
             )
             found.append(Condition(layer, vector, *best_threshold(own, rest)))
-    return max(found, key=_f1_of)
-
-
-def _f1_of(condition: Condition) -> float:
-    return condition.f1
+    return max(found, key=attrgetter("f1"))
 
 
 def best_threshold(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,7 @@ from cdelta.circuit.controls import (
     dense_mask,
     gradient_scores,
     layer_matched,
+    loss_gradients,
     magnitude_scores,
     random_mask,
     whole_layers,
@@ -17,7 +20,6 @@ from cdelta.circuit.mask import ParameterMask
 from cdelta.circuit.selection import select_units
 from cdelta.methods.task import Task
 from cdelta.models.chat import NO_LABEL, answer_logits, collate, example_ids, pad_id, stop_ids
-from cdelta.models.hooks import trainable
 
 
 def circuit_mask(task: Task) -> ParameterMask:
@@ -72,13 +74,11 @@ def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, torch.Tenso
     stops, pad = stop_ids(task.model, task.tok), pad_id(task.model, task.tok)
     prompts = zip(task.prompts, task.refusals, strict=True)
     rows = [example_ids(task.tok, prompt, refusal, stops) for prompt, refusal in prompts]
-    with trainable(task.model) as parameters:
-        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], pad, task.model.device)
-            logits = answer_logits(task.model, batch).flatten(0, 1)
-            loss = F.cross_entropy(logits, batch.labels.flatten(), ignore_index=NO_LABEL)
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
-            for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient
-    return total
+
+    def loss(start: int) -> torch.Tensor:
+        batch = collate(rows[start : start + batch_size], pad, task.model.device)
+        logits = answer_logits(task.model, batch).flatten(0, 1)
+        return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=NO_LABEL)
+
+    starts = range(0, len(rows), batch_size)
+    return loss_gradients(task.model, (partial(loss, start) for start in starts))

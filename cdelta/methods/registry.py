@@ -17,13 +17,7 @@ from cdelta.errors import CdeltaError
 from cdelta.methods import masks
 from cdelta.methods.base import Candidates, Edited
 from cdelta.methods.cast import Cast, search_condition
-from cdelta.methods.steering import (
-    Addition,
-    Bias,
-    SystemPrompt,
-    behaviour_vectors,
-    prompt_vectors,
-)
+from cdelta.methods.steering import Addition, Bias, SystemPrompt, behaviour_vectors, prompt_vectors
 from cdelta.methods.task import Task
 
 SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other requests as usual."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cdelta.attribution.metrics import encode_answer
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.models.chat import by_length, chat_ids, left_pad, pad_id, positions, rope_boundary
 from cdelta.models.hooks import after, hooked
@@ -40,7 +41,7 @@ def read_residual(
         raise CdeltaError(f"unknown pool {pool!r}: use last or mean.")
     refuse_test(prompts, "fitting a steering vector")
     heads = [chat_ids(tok, prompt) for prompt in getattr(prompts, "prompts", prompts)]
-    tails = heads if answers is None else [_ids(tok, answer) for answer in answers]
+    tails = heads if answers is None else [encode_answer(tok, answer) for answer in answers]
     if not all(len(tail) for tail in tails):
         raise CdeltaError(
             "an answer without tokens has no activations to read: leave empty answers out."
@@ -55,12 +56,6 @@ def read_residual(
         ):
             found[row] = vectors
     return torch.stack(found)
-
-
-def _ids(tok, answer: str | Sequence[int]) -> list[int]:
-    if isinstance(answer, str):
-        return tok(answer, add_special_tokens=False)["input_ids"]
-    return [int(token) for token in answer]
 
 
 def _pooled(model, ids: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor:

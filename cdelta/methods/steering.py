@@ -21,12 +21,7 @@ from torch import nn
 
 from cdelta.errors import CdeltaError
 from cdelta.methods.base import Applied
-from cdelta.methods.residual import (
-    last_token,
-    mean_difference,
-    mean_token,
-    principal_direction,
-)
+from cdelta.methods.residual import last_token, mean_difference, mean_token, principal_direction
 from cdelta.models.hooks import after, before, hooked
 from cdelta.models.spec import Block, ModelSpec
 

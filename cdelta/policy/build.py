@@ -100,8 +100,7 @@ class Policy:
         except FileNotFoundError as error:
             raise CdeltaError(
                 f"{folder}: no policy here ({Path(error.filename or '').name} is missing): build "
-                "it "
-                f"first."
+                "it first."
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CdeltaError(f"{folder}: the policy is damaged: build it again.") from error
@@ -290,7 +289,7 @@ def _check_splits(rows: pd.DataFrame, category: str, side: str, policy: str) -> 
         raise CdeltaError(
             f"{policy}: category {category!r} has {len(rows)} {side} and none in the split "
             f"{', '.join(empty)}: add rows that differ from each other, or assign them in a split "
-            f"column."
+            "column."
         )
 
 

@@ -42,14 +42,13 @@ def read_rows(path: Path) -> list[NumberedRow]:
     if not path.is_file():
         raise CdeltaError(
             f"{path}: no such file: give the path of a CSV, JSONL or Parquet file with the columns "
-            f"prompt and benign."
+            "prompt and benign."
         )
     rows = [(number, _cells(path, number, row)) for number, row in READERS[kind](path)]
     if not rows:
         raise CdeltaError(
             f"{path}: the file has no rows: it needs the columns prompt and benign and at least "
-            "one "
-            f"row."
+            "one row."
         )
     return rows
 
@@ -69,8 +68,7 @@ def _text_of(path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise CdeltaError(
             f"{path}, line {line}: not UTF-8 text ({error.reason} at byte {error.start}): save it "
-            "as "
-            f"UTF-8."
+            "as UTF-8."
         ) from error
 
 
@@ -94,10 +92,8 @@ def _read_csv(path: Path) -> RawRows:
                 yield line, _named(path, line, names, row)
     except csv.Error as error:
         raise CdeltaError(
-            f"{path}, the row that begins at line {line + 1}: not valid CSV "
-            f"({error}): close the double quotes around each cell, and shorten cells of over "
-            "100,000 "
-            f"characters."
+            f"{path}, the row that begins at line {line + 1}: not valid CSV ({error}): close the "
+            "double quotes around each cell, and shorten cells of over 100,000 characters."
         ) from error
 
 
@@ -110,8 +106,7 @@ def _named(path: Path, line: int, names: Sequence[str], row: Sequence[str]) -> d
     if any(cell.strip() for cell in row[len(names) :]):
         raise CdeltaError(
             f"{path}, line {line}: more cells than columns: put text that contains commas in "
-            "double "
-            f"quotes."
+            "double quotes."
         )
     return dict(zip(names, row))
 
@@ -142,8 +137,7 @@ def _read_json(path: Path) -> RawRows:
             return
         raise CdeltaError(
             f"{path}: not valid JSON ({first_line(error)}): write a list of objects with prompt "
-            "and "
-            f"benign."
+            "and benign."
         ) from error
     for number, row in enumerate(_table(content), start=1):
         yield number, _json_row(path, f"row {number}", row)
@@ -178,7 +172,7 @@ def _json_row(path: Path, where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise CdeltaError(
             f"{path}, {where}: a JSON {type(row).__name__}, not an object: write one object with "
-            f"prompt and benign per line."
+            "prompt and benign per line."
         )
     _check_columns(path, row, f", {where}")
     return row
@@ -196,7 +190,7 @@ def _read_parquet(path: Path) -> RawRows:
     except Exception as error:  # pyarrow has its own errors, and OS and value errors
         raise CdeltaError(
             f"{path}: not a readable Parquet file ({first_line(error)}): write it again, or give a "
-            f"CSV."
+            "CSV."
         ) from error
 
 
@@ -207,7 +201,7 @@ def _read_sheet(path: Path) -> RawRows:
     except ImportError as error:
         raise CdeltaError(
             f"{path}: reading {path.suffix} files needs another package ({first_line(error)}): "
-            f"install it, or save the sheet as CSV (UTF-8)."
+            "install it, or save the sheet as CSV (UTF-8)."
         ) from error
     except Exception as error:  # zip, XML and value errors
         raise CdeltaError(
@@ -253,7 +247,7 @@ def _check_columns(path: Path, found: Iterable[Any], where: str = "") -> None:
     if twice:
         raise CdeltaError(
             f"{path}{where}: the column {', '.join(twice)} is there twice: rename or remove one of "
-            f"them."
+            "them."
         )
     missing = [name for name in REQUIRED if name not in names]
     if missing:
@@ -276,12 +270,12 @@ def _text(path: Path, number: int, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise CdeltaError(
             f"{path}, row {number}: {name} is a {type(value).__name__}, not text: write it as a "
-            f"string."
+            "string."
         )
     if "\x00" in value or not _encodable(value):
         raise CdeltaError(
             f"{path}, row {number}: {name} contains a NUL or half a character: save the file as "
-            f"UTF-8 text."
+            "UTF-8 text."
         )
     return value.strip()
 

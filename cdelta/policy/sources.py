@@ -75,8 +75,7 @@ def _check_rows(source: Source, rows: list[Row], n_read: int) -> None:
     if source.mapped and all(row["category"] in (OTHER, SHARED) for row in rows):
         raise CdeltaError(
             f"{source.name}: no row belongs to a category of category_maps (version {VERSION}): "
-            "its "
-            f"categories were renamed upstream."
+            "its categories were renamed upstream."
         )
 
 

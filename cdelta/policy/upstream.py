@@ -122,8 +122,7 @@ def _read_file(source: Source, path: Path) -> Tables:
         # those of pandas, pyarrow and Python's decoders, and of another layout
         raise CdeltaError(
             f"{path}: cannot be read as {path.suffix} ({first_line(error)}): download it again, "
-            "from "
-            f"{source.home}."
+            f"from {source.home}."
         ) from error
 
 
@@ -215,8 +214,7 @@ def _load_dataset(source: Source, where: str, revision: str | None) -> Tables:
         gated = "gated, so ask for access on its page and log in; " if source.gated else ""
         raise SourceUnavailable(
             f"{source.name}: cannot be read from {source.home} ({gated}{reason}): give a local "
-            "copy "
-            f"with {source.name}=PATH."
+            f"copy with {source.name}=PATH."
         ) from error
     return {split: [_without_none(row) for row in rows] for split, rows in found.items()}
 

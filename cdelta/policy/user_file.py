@@ -122,10 +122,8 @@ def template_warnings(rows: Iterable[Mapping[str, str]]) -> list[str]:
     )
     return [
         f"{count} prompts of category {category!r} fill one template ({template[:60]!r}): they "
-        "were "
-        "split by the words in which they differ, so the test measures whether new words in a "
-        "known "
-        f"template are refused, and not other phrasings."
+        "were split by the words in which they differ, so the test measures whether new words in a "
+        "known template are refused, and not other phrasings."
         for (category, template), count in counts.items()
         if count > 1
     ]
@@ -141,7 +139,7 @@ def _both_sides(
     if split not in ("", *SPLITS):
         raise CdeltaError(
             f"{path}, row {line}: split {cells['split']!r} is unknown: use {', '.join(SPLITS)} or "
-            f"leave it empty."
+            "leave it empty."
         )
     common = {
         "category": cells["category"] or category,

@@ -156,5 +156,5 @@ def test_the_readme_gets_its_table_between_the_markers():
     text = with_claims(f"# Title\n{begin}\nold\n{end}\nrest\n")
     assert text.startswith(f"# Title\n{begin}\n| claim |") and text.endswith(f"\n{end}\nrest\n")
     assert "old" not in text and with_claims(text) == text
-    with pytest.raises(CdeltaError, match="no place for the claims"):
+    with pytest.raises(CdeltaError, match="no place for a table"):
         with_claims("# Title")

@@ -19,14 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from cdelta.artifact import findings
 from cdelta.artifact.figures import panels
-from cdelta.artifact.figures.style import (
-    GAIN,
-    LOSS,
-    grid,
-    method_colour,
-    method_title,
-    style,
-)
+from cdelta.artifact.figures.style import GAIN, LOSS, grid, method_colour, method_title, style
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit, node_order
 from cdelta.circuit.edges import readers_of

@@ -167,14 +167,20 @@ def out_of_distribution(table: pd.DataFrame) -> Figure:
     rate, low, high``.
     """
     sets = {name: name.replace("_", " ") for name in unique(table["ood_set"])}
+    return _target_refused(table, "ood_set", sets, findings.ood(table, method_title))
+
+
+def _target_refused(
+    table: pd.DataFrame, column: str, titles: Mapping[str, str], headline: str
+) -> Figure:
     return panels.dots(
-        table.rename(columns={"ood_set": "panel", "method": "label"}),
-        sets,
+        table.rename(columns={column: "panel", "method": "label"}),
+        titles,
         "target refused (%), Wilson 95 %; grey: single categories",
         labels=method_order(unique(table["method"])),
         title=method_title,
         colour=method_colour,
-        headline=findings.ood(table, method_title),
+        headline=headline,
     )
 
 
@@ -186,15 +192,7 @@ def robustness(table: pd.DataFrame) -> Figure:
     attacks = {
         name: names.get(name, f"after {name.replace('_', ' ')}") for name in unique(table["attack"])
     }
-    return panels.dots(
-        table.rename(columns={"attack": "panel", "method": "label"}),
-        attacks,
-        "target refused (%), Wilson 95 %; grey: single categories",
-        labels=method_order(unique(table["method"])),
-        title=method_title,
-        colour=method_colour,
-        headline=findings.robustness(table, method_title),
-    )
+    return _target_refused(table, "attack", attacks, findings.robustness(table, method_title))
 
 
 def tradeoff(curves: pd.DataFrame) -> Figure:
