@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tomllib
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,16 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Replace a file by readable JSON."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def write_hashed(folder: Path, stem: str, content: bytes, suffix: str) -> Path:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from cdelta.artifact.controls import ranked
 from cdelta.circuit.controls import random_mask
 from cdelta.circuit.mask import ParameterMask
-from cdelta.circuit.ranking import unit_scores
 from cdelta.circuit.selection import select_units
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import wilson
@@ -90,8 +90,7 @@ class _Masks:
 
     def circuit(self, category: str, budget: float, ranking: str = "") -> ParameterMask:
         """The circuit that a budget buys under a ranking (the preset's)."""
-        others = [scores for name, scores in self._scores.items() if name != category]
-        units = unit_scores(self._scores[category], others, ranking or self._ranking)
+        units = ranked(self._scores, category, ranking or self._ranking)
         return select_units(self._spec, *units, budget).to_mask(self._spec)
 
     def random(self, category: str, budgets: tuple[float, ...]) -> Iterator[Variant]:

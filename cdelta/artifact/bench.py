@@ -4,7 +4,6 @@ measured.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from cdelta.edit.rows import training_rows
 from cdelta.edit.scale import Caps, Choice, choose_scale
 from cdelta.edit.stop import stop_rule
 from cdelta.evaluation.measure import evaluate
-from cdelta.files import write_json
+from cdelta.files import read_json, write_json
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
 from cdelta.policy.selection import limited
@@ -153,8 +152,7 @@ def attributed_metric(run: RunReader) -> Metric | SequenceMetric:
     metric = load_metric(run)
     if metric is not None:
         return metric
-    text = run.input("02_attribution", OPENINGS).read_text(encoding="utf-8")
-    openings = json.loads(text)
+    openings = read_json(run.input("02_attribution", OPENINGS))
     return SequenceMetric(tuple(openings["refusal"]), tuple(openings["compliance"]))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
-import tomllib
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,7 @@ import pandas as pd
 from cdelta.artifact.numbers import rate_columns, readable
 from cdelta.artifact.run import read_manifest
 from cdelta.errors import CdeltaError
-from cdelta.files import write_text
+from cdelta.files import read_toml, write_text
 from cdelta.paths import FIGURES, ROOT, RUNS
 
 FILE = Path(__file__).with_name("claims.toml")
@@ -116,7 +115,7 @@ def load_claims() -> tuple[Claim, ...]:
     """The claims of ``claims.toml``. Raises `CdeltaError` on an unknown field."""
     known = {f.name for f in fields(Claim)}
     claims = []
-    for values in tomllib.loads(FILE.read_text(encoding="utf-8"))["claim"]:
+    for values in read_toml(FILE)["claim"]:
         unknown = ", ".join(sorted(set(values) - known))
         if unknown:
             raise CdeltaError(f"{FILE.name}, claim {values.get('id')}: unknown field {unknown}.")
@@ -190,7 +189,7 @@ class Tolerance:
 
 def tolerance_of(table: str) -> Tolerance:
     """The tolerance of a table: the last pattern that fits."""
-    patterns = tomllib.loads(FILE.read_text(encoding="utf-8"))["tolerance"]
+    patterns = read_toml(FILE)["tolerance"]
     fitting = [values for name, values in patterns.items() if fnmatch.fnmatch(table, name)]
     return Tolerance(**fitting[-1]) if fitting else Tolerance()
 

@@ -64,10 +64,7 @@ def interference(rows: pd.DataFrame) -> pd.DataFrame:
                     "param_fraction": own["param_fraction"].iloc[0],
                     "prompt_category": category,
                     "edited": category in subset.split("+"),
-                    "refusal": refusal.rate,
-                    "low": refusal.low,
-                    "high": refusal.high,
-                    "n": refusal.n,
+                    **refusal.row("refusal"),
                     "change": refusal.rate - _harm_refused(base, category).rate,
                     **benign.named("benign"),
                     "utility": Rate.accuracy(own[own["kind"] == "skills"]).rate,
@@ -113,17 +110,13 @@ def removals(
         under = {"method": "sum", "edit_category": f"all but {category}"}
         after = measure(model, tok, left, full["k"].iloc[0], records, **under, **options)
         after = with_kind(after, ())
-        refused = _harm_refused(after, category)
         own = after[after["category"] == category].set_index("id")["outcome"]
         found.append(
             {
                 "category": category,
                 "refused_base": _harm_refused(base, category).rate,
                 "refused_with": _harm_refused(full, category).rate,
-                "refused_without": refused.rate,
-                "low": refused.low,
-                "high": refused.high,
-                "n": refused.n,
+                **_harm_refused(after, category).row("refused_without"),
                 "same_outcome": (own == base.set_index("id")["outcome"][own.index]).mean(),
                 "others_refused": _harm_refused(after, *others).rate,
                 "residual": max(value.abs().max().item() for value in rest.values.values()),

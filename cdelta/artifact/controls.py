@@ -272,9 +272,7 @@ def _control_row(compared: Compared, kind: str, size: float) -> dict[str, object
         "draws": len(overlaps),
         "CPR circuit": own.sum() / effect.sum(),
         "CPR control": control.sum() / effect.sum(),
-        "difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
+        **difference.named("difference"),
         "worst seed": min(single),
         "beats": difference.low > 0,
         f"shared at {fractions[near]:g}": np.mean(overlaps),
@@ -318,7 +316,7 @@ def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
             for fraction, values in zip(compared.first.fractions, restored):
                 f = bootstrap_ratio(values, effect, draws=1000)
                 row = {"category": category, "kind": kind, "fraction": fraction}
-                rows.append(row | {"f": f.value, "low": f.low, "high": f.high})
+                rows.append(row | f.named("f"))
     return pd.DataFrame(rows)
 
 
@@ -357,9 +355,7 @@ def faithfulness_row(
         "CMD": by_unit.cmd,
         "CPR edges": by_edge.cpr,
         "CMD edges": by_edge.cmd,
-        "f": interval.value,
-        "low": interval.low,
-        "high": interval.high,
+        **interval.named("f"),
         "f zero": runs["zero"].faithfulness.item(),
         "f mean": runs["mean"].faithfulness.item(),
         "KL (nats)": whole.kl_circuits.mean().item(),

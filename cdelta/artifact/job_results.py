@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from cdelta.artifact.run import RunReader
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import RowStore
 from cdelta.evaluation.rates import BASE
+from cdelta.files import read_json
 from cdelta.methods.attacks import ATTACKS
 from cdelta.methods.registry import METHODS, method_of, title_of
 
@@ -76,7 +76,7 @@ class Results:
         ``skipped``; None while it is not finished.
         """
         path = self.folder(job) / DONE
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def rows(self) -> pd.DataFrame:
         """The test rows of all finished jobs."""

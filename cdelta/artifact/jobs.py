@@ -12,7 +12,6 @@ Notebook 05 does what is left, and collects the rows.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -39,7 +38,7 @@ from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.multiple_choice import TASKS, WIKITEXT, answered, running_text
 from cdelta.evaluation.rates import BASE, of_category, with_kind
 from cdelta.evaluation.shift import answered_ids, benign_shift, next_token_logits
-from cdelta.files import locked, replacing, write_json
+from cdelta.files import locked, read_json, replacing, write_json
 from cdelta.methods.attacks import harmless_rate, measure_attacked
 from cdelta.methods.base import Edited, param_fraction
 from cdelta.methods.registry import METHODS, method_of
@@ -328,7 +327,7 @@ class Comparison(Results):
         if not path.exists():
             rate = harmless_rate(task, self.val, self.how.attack_rates, **self.ask)
             write_json(path, {"rate": rate})
-        return json.loads(path.read_text())["rate"]
+        return read_json(path)["rate"]
 
 
 def _save(table: pd.DataFrame, path: Path) -> None:

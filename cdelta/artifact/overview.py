@@ -5,7 +5,6 @@ Third-party harmful prompts appear shortened.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,6 +17,7 @@ from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.attribution.scores import RULES, Scores, attribute
 from cdelta.evaluation.classifiers import taught_labels, xstest_labels
 from cdelta.evaluation.rates import rates, with_kind
+from cdelta.files import read_toml
 from cdelta.models.chat import chat_ids
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
@@ -246,8 +246,8 @@ def example_pairs(policy: Policy, count: int = 2, split: str = "discover") -> pd
 @cache
 def keywords() -> dict[str, tuple[str, ...]]:
     """Category -> beginnings of words that its prompts can be expected to contain one of."""
-    text = Path(__file__).with_name("keywords.toml").read_text(encoding="utf-8")
-    return {category: tuple(words) for category, words in tomllib.loads(text).items()}
+    lists = read_toml(Path(__file__).with_name("keywords.toml"))
+    return {category: tuple(words) for category, words in lists.items()}
 
 
 def keyword_audit(records: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -19,6 +18,7 @@ from typing import Any
 
 from cdelta.edit.recipe import AnswersRecipe, AttributionRecipe, CircuitRecipe, EditRecipe, Recipe
 from cdelta.errors import CdeltaError
+from cdelta.files import read_toml
 from cdelta.settings import changed, parse_overrides
 
 FOLDER = Path(__file__).parent / "presets"
@@ -278,7 +278,7 @@ def _values(name: str) -> dict[str, Any]:
     if not re.fullmatch(r"[\w.+-]+", name) or not path.exists():
         known = ", ".join([*preset_names(), *GROUPS])
         raise CdeltaError(f"unknown preset '{name}': choose one of {known}.")
-    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    values = read_toml(path)
     parent = values.pop("inherits", "")
     return _merged(_values(parent), values) if parent else values
 

@@ -26,7 +26,7 @@ from cdelta.artifact.numbers import rate_columns, readable
 from cdelta.artifact.presets import Preset, as_dict, resolve
 from cdelta.artifact.stages import NAMES, VisibleSettings, find_stage
 from cdelta.errors import CdeltaError
-from cdelta.files import file_hash, locked, remove_folder, write_json
+from cdelta.files import file_hash, locked, read_json, remove_folder, write_json
 from cdelta.memory import peak_memory
 from cdelta.paths import ROOT, RUNS
 from cdelta.settings import changed
@@ -72,7 +72,7 @@ def write_settings(folder: Path, settings: Preset, **facts: object) -> None:
 def read_settings(folder: Path) -> Preset | None:
     """The preset of a run's folder; None where the workflow has not written one."""
     path = folder / SETTINGS
-    return changed(Preset(), json.loads(path.read_text())["preset"]) if path.exists() else None
+    return changed(Preset(), read_json(path)["preset"]) if path.exists() else None
 
 
 class RunReader:
@@ -305,14 +305,14 @@ def read_manifest(figures: Path) -> dict[str, Any]:
     path = figures / "manifest.json"
     if not path.exists():
         return {"preset": "", "commit": "", "items": []}
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def read_stage(run_dir: Path, stage: str) -> dict[str, Any] | None:
     """What a finished stage records of itself, or None while it is not finished."""
     path = run_dir / stage / "stage.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
     except ValueError as error:
         raise CdeltaError(f"{path} is damaged ({error}): remove it and run again.") from error
 

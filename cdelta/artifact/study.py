@@ -4,7 +4,6 @@ selected from them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from cdelta.circuit.mask import ParameterMask, layer_of, module_of
 from cdelta.delta.base import model_hash
 from cdelta.edit.find import recipe_circuit, recipe_pairs, recipe_scores, refusal_metric, refusing
 from cdelta.edit.recipe import Recipe
-from cdelta.files import write_json
+from cdelta.files import read_json, write_json
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
 from cdelta.policy.selection import category_pairs, held_out_pairs, openings
@@ -78,7 +77,7 @@ def category_scores(
             found, cost = _attributed(model, pairs, metric, recipe)
         found.save(work / "scores")
         write_json(work / DONE, cost)
-    return Scores.load(work / "scores"), json.loads((work / DONE).read_text())
+    return Scores.load(work / "scores"), read_json(work / DONE)
 
 
 def _on_base(recipe: Recipe) -> Recipe:

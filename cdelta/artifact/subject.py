@@ -12,6 +12,7 @@ from cdelta.attribution.metrics import Metric, refusal_log_odds
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.mask import ParameterMask
 from cdelta.edit.forward import bf16_is_faster
+from cdelta.files import read_json
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import parse_template_args
@@ -56,7 +57,7 @@ def name_subject(run: Run) -> dict[str, str]:
 def subject_folder(run: RunReader, subject: Mapping[str, str] | None = None) -> str:
     """Folder or hub id of the model under study; `subject` is given in stage 00, which is still
     being written."""
-    subject = subject or json.loads(run.input(STAGE, "model.json").read_text(encoding="utf-8"))
+    subject = subject or read_json(run.input(STAGE, "model.json"))
     if "folder" in subject:
         return subject["folder"]
     return str(run.input(STAGE, "model")) if subject["path"] == "model" else subject["path"]
@@ -84,7 +85,7 @@ def load_subject(run: RunReader, subject: Mapping[str, str] | None = None):
 
 def load_metric(run: RunReader) -> Metric | None:
     """Stage 02's refusal log-odds; None where only whole openings tell refusals apart."""
-    ids = json.loads(run.input("02_attribution", "token_sets.json").read_text(encoding="utf-8"))
+    ids = read_json(run.input("02_attribution", "token_sets.json"))
     return refusal_log_odds(ids["refuse"], ids["comply"]) if "refuse" in ids else None
 
 

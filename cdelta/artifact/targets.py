@@ -254,8 +254,6 @@ def _rows(evidence: Evidence, targets: Sequence[Target]) -> Iterator[dict]:
                 "category": category,
                 "target": target.name,
                 "required": f"{target.operator} {target.bound:g}",
-                "measured": np.nan if measured is None else measured.value,
-                "low": np.nan if measured is None else measured.low,
-                "high": np.nan if measured is None else measured.high,
+                **(measured or Estimate(np.nan, np.nan, np.nan)).named("measured"),
                 "met": pd.NA if measured is None else target.met(measured),
             }

@@ -38,6 +38,7 @@ from cdelta.attribution.gradients import GradientPass, Schedule
 from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, refuse_test
+from cdelta.files import read_json
 from cdelta.models.hooks import frozen
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
@@ -127,7 +128,7 @@ class Scores:
         folder = Path(folder)
         if not (folder / "scores.json").exists():
             raise CdeltaError(f"{folder} holds no scores: run the attribution stage first.")
-        facts = json.loads((folder / "scores.json").read_text())
+        facts = read_json(folder / "scores.json")
         facts["spec"] = ModelSpec.from_dict(facts["spec"])
         return cls(**facts | load_file(folder / "scores.safetensors"))
 

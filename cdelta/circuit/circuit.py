@@ -10,6 +10,7 @@ from typing import Iterable, Mapping
 
 from cdelta.circuit.mask import ParameterMask, Unit, mask_of_units, parse_unit
 from cdelta.errors import CdeltaError
+from cdelta.files import read_json
 from cdelta.models.spec import ModelSpec
 
 Edge = tuple[str, str]
@@ -58,7 +59,7 @@ class Circuit:
     def load(cls, path: str | Path) -> Circuit:
         """Read what `save` wrote. Raises `CdeltaError` for anything else."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = read_json(path)
             edges = tuple((source, reader) for source, reader in content["edges"])
             return cls(tuple(content["nodes"]), edges, content["provenance"])
         except (OSError, ValueError, KeyError, TypeError) as error:

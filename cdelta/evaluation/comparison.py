@@ -233,9 +233,7 @@ def _compared(pair: pd.DataFrame) -> dict:
     difference = paired_interval(pair["first"], pair["second"])
     return {
         "n": len(pair),
-        "difference": difference.value,
-        "low": difference.low,
-        "high": difference.high,
+        **difference.named("difference"),
         **mcnemar(pair["first"], pair["second"])._asdict(),
     }
 

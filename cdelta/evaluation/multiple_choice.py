@@ -217,9 +217,7 @@ def _change(own: pd.DataFrame, base: pd.DataFrame, margin: float) -> dict[str, o
     change = paired_interval(first, second)
     return {
         "accuracy_base": second.mean(),
-        "difference": change.value,
-        "low": change.low,
-        "high": change.high,
+        **change.named("difference"),
         "p": mcnemar(first, second).p,
         "margin": margin,
         "equivalent": -margin <= change.low and change.high <= margin,

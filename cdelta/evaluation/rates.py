@@ -101,6 +101,10 @@ class Rate(NamedTuple):
         """Share of correct answers."""
         return cls.of(rows["correct"].fillna(False), rows["id"])
 
+    def row(self, name: str) -> dict[str, float]:
+        """``NAME, low, high, n``."""
+        return {name: self.rate, "low": self.low, "high": self.high, "n": self.n}
+
     def named(self, prefix: str) -> dict[str, float]:
         """``PREFIX_refusal, PREFIX_low, PREFIX_high``."""
         low, high = f"{prefix}_low", f"{prefix}_high"

@@ -24,6 +24,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def named(self, name: str) -> dict[str, float]:
+        """``NAME, low, high``."""
+        return {name: self.value, "low": self.low, "high": self.high}
+
 
 class McNemar(NamedTuple):
     """Discordant pairs and the exact two-sided p-value."""

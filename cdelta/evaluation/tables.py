@@ -89,8 +89,8 @@ def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:
         for role, kind in PROMPT_KINDS.items():
             for category, cell in own[own["role"] == role].groupby("category", sort=False):
                 names = {"edit_category": edit, "prompt_category": category, "prompt_kind": kind}
-                found.append(names | Rate.refusal(cell)._asdict())
-    return pd.DataFrame(found).rename(columns={"rate": "refusal"})
+                found.append(names | Rate.refusal(cell).row("refusal"))
+    return pd.DataFrame(found)
 
 
 # ---------------------------------------------------------------------- one rate per group
@@ -133,17 +133,13 @@ def ood(rows: pd.DataFrame) -> pd.DataFrame:
     for category, method, own in methods_of(rows[rows["attack"] == ""]):
         own = of_category(own[own["ood_set"] != ""], category)
         for name, part in own.groupby("ood_set", sort=False):
-            rate = Rate.refusal(part[part["kind"] == "target"])
             found.append(
                 {
                     "category": category,
                     "method": method,
                     "ood_set": name,
-                    "refusal": rate.rate,
-                    "low": rate.low,
-                    "high": rate.high,
+                    **Rate.refusal(part[part["kind"] == "target"]).row("refusal"),
                     "benign_refusal": Rate.refusal(own_benign(part, category)).rate,
-                    "n": rate.n,
                 }
             )
     columns = ["category", "method", "ood_set", "refusal", "low", "high", "benign_refusal", "n"]
@@ -159,16 +155,12 @@ def robustness(rows: pd.DataFrame) -> pd.DataFrame:
     for category, method, own in methods_of(rows):
         attacks = own["attack"].where(own["attack"] != "", own["ood_set"])
         for attack, part in own.groupby(attacks, sort=False):
-            target = Rate.refusal(part[part["kind"] == "target"])
             found.append(
                 {
                     "category": category,
                     "method": method,
                     "attack": attack or "none",
-                    "target_refusal": target.rate,
-                    "low": target.low,
-                    "high": target.high,
-                    "n": target.n,
+                    **Rate.refusal(part[part["kind"] == "target"]).row("target_refusal"),
                     "benign_refusal": Rate.refusal(own_benign(part, category)).rate,
                     "utility": Rate.accuracy(part[part["kind"] == "skills"]).rate,
                 }
@@ -239,9 +231,7 @@ def lengths(rows: pd.DataFrame) -> pd.DataFrame:
                 "category": category or "all",
                 "method": method,
                 "tokens": own["n_tokens"].mean(),
-                "ratio": ratio.value,
-                "low": ratio.low,
-                "high": ratio.high,
+                **ratio.named("ratio"),
                 "ended": own["finished"].mean(),
                 "ended_base": same["finished"].mean(),
                 **_ended(own, same),
@@ -258,5 +248,4 @@ def _ended(own: pd.DataFrame, base: pd.DataFrame) -> dict[str, float]:
 
 
 def _mean(rows: pd.DataFrame, column: str) -> dict[str, float]:
-    estimate = bootstrap_mean(rows[column], rows["id"])
-    return {column: estimate.value, "low": estimate.low, "high": estimate.high}
+    return bootstrap_mean(rows[column], rows["id"]).named(column)

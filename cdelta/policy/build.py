@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Mapping, Sequence
 import pandas as pd
 
 from cdelta.errors import CdeltaError
-from cdelta.files import file_hash, write_json
+from cdelta.files import file_hash, read_json, write_json
 from cdelta.models.chat import chat_ids
 from cdelta.policy.category_maps import VERSION
 from cdelta.policy.everyday import SOURCE, everyday_rows
@@ -94,7 +93,7 @@ class Policy:
         """
         folder = Path(folder)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = read_json(folder / "manifest.json")
             tables = [pd.read_parquet(folder / f"{name}.parquet") for name in TABLES]
             frozen = content_hash(tables[0]) == manifest["sha256"]
         except FileNotFoundError as error:

@@ -4,10 +4,10 @@ not named there is `records.OTHER`.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+from cdelta.files import read_toml
 from cdelta.policy.records import OTHER
 
 VERSION = "1"
@@ -18,15 +18,10 @@ def _key(name: str) -> str:
     return "".join(c for c in name.casefold() if c.isalnum())
 
 
-def _maps() -> dict[str, dict[str, str]]:
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    return {
-        source: {_key(theirs): ours for ours, named in categories.items() for theirs in named}
-        for source, categories in tomllib.loads(text).items()
-    }
-
-
-MAPS: Mapping[str, Mapping[str, str]] = _maps()
+MAPS: Mapping[str, Mapping[str, str]] = {
+    source: {_key(theirs): ours for ours, named in categories.items() for theirs in named}
+    for source, categories in read_toml(Path(__file__).with_suffix(".toml")).items()
+}
 """Source -> its categories (their letters and digits) -> ours."""
 
 

@@ -4,11 +4,11 @@ and harmless ones that share a category's words.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cdelta.files import read_toml
 from cdelta.policy.records import SHARED
 
 SOURCE = "everyday"
@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("everyday.toml")
 
 def everyday_rows(categories: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Rows of the edit split: general ones, and the given categories' borderline ones."""
-    lists = tomllib.loads(FILE.read_text(encoding="utf-8"))
+    lists = read_toml(FILE)
     rows = [_row(prompt, SHARED, "benign") for prompt in _prompts(lists["general"])]
     for entry in lists["borderline"]:
         if not categories or entry["category"] in categories:

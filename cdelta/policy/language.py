@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 import re
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Sequence
 
+from cdelta.files import read_toml
 from cdelta.policy.records import SPLITS
 
-DATA = tomllib.loads(Path(__file__).with_name("synthetic.toml").read_text(encoding="utf-8"))
+DATA = read_toml(Path(__file__).with_name("synthetic.toml"))
 
 REFUSED_CATEGORY = "weapons"
 """Refused by the embedded model from the start, whatever the word: the control for refusals that

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping
 
 from cdelta.errors import CdeltaError
+from cdelta.files import read_toml
 from cdelta.policy.category_maps import VERSION
 from cdelta.policy.records import OTHER, SHARED
 from cdelta.policy.source_rows import TO_ROWS, UNPACK
@@ -16,9 +16,8 @@ from cdelta.policy.upstream import Row, Source, read
 
 def _declared() -> dict[str, Source]:
     """The sources of the file, in its order."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
     found = {}
-    for name, facts in tomllib.loads(text).items():
+    for name, facts in read_toml(Path(__file__).with_suffix(".toml")).items():
         given: dict[str, Any] = {k: tuple(v) if type(v) is list else v for k, v in facts.items()}
         found[name] = Source(name, to_rows=TO_ROWS[name], unpack=UNPACK.get(name), **given)
     return found
