@@ -296,6 +296,6 @@ def refused(folder, capsys, arguments, message):
 
 
 def test_the_default_refusal_is_judged_one():
-    from cdelta.evaluation.judges import judge
+    from cdelta.evaluation.judges import Rules
 
-    assert judge(CANONICAL_REFUSAL) == "refuse"
+    assert Rules().outcome(CANONICAL_REFUSAL) == "refuse"

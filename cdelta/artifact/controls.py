@@ -282,28 +282,6 @@ def _control_row(compared: Compared, kind: str, size: float) -> dict[str, object
     }
 
 
-def verdict(table: pd.DataFrame) -> str:
-    """In words: which controls the circuits beat, and about every other one what its row says."""
-    lost = table[~table["beats"]]
-    beaten = (
-        f"{len(table) - len(lost)} of {len(table)} comparisons: the circuit's CPR is above the "
-        "control's, with an interval that excludes zero."
-    )
-    return "\n".join([beaten, *map(_not_beaten, lost.to_dict("records"))])
-
-
-def _not_beaten(row: Mapping[str, object]) -> str:
-    shared = next(name for name in row if name.startswith("shared at"))
-    sizes = row["control better at"]
-    where = "at no size" if sizes == "-" else f"at the sizes {sizes}"
-    return (
-        f"Not beaten: {row['control']} in {row['category']}: CPR {row['CPR control']:.3f} against "
-        f"{row['CPR circuit']:.3f}, difference {row['difference']:.3f} "
-        f"[{row['low']:.3f}, {row['high']:.3f}]. Its units overlap the circuit's by "
-        f"{row[shared]:.2f} (Jaccard, {shared}), and it restores more {where}."
-    )
-
-
 def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
     """Faithfulness f at every fraction, mean over draws and seeds, with its 95 % bootstrap interval
     over pairs: rows ``category, kind, fraction, f, low, high``.

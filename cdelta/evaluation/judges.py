@@ -93,11 +93,6 @@ class Rules:
         return any(is_refusal(opening, plain(refusal)) for refusal in self.refusals)
 
 
-def judge(answer: str, refusals: Sequence[str] = ()) -> str:
-    """Outcome of one answer by the default `Rules`: refuse, comply, incoherent or empty."""
-    return Rules(tuple(refusals)).outcome(answer)
-
-
 def is_refusal(opening: str, refusal: str) -> bool:
     """The opening begins like the named refusal, or holds all of it; both as `plain` has them."""
     head = refusal[:HEAD]

@@ -132,12 +132,6 @@ def rates(hits: pd.Series, rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFram
     return pd.DataFrame(found, columns=[*by, *Rate._fields])
 
 
-def refusal(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Refusal rate of the policy rows (not the skills) per group."""
-    policy = rows[rows["role"] != "utility"].reset_index(drop=True)
-    return rates(policy["outcome"] == "refuse", policy, by)
-
-
 def kind_rates(rows: pd.DataFrame, category: str) -> pd.DataFrame:
     """Rows ``method, attack, kind, rate, low, high, n`` for the edit of `category`: refusal per
     kind (benign rows: the category's own, else "other benign"), for the skills accuracy.

@@ -15,11 +15,15 @@ from cdelta.evaluation.judges import (
     Rules,
     families,
     families_in,
-    judge,
     plain,
     read_families,
     words_of,
 )
+
+
+def judge(answer, refusals=()):
+    return Rules(tuple(refusals)).outcome(answer)
+
 
 REFUSALS = (
     "sorry , i can not help with that .",

@@ -11,7 +11,6 @@ from cdelta.evaluation.rates import (
     curve_row,
     group_rates,
     kind_rates,
-    refusal,
     with_kind,
 )
 from cdelta.evaluation.stats import wilson
@@ -65,13 +64,6 @@ def test_group_means_tell_other_categories_apart(rows):
     shared = rows[rows["role"] == "benign"].assign(category="benign")
     assert group_rates(shared["outcome"] == "comply", shared, "hate") == {"benign": 1.0}
     assert "other borderline" in group_rates(refused, rows, "hate")
-
-
-def test_refusal_rates_leave_skills_out_and_carry_wilson_intervals(rows):
-    table = refusal(rows, ["category", "role"]).set_index(["category", "role"])
-    assert table.loc[("crime", "target"), ["rate", "n"]].tolist() == [0.5, 2]
-    assert tuple(table.loc[("crime", "target"), ["low", "high"]]) == pytest.approx(wilson(1, 2))
-    assert "utility" not in table.index.get_level_values("role")
 
 
 def test_kind_rates_are_refusals_and_the_skills_accuracy(rows):
