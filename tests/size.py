@@ -15,11 +15,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cdelta"
 CEILINGS = {
-    "tokens": 176_000,
+    "tokens": 172_400,
     "lines of the largest module": 450,
     "lines of the median function": 8,
-    "lines of the longest function": 48,
-    "lambdas bound to names": 2,
+    "lines of the longest function": 40,
+    "lambdas bound to names": 0,
 }
 LAYOUT = (
     tokenize.COMMENT,
