@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Iterator
 
 import torch
 
-from cdelta.delta.apply import (
-    EDIT,
-    ORIGINAL,
-    RECORD,
-    carried_files,
-    check_fits,
-    read_record,
-)
+from cdelta.delta.apply import EDIT, ORIGINAL, RECORD, carried_files, check_fits, read_record
 from cdelta.delta.base import CARD
 from cdelta.delta.storage import METADATA
 from cdelta.delta.weight_delta import WeightDelta, put, shifted, take
@@ -72,8 +65,8 @@ class VerifyReport:
             f"{verdict}: at scale {self.scale:g} the mask owns {self.mask_entries:,} of "
             f"{self.n_params:,} parameters ({share:.2f} %); {self.changed_outside:,} entries "
             f"outside it changed, {self.wrong_inside:,} inside it are not base + k·delta, and "
-            f"{self.survived:,} of the {self.nonzero:,} entries that the delta changes "
-            f"({kept:.1f} %) survive rounding."
+            f"{self.survived:,} of the {self.nonzero:,} entries that the delta changes ({kept:.1f} "
+            "%) survive rounding."
         )
 
 

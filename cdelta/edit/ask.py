@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from cdelta.attribution.metrics import Metric, TokenSets, refusal_log_odds
 from cdelta.delta.apply import RECORD
 from cdelta.delta.base import damaged
 from cdelta.evaluation.judges import Rules
-from cdelta.files import write_json
+from cdelta.files import read_json, write_json
 from cdelta.models.checkpoint import local_folder
 from cdelta.models.generation import Answer, answer
 from cdelta.models.loading import load_model
@@ -71,7 +70,7 @@ def load_metric(edited: Path) -> Metric | None:
     if not path.exists():
         return None
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = read_json(path)
         return refusal_log_odds(ids["refuse"], ids["comply"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(

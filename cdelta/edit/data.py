@@ -53,10 +53,7 @@ class Table:
         left = [[pad] * (width - len(prompt)) + prompt for prompt, _ in examples]
         right = [answer + [NO_LABEL] * (longest - len(answer)) for _, answer in examples]
         return cls(
-            examples,
-            torch.tensor(left, device=device),
-            torch.tensor(right, device=device),
-            pad,
+            examples, torch.tensor(left, device=device), torch.tensor(right, device=device), pad
         )
 
     @cached_property

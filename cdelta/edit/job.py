@@ -38,7 +38,14 @@ from cdelta.edit.stop import stop_rule
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import kind_rates
-from cdelta.files import hashed_files, new_folder, remove_folder, write_hashed, write_json
+from cdelta.files import (
+    hashed_files,
+    new_folder,
+    read_json,
+    remove_folder,
+    write_hashed,
+    write_json,
+)
 from cdelta.memory import peak_memory
 from cdelta.models.chat import FALLBACK_TEMPLATE, rope_boundary
 from cdelta.models.checkpoint import Checkpoint, local_folder
@@ -148,11 +155,7 @@ def read_policy(job: EditJob, model, tok) -> Policy:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
     longest = min(context, rope_boundary(model) or context) - job.recipe.answers.max_new_tokens
     return build_policy(
-        job.policy,
-        [job.category],
-        tok=tok,
-        max_tokens=longest,
-        everyday=job.recipe.edit.everyday,
+        job.policy, [job.category], tok=tok, max_tokens=longest, everyday=job.recipe.edit.everyday
     )
 
 
@@ -190,7 +193,7 @@ def _resume(job: EditJob, folder: Path, policy: Policy, say: Say) -> None:
 def _recorded(path: Path) -> object:
     """What a JSON file holds; None if it is not there or is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -326,8 +329,8 @@ def _check_effect(choice: Choice) -> None:
     remedy = "give more prompts (--policy), more steps (--steps) or a larger --param-budget"
     if not choice.within_caps:
         raise CdeltaError(
-            f"every scale changes too much beside the target on validation; the nearest is "
-            f"k = {choice.k:g}: {remedy}, or loosen --benign-cap or --other-cap."
+            "every scale changes too much beside the target on validation; the nearest is k = "
+            f"{choice.k:g}: {remedy}, or loosen --benign-cap or --other-cap."
         )
     if choice.k == 0 or now <= min(before, 1 - 1e-9):
         raise CdeltaError(

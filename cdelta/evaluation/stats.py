@@ -54,10 +54,7 @@ def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 
 def bootstrap_mean(
-    values: Sequence[float],
-    groups: Sequence | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
+    values: Sequence[float], groups: Sequence | None = None, draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
     """Mean and its percentile bootstrap interval.
 
@@ -72,9 +69,7 @@ def bootstrap_mean(
 
 
 def bootstrap_ratio(
-    numerator: Sequence[float],
-    denominator: Sequence[float],
-    draws: int = DRAWS,
+    numerator: Sequence[float], denominator: Sequence[float], draws: int = DRAWS
 ) -> Estimate:
     """Σ numerator / Σ denominator of paired measurements, with its percentile bootstrap interval
     over the pairs.

@@ -267,8 +267,7 @@ def check_context(model, length: int, growth: int = 0) -> None:
     if context and length + growth > context:
         raise CdeltaError(
             f"a prompt of {length} tokens and {growth} more for its answer exceed the model's "
-            f"context of {context} tokens: "
-            f"shorten the prompt or the answers."
+            f"context of {context} tokens: shorten the prompt or the answers."
         )
 
 

@@ -99,8 +99,7 @@ class Checkpoint:
         if len(names) == 1 and not torch.equal(self.get(heads[0]), self.get(self.key_of[names[0]])):
             raise CdeltaError(
                 f"{self.folder}: config.json ties the unembedding to the embedding, but the "
-                "weights "
-                f"hold another {heads[0]}: set tie_word_embeddings to false in config.json."
+                f"weights hold another {heads[0]}: set tie_word_embeddings to false in config.json."
             )
 
     def open(self, file: str):

@@ -129,7 +129,7 @@ def check_config(values: Mapping, source: object = "the model") -> str:
         method = how.get("quant_method", "") if isinstance(how, Mapping) else ""
         raise CdeltaError(
             f"{source}: its weights are quantised ({method or 'quantization_config'}), and only "
-            f"plain ones can be edited: use the unquantised checkpoint."
+            "plain ones can be edited: use the unquantised checkpoint."
         )
     return kind
 

@@ -82,8 +82,8 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None):
         ) from error
     if not isinstance(tok.model_max_length, (int, float)):
         raise CdeltaError(
-            f"{path_or_id}: tokenizer_config.json says model_max_length="
-            f"{tok.model_max_length!r}, which is no number: mend or remove it."
+            f"{path_or_id}: tokenizer_config.json says model_max_length={tok.model_max_length!r}, "
+            "which is no number: mend or remove it."
         )
     return tok
 
@@ -100,7 +100,7 @@ def _check_loaded(model: PreTrainedModel, found: Mapping[str, Any], source: str 
     if absent:
         raise CdeltaError(
             f"{source}: the weights lack {len(absent)} parameters of config.json ({absent[0]}): "
-            f"weights and config.json disagree."
+            "weights and config.json disagree."
         )
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings
@@ -223,8 +223,7 @@ class _Checker:
         yield (
             "fact",
             f"{spec.family}, {spec.n_params:,} parameters, {spec.n_layers} layers of "
-            f"{spec.n_heads} "
-            f"heads ({spec.n_kv} key-value groups) and {spec.d_mlp} neurons",
+            f"{spec.n_heads} heads ({spec.n_kv} key-value groups) and {spec.d_mlp} neurons",
         )
 
     def _generation_config(self) -> GenerationConfig:
@@ -262,7 +261,7 @@ class _Checker:
             yield (
                 "warning",
                 f"the weights are stored as {stored} and would be rounded to {dtype}: the edit is "
-                f"fitted to the rounded model.",
+                "fitted to the rounded model.",
             )
 
     def disk(self, out: str | Path) -> Iterator[tuple[str, str]]:
@@ -307,7 +306,7 @@ class _Checker:
             yield (
                 "problem",
                 f"the tokenizer writes the ids {outside[:3]}, but the embedding has {rows} rows: "
-                f"use the tokenizer that belongs to the model.",
+                "use the tokenizer that belongs to the model.",
             )
         if self.tok.pad_token_id is not None and self.tok.pad_token_id >= rows:
             yield "fact", "the padding token has no embedding: rows are padded with an end token"
@@ -331,11 +330,11 @@ class _Checker:
             yield (
                 "warning",
                 f"generation_config.json sets {named}, which other runtimes apply and plain greedy "
-                f"answers do not: measure both.",
+                "answers do not: measure both.",
             )
         if unsupported_penalties(self.model):
             yield (
                 "warning",
                 f"generation_config.json sets {unsupported_penalties(self.model)}, which answers "
-                f"here never apply.",
+                "here never apply.",
             )

@@ -87,8 +87,8 @@ def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
             )
         if _REASONING_ARGUMENT.search(name) and value not in _OFF:
             raise CdeltaError(
-                f"the template argument {name}={value!r} asks for reasoning before the answer, "
-                f"and it is answers that are measured and trained: leave it out or set it to false."
+                f"the template argument {name}={value!r} asks for reasoning before the answer, and "
+                "it is answers that are measured and trained: leave it out or set it to false."
             )
     return arguments
 
@@ -181,6 +181,6 @@ def _render(
         )
     except Exception as error:  # a template is a program, and raises what it likes
         raise CdeltaError(
-            f"the chat template cannot write a conversation ({first_line(error)}): "
-            f"use a tokenizer whose template works."
+            f"the chat template cannot write a conversation ({first_line(error)}): use a tokenizer "
+            "whose template works."
         ) from error

@@ -41,8 +41,7 @@ class PromptPairs:
         if len(clean_ids) != len(corrupted_ids):
             raise CdeltaError(
                 f"{len(clean_ids)} clean rows but {len(corrupted_ids)} corrupted rows: pairs need "
-                "one "
-                f"of each."
+                "one of each."
             )
         if not clean_ids:
             raise CdeltaError("no prompt pairs given: attribution needs at least one.")
@@ -51,8 +50,7 @@ class PromptPairs:
         if uneven:
             raise CdeltaError(
                 f"{len(uneven)} pairs differ in token length, rows {', '.join(uneven[:5])}: drop "
-                "or "
-                f"rephrase them."
+                "or rephrase them."
             )
         return cls(_as_rows(clean_ids), _as_rows(corrupted_ids), split)
 
@@ -174,8 +172,7 @@ def _same_start(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple])
 def _too_few(found: PairYield, benign: int, minimum: int) -> str:
     return (
         f"category {found.category or '(none)'}, split {found.split or '(none)'}: {found.pairs} "
-        "prompt "
-        f"pairs of equal token length from {found.targets} target and {benign} benign prompts, "
-        f"{minimum} needed: rephrase benign prompts to their target's length, add rows, or lower "
-        "the minimum (--min-pairs)."
+        f"prompt pairs of equal token length from {found.targets} target and {benign} benign "
+        f"prompts, {minimum} needed: rephrase benign prompts to their target's length, add rows, "
+        "or lower the minimum (--min-pairs)."
     )
