@@ -68,7 +68,8 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "tiny"
     run = open_run(STAGE, preset="tiny", run_dir=str(folder))
     figure, _ = plt.subplots(figsize=(14, 3))
-    run.figure("fig_selectivity", figure, "A wide figure.", title="Refusal rises to 100 %")
+    figure.suptitle("Refusal rises to 100 %")
+    run.figure("fig_selectivity", figure, "A wide figure.")
     names = [f"method{i}" for i in range(40)]
     rows = pd.DataFrame({"method": names, "refusal": 0.5, "n": 43136, "a_b": ["x" * 60] * 40})
     run.table("tab_shift", rows.assign(**{f"c{i}": 0.1234 for i in range(12)}), "Long & <wide>.")
