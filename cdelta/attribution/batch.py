@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
 import torch
 import torch.nn.functional as F
 from transformers.activations import NewGELUActivation
 
 from cdelta.models.chat import left_pad, positions
+from cdelta.models.prefix import repeated, without_prefix
 from cdelta.policy.pairs import PromptPairs
 
 if TYPE_CHECKING:
@@ -26,18 +27,38 @@ class Batch:
     clean: Int[Tensor, "row pos"]
     corrupted: Int[Tensor, "row pos"]
     mask: Int[Tensor, "row pos"]
+    positions: Int[Tensor, "row pos"]
     rows: tuple[int, ...]
     """Index of each row among the pairs given."""
+    prefix: Any = None
+    """Keys and values of what all rows begin with on both sides, which `clean` and `corrupted` then
+    leave out; `mask` has its columns too."""
 
     def repeat(self, times: int) -> Batch:
         """All rows `times` over."""
-        clean, corrupted = self.clean.repeat(times, 1), self.corrupted.repeat(times, 1)
-        return Batch(clean, corrupted, self.mask.repeat(times, 1), self.rows * times)
+        tensors = (self.clean, self.corrupted, self.mask, self.positions)
+        rows = self.rows * times
+        return Batch(*(tensor.repeat(times, 1) for tensor in tensors), rows, self.prefix)
 
     def both_sides(self) -> Batch:
         """The clean rows, then the corrupted rows, as one batch's clean side."""
         ids = torch.cat([self.clean, self.corrupted])
-        return Batch(ids, ids, self.mask.repeat(2, 1), self.rows * 2)
+        return replace(self.repeat(2), clean=ids, corrupted=ids)
+
+    @torch.no_grad()
+    def without_prefix(self, model, kept: int) -> Batch:
+        """The same without what all rows share, where nothing differs between the two sides.
+
+        Args:
+            kept: last positions that stay, which the metric looks at.
+        """
+        both = self.both_sides()
+        shared = without_prefix(model, both.clean, both.mask, kept)
+        if shared is None:
+            return self
+        clean, corrupted = shared.ids.chunk(2)
+        mask, where = shared.mask.chunk(2)[0], shared.positions.chunk(2)[0]
+        return Batch(clean, corrupted, mask, where, self.rows, shared.read_prefix(model))
 
 
 def batches(pairs: PromptPairs, size: int, device: torch.device) -> list[Batch]:
@@ -50,7 +71,7 @@ def make_batch(pairs: PromptPairs, rows: list[int], device: torch.device) -> Bat
     """Pad the named rows on the left to the longest of them."""
     clean, mask = left_pad([pairs.clean[row] for row in rows], 0, device)
     corrupted, _ = left_pad([pairs.corrupted[row] for row in rows], 0, device)
-    return Batch(clean, corrupted, mask, tuple(rows))
+    return Batch(clean, corrupted, mask, positions(mask), tuple(rows))
 
 
 def run(model, ids: Int[Tensor, "row pos"], batch: Batch, metric) -> Float[Tensor, "row"]:
@@ -67,8 +88,9 @@ def seen_by(metric, model, ids: Int[Tensor, "row pos"], batch: Batch) -> tuple[T
     logits = model(
         input_ids=ids,
         attention_mask=batch.mask,
-        position_ids=positions(batch.mask),
-        use_cache=False,
+        position_ids=batch.positions,
+        past_key_values=repeated(batch.prefix, len(ids)) if batch.prefix else None,
+        use_cache=batch.prefix is not None,
         logits_to_keep=kept,
     ).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -285,6 +285,7 @@ class Totals:
 
     def add(self, model, batch: Batch, metric, schedule: Schedule) -> None:
         """One micro-batch: both runs for the differences, then gradients or exact patching."""
+        batch = batch.without_prefix(model, getattr(metric, "kept", 1))
         differences = SourceDifferences(model, self.spec, batch, metric)
         for side, values in enumerate((differences.metric_clean, differences.metric_corrupted)):
             self.metrics[side] += values.sum().to(self.metrics.device)

@@ -14,6 +14,7 @@ import torch
 from cdelta.edit.losses import Predictions
 from cdelta.models.chat import NO_LABEL, Batch
 from cdelta.models.hooks import before, hooked
+from cdelta.models.prefix import repeated, without_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,17 +43,24 @@ def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
     """fp32 logits that predict each answer's first token, from the prompts alone."""
     n_prompt = batch.input_ids.shape[1] - batch.labels.shape[1] + 1
     parts = (batch.input_ids, batch.attention_mask, batch.position_ids)
-    cut = Batch(*(part[:, :n_prompt] for part in parts), batch.labels)
+    cut = Batch(*(part[:, :n_prompt] for part in parts), batch.labels[:, :1])
     return _logits(model, cut, lambda hidden: hidden[:, -1][None])[0].float()
 
 
 def _logits(model, batch: Batch, gather) -> Tensor:
+    ids, mask, kept = batch.input_ids, batch.attention_mask, batch.labels.shape[1]
+    shared = without_prefix(model, ids, mask, kept)
     with hooked(before(model.get_output_embeddings(), gather)):
+        if shared is None:
+            return model(
+                input_ids=ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+            ).logits
         return model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
+            input_ids=shared.ids,
+            attention_mask=shared.mask,
+            position_ids=shared.positions,
+            past_key_values=repeated(shared.read_prefix(model), len(ids)),
+            use_cache=True,
         ).logits
 
 

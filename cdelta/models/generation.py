@@ -13,6 +13,7 @@ from transformers.generation import logits_process
 
 from cdelta.errors import CdeltaError
 from cdelta.models.chat import batches, positions, rope_boundary, stop_ids
+from cdelta.models.prefix import repeated, without_prefix
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -134,7 +135,7 @@ def first_logits(
     """
     found: dict[int, Tensor] = {}
     for rows, ids, mask in batches(model, tok, prompts, batch_size, system):
-        logits, _ = _next_logits(model, ids, mask, positions(mask), keep=False)
+        logits, _ = _next_logits(model, *_begun(model, ids, mask, 0), keep=False)
         found |= zip(rows, (read(logits) if read else logits).cpu())
     return torch.stack([found[row] for row in range(len(prompts))]) if found else torch.empty(0)
 
@@ -161,6 +162,8 @@ def decode(
         range(len(ids))
     )  # the row that each row of the batch writes to
     boundary, seen, where, cache = rope_boundary(model), ids, positions(mask), None
+    if drop_finished:  # steering that remembers rows must see whole ones
+        ids, mask, where, cache = _begun(model, ids, mask, max_new_tokens)
     first = torch.empty(0)
     for step in range(max_new_tokens):
         logits, cache = _next_logits(model, ids, mask, where, cache)
@@ -180,6 +183,15 @@ def decode(
         if boundary and int(where.max()) == boundary:
             ids, where, cache = seen, positions(mask), None
     return answers, first
+
+
+def _begun(model, ids: Tensor, mask: Tensor, growth: int) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Ids, mask, positions and cache of rows whose shared prefix has been read."""
+    shared = without_prefix(model, ids, mask, growth=growth)
+    if shared is None:
+        return ids, mask, positions(mask), None
+    cache = repeated(shared.read_prefix(model), len(ids))
+    return shared.ids, shared.mask, shared.positions, cache
 
 
 def _next_logits(
