@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from safetensors import SafetensorError
-
 from cdelta.errors import CdeltaError
 
 
@@ -88,6 +86,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     writer of `folder` to remove. Raises `CdeltaError` if `folder` already exists or cannot be
     written.
     """
+    from safetensors import SafetensorError  # not at the top: settings need no tensors
+
     folder = Path(folder).absolute()
     if folder.exists():
         raise CdeltaError(

@@ -11,49 +11,46 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from cdelta.errors import CdeltaError
 
 T = TypeVar("T")
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 # ---------------------------------------------------------------------- changing
 
 
-def changed(settings: T, changes: Mapping[str, Any]) -> T:
+def changed(settings: T, changes: Mapping[str, Any], where: str = "") -> T:
     """A copy of `settings` with `changes` in it, nested as the sections are.
 
     Raises `CdeltaError` on an unknown name (it names the known ones), a wrong type, and what the
     class itself refuses.
     """
-    return _changed(settings, changes, "")
-
-
-def _changed(settings: T, changes: Mapping[str, Any], where: str) -> T:
-    types = field_types(type(settings))
-    values = {}
+    types, values = field_types(type(settings)), {}
     for name, value in changes.items():
         full = f"{where}{name}"
         if name not in types:
-            raise CdeltaError(
-                f"unknown setting '{full}': known here are {', '.join(types) or 'none'}."
-            )
-        if is_dataclass(types[name]):
-            if not isinstance(value, Mapping):
-                raise CdeltaError(
-                    f"'{full}' is a section: set one of its fields, {full}.FIELD, "
-                    f"with FIELD one of {', '.join(field_types(types[name]))}."
-                )
-            values[name] = _changed(getattr(settings, name), value, f"{full}.")
-        else:
+            raise CdeltaError(f"unknown setting '{full}': known here are {', '.join(types)}.")
+        if not is_dataclass(types[name]):
             values[name] = converted(full, types[name], value)
+        elif isinstance(value, Mapping):
+            values[name] = changed(getattr(settings, name), value, f"{full}.")
+        else:
+            known = ", ".join(field_types(types[name]))
+            raise CdeltaError(
+                f"'{full}' is a section: set one of its fields, {full}.FIELD, "
+                f"with FIELD one of {known}."
+            )
     return replace(settings, **values)
 
 
@@ -61,58 +58,36 @@ def _changed(settings: T, changes: Mapping[str, Any], where: str) -> T:
 def field_types(cls: type) -> dict[str, Any]:
     """Field name -> its type, annotations resolved."""
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def converted(name: str, kind: Any, value: Any) -> Any:
-    """`value` as the type `kind`: lists become tuples, an int may stand for a float. Raises
-    `CdeltaError` naming `name`.
+    """`value` as the type `kind`: an int may stand for a float, and for a list its values with
+    commas between them. Raises `CdeltaError` naming `name`.
     """
-    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(converted(name, get_args(kind)[0], item) for item in value)
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-    elif kind is float and type(value) is int:
+    if get_origin(kind) is tuple:
+        (inner,) = get_args(kind)[:1]
+        return tuple(converted(name, inner, item) for item in _items(value, inner))
+    if kind is float and type(value) is int:
         return float(value)
-    elif type(value) is kind:
+    if value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind:
         return value
     raise CdeltaError(f"setting '{name}' is {value!r}: it must be {described(kind)}.")
+
+
+def _items(value: Any, inner: type) -> Iterable[Any]:
+    if not isinstance(value, str):
+        return value if isinstance(value, (list, tuple)) else [value]
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    return parts if inner is str else map(parse_value, parts)
 
 
 def described(kind: Any) -> str:
     """A field's type in words."""
     if get_origin(kind) is tuple:
         return f"a list, each {described(get_args(kind)[0])}"
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return words[kind]
-
-
-def flat(settings: object, where: str = "") -> dict[str, Any]:
-    """``section.field`` -> value."""
-    found: dict[str, Any] = {}
-    for field in fields(settings):
-        value, name = getattr(settings, field.name), f"{where}{field.name}"
-        found |= flat(value, f"{name}.") if is_dataclass(value) else {name: value}
-    return found
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.field`` -> value, as the mapping of mappings that `changed` takes."""
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        *sections, name = path.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise CdeltaError(f"'{path}' is inside '{section}', which is no section.")
-        if isinstance(place.get(name), dict):
-            raise CdeltaError(f"'{path}' is a section: set one of its fields.")
-        place[name] = value
-    return tree
+    choices = ", ".join(map(str, get_args(kind)))
+    return f"one of {choices}" if choices else WORDS[kind]
 
 
 # ---------------------------------------------------------------------- reading
@@ -122,13 +97,19 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     """``["edit.lr=1e-3", "answers.grid=[0, 1]"]`` as a nested mapping for `changed`; values are
     TOML, bare words are texts.
     """
-    values = {}
+    tree: dict[str, Any] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not all(part.isidentifier() for part in name.strip().split(".")):
+        path, equals, value = text.partition("=")
+        *sections, name = path.strip().split(".")
+        if not equals or not all(part.isidentifier() for part in (*sections, name)):
             raise CdeltaError(f"cannot read the setting {text!r}: write section.field=value.")
-        values[name.strip()] = parse_value(value.strip())
-    return nested(values)
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise CdeltaError(f"'{path}' is inside '{section}', which is no section.")
+        place[name] = parse_value(value.strip())
+    return tree
 
 
 def parse_value(text: str) -> Any:
@@ -143,43 +124,45 @@ def parse_value(text: str) -> Any:
 def load_toml(path: str | Path, cls: type[T]) -> T:
     """The defaults of `cls` with the values of a TOML file in them."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return changed(cls(), tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise CdeltaError(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CdeltaError(f"{path} is not valid TOML: {error}.") from error
-    try:
-        return changed(cls(), values)
     except CdeltaError as error:
         raise CdeltaError(f"{path}: {error}") from error
 
 
-# ---------------------------------------------------------------------- help and flags
+# ---------------------------------------------------------------------- command lines
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose flags are never abbreviated."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+        self.register("type", "int", int)
+        self.register("type", "float", float)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def add_arguments(parser: Any, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Arguments of a parser or group: name or flag -> what `add_argument` takes."""
+    for name, options in table.items():
+        parser.add_argument(name, **options)
 
 
 @cache
 def field_help(cls: type) -> dict[str, str]:
-    """``section.field`` -> the field's documentation on one line ("" where it has none), sections
-    included.
-    """
-    documented = _own_help(cls)
-    found = {}
-    for name, kind in field_types(cls).items():
-        found[name] = documented.get(name, "")
-        if is_dataclass(kind):
-            found |= {f"{name}.{inner}": text for inner, text in field_help(kind).items()}
-    return found
-
-
-def _own_help(cls: type) -> dict[str, str]:
-    """Field name -> the string literal that stands under it in the class's source."""
+    """Field name -> the string literal that stands under it in the class's source, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     return {
         field.target.id: " ".join(text.value.value.split())
         for field, text in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
     }
 
 
@@ -189,18 +172,18 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
 
     A name that two sections share becomes ``--section-field``. `given` reads what was given.
     """
-    help_texts, defaults = field_help(cls), flat(cls())
-    names = [path.rsplit(".", 1)[-1] for path in defaults]
-    for section, kind in field_types(cls).items():
+    sections = field_types(cls)
+    names = Counter(name for kind in sections.values() for name in field_types(kind))
+    for section, kind in sections.items():
         group = parser.add_argument_group(section, inspect.getdoc(kind).split("\n")[0])
-        for name, kind_of_field in field_types(kind).items():
-            path = f"{section}.{name}"
-            flag = name if names.count(name) == 1 else f"{section}-{name}"
-            text = f"{help_texts[path]} (default: {_shown(defaults[path])})"
+        for name, type_of_field in field_types(kind).items():
+            flag = name if names[name] == 1 else f"{section}-{name}"
+            default = json.dumps(getattr(kind, name), ensure_ascii=False)
+            text = f"{field_help(kind)[name]} ({described(type_of_field)}; default: {default})"
             group.add_argument(
                 f"--{flag.replace('_', '-')}",
-                dest=path,
-                metavar=_metavar(kind_of_field),
+                dest=f"{section}.{name}",
+                metavar="VALUE",
                 help=text.replace("%", "%%"),
             )
     parser.add_argument(
@@ -215,46 +198,6 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def given(arguments: argparse.Namespace, settings: T) -> T:
     """`settings` with what the flags of `add_flags` and ``--set`` say."""
-    flags = {
-        path: _flag_value(kind, value)
-        for path, kind in _paths(type(settings))
-        if (value := getattr(arguments, path, None)) is not None
-    }
-    return changed(changed(settings, nested(flags)), parse_overrides(arguments.overrides))
-
-
-def _paths(cls: type, where: str = "") -> Iterator[tuple[str, Any]]:
-    for name, kind in field_types(cls).items():
-        if is_dataclass(kind):
-            yield from _paths(kind, f"{where}{name}.")
-        else:
-            yield f"{where}{name}", kind
-
-
-def _flag_value(kind: Any, text: str) -> Any:
-    """What a flag's text means: texts as they stand, lists with or without brackets, the rest as
-    TOML.
-    """
-    if kind is str or get_origin(kind) is Literal:
-        return text
-    if get_origin(kind) is tuple and not text.strip().startswith("["):
-        inner = get_args(kind)[0]
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return parts if inner is str else [parse_value(part) for part in parts]
-    return parse_value(text)
-
-
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, get_args(kind))) + "}"
-    if get_origin(kind) is tuple:
-        return f"{_metavar(get_args(kind)[0])},..."
-    return {bool: "{true,false}", int: "N", float: "X", str: "TEXT"}[kind]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(_shown, value)) or "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+    told = [(path, value) for path, value in vars(arguments).items() if "." in path]
+    flags = [f"{path}={value}" for path, value in told if value is not None]
+    return changed(settings, parse_overrides([*flags, *arguments.overrides]))

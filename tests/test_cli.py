@@ -223,7 +223,7 @@ APPLY = ["apply", "{0}/base", "{0}/delta", "{0}/out"]
         (APPLY, other_base, "not for this model"),
         (APPLY, other_architecture, "another architecture"),
         ([*APPLY, "--scale", "nan"], None, "finite"),
-        ([*APPLY, "--scale", "much"], None, "invalid float"),
+        ([*APPLY, "--scale", "much"], None, "invalid 'float'"),
         (["apply", "{0}/base", "{0}/delta", "/proc/x/out"], None, "cannot write"),
         (["apply", "{0}/base", "{0}/nothing", "{0}/out"], None, "holds no weight delta"),
         (["apply", "{0}/base", "{0}/delta", "{0}/base"], None, "already exists"),
