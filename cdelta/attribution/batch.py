@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers.activations import NewGELUActivation
 
 from cdelta.models.chat import left_pad, positions
+from cdelta.models.hooks import read_end
 from cdelta.models.prefix import repeated, without_prefix
 from cdelta.policy.pairs import PromptPairs
 
@@ -85,13 +86,14 @@ def seen_by(metric, model, ids: Int[Tensor, "row pos"], batch: Batch) -> tuple[T
     Logits are computed only where it looks: at its last `kept` positions, one if it does not say.
     """
     kept = getattr(metric, "kept", 1)
-    logits = model(
+    logits = read_end(
+        model,
+        kept,
         input_ids=ids,
         attention_mask=batch.mask,
         position_ids=batch.positions,
         past_key_values=repeated(batch.prefix, len(ids)) if batch.prefix else None,
         use_cache=batch.prefix is not None,
-        logits_to_keep=kept,
     ).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return (logits, ids[:, -kept:].to(logits.device)) if kept > 1 else (logits[:, -1],)

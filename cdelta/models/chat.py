@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 import torch
 
 from cdelta.errors import CdeltaError, first_line
+from cdelta.models.hooks import read_end
 from cdelta.models.templates import template_facts, written
 
 if TYPE_CHECKING:
@@ -318,11 +319,12 @@ def collate(
 
 def answer_logits(model, batch: Batch) -> Float[Tensor, "row answer vocab"]:
     """fp32 logits that predict each answer token."""
-    out = model(
+    out = read_end(
+        model,
+        batch.labels.shape[1],
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
-        logits_to_keep=batch.labels.shape[1],
         use_cache=False,
     )
     return out.logits.float()

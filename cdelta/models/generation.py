@@ -13,6 +13,7 @@ from transformers.generation import logits_process
 
 from cdelta.errors import CdeltaError
 from cdelta.models.chat import batches, positions, rope_boundary, stop_ids
+from cdelta.models.hooks import read_end
 from cdelta.models.prefix import repeated, without_prefix
 
 if TYPE_CHECKING:
@@ -198,13 +199,14 @@ def _next_logits(
     model, ids: Tensor, mask: Tensor, where: Tensor, cache: Any = None, keep: bool = True
 ) -> tuple[Float[Tensor, "row vocab"], Any]:
     """fp32 logits after each row's last token, and the cache with these tokens in it."""
-    out = model(
+    out = read_end(
+        model,
+        1,
         input_ids=ids,
         attention_mask=mask,
         position_ids=where,
         past_key_values=cache,
         use_cache=keep,
-        logits_to_keep=1,
     )
     return out.logits[:, -1].float(), out.past_key_values
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import Any, Callable, Iterator
 
-from torch import nn
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor, nn
 
 Registration = Callable[[], Any]
 """Makes one hook when called, and returns its handle."""
@@ -60,6 +57,16 @@ def after(module: nn.Module, look: Callable) -> Registration:
         return None if new is None else (new, *output[1:])
 
     return lambda: module.register_forward_hook(hook)
+
+
+def read_end(model: nn.Module, kept: int, **inputs: Any) -> Any:
+    """The model's output with the logits of the last `kept` positions.
+
+    A slice of the hidden states is not contiguous, and a linear layer copies its whole weight for
+    every row of such a batch: 40 % of a batch of answers at 135 million parameters.
+    """
+    with hooked(before(model.get_output_embeddings(), Tensor.contiguous)):
+        return model(**inputs, logits_to_keep=kept)
 
 
 @contextmanager
