@@ -34,7 +34,7 @@ retrain = False  # train the embedded model from nothing instead of loading data
 import pandas as pd
 
 from cdelta.artifact import conclusions
-from cdelta.artifact.figures.subject import base_refusal as draw_base_refusal
+from cdelta.artifact.figures.attribution import base_refusal as draw_base_refusal
 from cdelta.artifact.organism import check
 from cdelta.artifact.overview import (
     as_the_model_sees,

@@ -44,13 +44,8 @@ import pandas as pd
 
 from cdelta.artifact import conclusions
 from cdelta.artifact.bench import OPENINGS, opening_rows, save_openings
-from cdelta.artifact.figures.attribution import (
-    Idea,
-    agreement,
-    convergence,
-    idea,
-    score_maps,
-)
+from cdelta.artifact.figures.attribution import agreement, convergence, score_maps
+from cdelta.artifact.figures.pictures import idea
 from cdelta.artifact.overview import edge_table, first_prompts, quadrature_errors, strongest
 from cdelta.artifact.run import open_run
 from cdelta.artifact.study import attribution_tables
@@ -96,7 +91,7 @@ points = [a for a, _ in gradient_schedule(how.method, how.ig_steps, how.rule)]
 prompts = first_prompts(data.records, found)
 run.figure(
     "fig_idea",
-    idea(Idea(*prompts, one.metric_clean, one.metric_corrupted, points)),
+    idea(*prompts, one.metric_clean, one.metric_corrupted, points),
     f"Left: what an edge's score means, with one pair of {first} and its metric in nats. "
     "Right: where its gradients are taken.",
 )

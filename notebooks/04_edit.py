@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from cdelta.artifact import conclusions
 from cdelta.artifact.bench import VALIDATION, Bench, before_and_after, chosen_rows
-from cdelta.artifact.figures.edits import scale_curves
+from cdelta.artifact.figures.evaluation import scale_curves
 from cdelta.artifact.fits import edits_of, finished_edits
 from cdelta.artifact.run import open_run
 from cdelta.evaluation.rates import curve_bands

@@ -36,7 +36,7 @@ import pandas as pd
 
 from cdelta.artifact import conclusions, deployment, findings
 from cdelta.artifact.bench import Bench
-from cdelta.artifact.figures.edits import touched_entries
+from cdelta.artifact.figures.evaluation import touched_entries
 from cdelta.artifact.run import open_run
 from cdelta.artifact.subject import subject_folder
 from cdelta.delta.apply import save_edited

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from cdelta.artifact import conclusions
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.composition import interference, removals, subsets
-from cdelta.artifact.figures.edits import composition_map
+from cdelta.artifact.figures.evaluation import composition_map
 from cdelta.artifact.run import open_run
 from cdelta.artifact.sums import combined_rows, conflict_table, joint_rows, sum_rows
 from cdelta.delta.weight_delta import OVERLAPS

@@ -31,7 +31,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 
 from cdelta.artifact import conclusions
-from cdelta.artifact.figures.edits import serving_cost
+from cdelta.artifact.figures.evaluation import serving_cost
 from cdelta.artifact.jobs import Comparison
 from cdelta.artifact.run import open_run
 from cdelta.artifact.serving import cost, interleaved

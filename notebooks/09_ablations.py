@@ -36,7 +36,7 @@ from tqdm import tqdm
 from cdelta.artifact import conclusions
 from cdelta.artifact.ablations import as_is, budget_lines, fit_variant, variant_row, variants
 from cdelta.artifact.bench import Bench
-from cdelta.artifact.figures.edits import budget_curves
+from cdelta.artifact.figures.evaluation import budget_curves
 from cdelta.artifact.overview import text_classifier
 from cdelta.artifact.run import open_run
 from cdelta.methods.tuning import tune_layers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cdelta.artifact import findings
-from cdelta.artifact.figures.style import method_title
+from cdelta.artifact.figures.style import title_of
 from cdelta.artifact.findings import OWN, listed, percent, span
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def does_the_circuit_do_it(controls: pd.DataFrame, faithful: pd.DataFrame) -> Ma
     """Notebook 03, from `tab_controls` and `tab_faithfulness`."""
     weak = controls[controls["control"].isin(("random", "random_layer", "magnitude"))]
     strong = controls.drop(weak.index)
-    found = f"{findings.faithfulness(faithful)}. {findings.controls(controls, method_title)}."
+    found = f"{findings.faithfulness(faithful)}. {findings.controls(controls, title_of)}."
     all_weak = len(weak) and (weak["low"] > 0).all()
     all_strong = len(strong) and (strong["low"] > 0).all()
     means = "The ranking does no better than simple ones here."
@@ -198,17 +198,17 @@ def selectivity(measured: pd.DataFrame, compared: pd.DataFrame) -> Markdown:
     rows = compared[(compared["measure"] == "target") & (compared["versus"] != "base")]
     pooled = rows[rows["category"] == "all"]
     pooled = pooled if len(pooled) else rows.drop_duplicates("versus")
-    better = [method_title(r.versus) for r in pooled.itertuples() if r.low > 0]
-    worse = [method_title(r.versus) for r in pooled.itertuples() if r.high < 0]
-    open_ = [method_title(r.versus) for r in pooled.itertuples() if r.low <= 0 <= r.high]
+    better = [title_of(r.versus) for r in pooled.itertuples() if r.low > 0]
+    worse = [title_of(r.versus) for r in pooled.itertuples() if r.high < 0]
+    open_ = [title_of(r.versus) for r in pooled.itertuples() if r.low <= 0 <= r.high]
     parts = (
-        [f"{method_title(OWN)} refuses more of the target than {listed(better)}."] if better else []
+        [f"{title_of(OWN)} refuses more of the target than {listed(better)}."] if better else []
     )
     parts += [f"It refuses less than {listed(worse)}."] if worse else []
     parts += [f"On the target it cannot be told apart from {listed(open_)}."] if open_ else []
     means = " ".join(parts) or "There is no other method to compare with."
     return section(
-        f"{findings.selectivity(measured, 'target', method_title)}.",
+        f"{findings.selectivity(measured, 'target', title_of)}.",
         means,
         "An interval that holds zero is no proof of equality; and methods that were not tuned at"
         " this model's size may do better with other settings.",
@@ -218,7 +218,7 @@ def selectivity(measured: pd.DataFrame, compared: pd.DataFrame) -> Markdown:
 def side_effects(matrix: pd.DataFrame, measured: pd.DataFrame) -> Markdown:
     """Notebook 05, from `tab_matrix` and `comparison.measured`."""
     found = f"{findings.matrix(matrix)}."
-    over = findings.overrefusal(measured, method_title)
+    over = findings.overrefusal(measured, title_of)
     found += f" {over}." if over else ""
     own = measured[(measured["measure"] == "borderline") & (measured["method"] == OWN)]
     risen = own["rate"].max() > 0.05 if len(own) else False
@@ -236,7 +236,7 @@ def side_effects(matrix: pd.DataFrame, measured: pd.DataFrame) -> Markdown:
 
 def unseen(pooled: pd.DataFrame) -> Markdown:
     """Notebook 05, from pooled out-of-distribution rates."""
-    found = findings.ood(pooled, method_title) or "This run has no out-of-distribution prompts"
+    found = findings.ood(pooled, title_of) or "This run has no out-of-distribution prompts"
     return section(
         f"{found}.",
         "To that extent the edit reaches wordings that it was not fitted on; the base may have met"
@@ -247,7 +247,7 @@ def unseen(pooled: pd.DataFrame) -> Markdown:
 
 def robust(pooled: pd.DataFrame) -> Markdown:
     """Notebook 05, from pooled rates after attacks."""
-    found = findings.robustness(pooled, method_title) or "No attack was run"
+    found = findings.robustness(pooled, title_of) or "No attack was run"
     own = pooled[(pooled["method"] == OWN) & (pooled["category"] == "all")]
     rates = own.set_index("attack")["rate"]
     lost = "none" in rates and rates.drop("none").min() < KEPT * rates["none"]
@@ -322,7 +322,7 @@ def composed(table: pd.DataFrame, chosen: pd.DataFrame) -> Markdown:
 def cost(serving: pd.DataFrame) -> Markdown:
     """Notebook 08, from `tab_cost`."""
     slower = serving[~serving["break_even"].isin(("", "none"))]
-    names = sorted({method_title(method) for method in slower["method"]})
+    names = sorted({title_of(method) for method in slower["method"]})
     means = (
         f"At run time {listed(names)} cost measurable time here; the edit is the base's own graph."
         if names
@@ -330,7 +330,7 @@ def cost(serving: pd.DataFrame) -> Markdown:
         " there is no break-even point."
     )
     return section(
-        f"{findings.serving(serving, method_title)}.",
+        f"{findings.serving(serving, title_of)}.",
         means,
         "These are one machine's times: larger models, servers and GPUs may show others.",
     )

@@ -17,7 +17,7 @@ import pandas as pd
 from cdelta.artifact import findings
 from cdelta.artifact.ablations import budget_lines
 from cdelta.artifact.claims import filled
-from cdelta.artifact.figures.style import method_title
+from cdelta.artifact.figures.style import title_of
 from cdelta.artifact.findings import OWN, percent, span
 from cdelta.artifact.presets import Preset, load_preset, preset_names
 from cdelta.files import write_text
@@ -72,7 +72,7 @@ def _lines(folder: Path) -> Iterator[str]:
     others = table[~table["method"].isin((OWN, "base", "positive_only"))]
     means = others.groupby("method")["target_refusal"].mean().sort_values(ascending=False)
     if len(means):
-        best = [f"{method_title(key)} {percent(rate)}" for key, rate in means.head(4).items()]
+        best = [f"{title_of(key)} {percent(rate)}" for key, rate in means.head(4).items()]
         yield f"**Other methods**, mean over categories: {', '.join(best)}."
     if (folder / "tab_ablations.csv").exists():
         found = findings.budget(budget_lines(pd.read_csv(folder / "tab_ablations.csv")))

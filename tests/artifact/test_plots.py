@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cdelta.artifact.figures import attribution, circuits, edits, evaluation, method, panels, style
+from cdelta.artifact.figures import attribution, circuits, evaluation, pictures, style
 
 RATES = pd.DataFrame(
     {
@@ -46,25 +46,24 @@ def texts(fig) -> list[str]:
     return [text.get_text() for ax in fig.axes for text in ax.texts]
 
 
+def words(fig) -> list[str]:
+    return [text.get_text() for text in fig.texts if "nothing" in text.get_text()]
+
+
 def test_points_stand_apart_in_the_groups_order_with_their_intervals():
-    fig = panels.points(RATES, "category", "method", "refused (%)", colour=style.method_colour)
+    fig = attribution.base_refusal(RATES.rename(columns={"method": "kind"}))
     ax = fig.axes[0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["crime", "hate"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["crime", "hate"]
     base, edited = ax.containers
-    assert (base[0].get_xdata() < edited[0].get_xdata()).all()
-    assert edited[0].get_ydata().tolist() == [100.0, 90.0]
-    assert edited[0].get_color() == style.method_colour("cdelta")
+    assert (base[0].get_ydata() < edited[0].get_ydata()).all()
+    assert edited[0].get_xdata().tolist() == [1.0, 0.9]
+    assert edited[0].get_color() == style.shown("cdelta")[1]
 
 
 def test_every_method_has_a_readable_name_and_one_colour():
-    assert style.method_title("cdelta") == "C-ΔΘ" and style.method_title("my_own") == "my own"
-    assert style.method_order(["mine", "cdelta", "base"]) == ["base", "cdelta", "mine"]
-    assert style.method_colour("mine") == style.GREY
-
-
-def test_titles_wrap_evenly_and_keep_their_lines():
-    assert style.wrapped("one two three four", 12) == "one two\nthree four"
-    assert style.wrapped("a\nb", 10) == "a\nb"
+    assert style.title_of("cdelta") == "C-ΔΘ" and style.title_of("my_own") == "my own"
+    rows = pd.DataFrame({"method": ["mine", "cdelta", "base"]})
+    assert style.in_order(rows)["method"].tolist() == ["base", "cdelta", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_a_log_axis_is_labelled_in_plain_numbers(shares, shown):
     table = pd.DataFrame(
         {"percent": shares, "rate": (0.2, 1), "mask": "circuit", "category": "crime"}
     )
-    fig = edits.budget_curves(table.assign(low=0.0, high=1.0))
+    fig = evaluation.budget_curves(table.assign(low=0.0, high=1.0))
     fig.canvas.draw()
     ax = fig.axes[0]
     low, high = ax.get_xlim()
@@ -93,10 +92,10 @@ def test_the_budget_figure_shows_every_random_mask_and_says_what_it_found():
             "high": 1.0,
         }
     )
-    fig = edits.budget_curves(table, {"crime": 0.97})
+    fig = evaluation.budget_curves(table, {"crime": 0.97})
     ax = fig.axes[0]
-    assert [len(dots.get_offsets()) for dots in ax.collections[1::2]] == [1, 3]
-    assert ax.lines[1].get_ydata().tolist() == [20.0]
+    assert [len(dots.get_offsets()) for dots in ax.collections[2:]] == [1, 3]
+    assert ax.lines[1].get_ydata().tolist() == [pytest.approx(0.2)]
     assert headline(fig).endswith("refuses 90 % of the target, a random mask 20 %")
 
 
@@ -122,8 +121,8 @@ def test_the_matrix_shows_borderline_prompts_and_names_the_largest_side_effect()
 
 def test_matrices_leave_missing_edits_empty():
     fig = evaluation.matrices({"cdelta": matrix_rows(), "random": matrix_rows()[:2]}, ["crime"])
-    shown = [ax.images[0].get_array() for ax in fig.axes[:2]]
-    assert shown[0].tolist() == [[100.0]] and np.isnan(np.ma.filled(shown[1], np.nan)).all()
+    shown = [ax.collections[0].get_array() for ax in fig.axes[:2]]
+    assert shown[0].tolist() == [[100.0]] and shown[1].mask.all()
 
 
 def test_overrefusal_draws_each_kind_of_safe_prompt():
@@ -133,7 +132,7 @@ def test_overrefusal_draws_each_kind_of_safe_prompt():
         for kind, rate in zip(evaluation.OVERREFUSAL, (0.0, own, 0.1))
     ]
     fig = evaluation.overrefusal(pd.DataFrame(rows), ["crime"])
-    assert fig.axes[0].containers[1][0].get_xdata().tolist() == [0.0, 40.0]
+    assert fig.axes[0].containers[1][0].get_xdata().tolist() == [0.0, 0.4]
     assert (
         headline(fig) == "C-ΔΘ refuses 40 % of its own category's borderline prompts, the base 0 %"
     )
@@ -146,24 +145,25 @@ def test_selectivity_zooms_to_the_end_where_all_values_lie():
     titles = {"target": "target refused", "benign": "benign refused", "absent": "absent"}
     fig = evaluation.selectivity(table, titles, {"target": 0.97})
     target, benign = fig.axes
-    assert target.get_xlim()[1] > 100 and benign.get_xlim()[1] < 11
-    assert 97 in [line.get_xdata()[0] for line in target.lines if len(set(line.get_xdata())) == 1]
+    assert target.get_xlim()[1] > 1 and benign.get_xlim()[1] < 0.11
+    assert 0.97 in [line.get_xdata()[0] for line in target.lines if len(set(line.get_xdata())) == 1]
     assert headline(fig).startswith("C-ΔΘ refuses 95 % of the target (base 15 %)")
 
 
 def test_unseen_wordings_pool_all_categories_and_show_single_ones():
     ax = evaluation.out_of_distribution(POOLED).axes[0]
-    assert [round(c[0].get_xdata()[0]) for c in ax.containers] == [15, 95]
-    assert len(ax.collections[0].get_offsets()) == 4 and ax.get_title() == "wrappers"
+    assert [round(c[0].get_xdata()[0], 2) for c in ax.containers] == [0.15, 0.95]
+    assert len(ax.collections[-1].get_offsets()) == 4 and ax.get_title() == "wrappers"
 
 
 def test_what_a_run_does_not_have_is_said_in_place_of_empty_axes():
-    assert texts(evaluation.out_of_distribution(POOLED.iloc[:0])) == ["no such prompts in this run"]
+    nothing = ["nothing of this kind in this run"]
+    assert words(evaluation.out_of_distribution(POOLED.iloc[:0])) == nothing
     none = pd.DataFrame(columns=["judge", "data", "accuracy", "low", "high"])
     bins = pd.DataFrame(columns=["log_odds", "rate", "low", "high"])
-    assert texts(evaluation.judges(none, bins)) == ["no labelled answers in this run"] * 2
-    nothing = pd.DataFrame(columns=["category", "head", "key", "value"])
-    assert texts(circuits.attention_bars(nothing)) == ["no attention head in these circuits"]
+    assert words(evaluation.judges(none, bins)) == nothing
+    none = pd.DataFrame(columns=["category", "head", "key", "value"])
+    assert words(circuits.attention_bars(none)) == nothing
 
 
 def test_tradeoff_has_a_row_per_family_and_rings_the_choice():
@@ -180,7 +180,8 @@ def test_tradeoff_has_a_row_per_family_and_rings_the_choice():
     fig = evaluation.tradeoff(pd.concat([curve.assign(method=m) for m in methods]))
     assert len(fig.axes) == 2
     lines = [line.get_xydata().tolist() for line in fig.axes[0].lines]
-    assert lines[0] == [[0.0, 20.0], [10.0, 100.0]] and lines[1] == [[10.0, 100.0]]
+    assert lines[0] == [[0.0, 0.2], [0.1, 1.0]]
+    assert fig.axes[0].collections[0].get_offsets().tolist() == [[0.1, 1.0]]
 
 
 def test_judges_and_reliability():
@@ -198,8 +199,8 @@ def test_judges_and_reliability():
         {"log_odds": [-3.0, 3.0], "rate": [0.0, 1.0], "low": [0.0, 0.8], "high": [0.2, 1.0]}
     )
     left, right = evaluation.judges(table, bins).axes
-    assert left.containers[0][0].get_xdata().tolist() == [100.0, 90.0]
-    assert right.containers[0][0].get_ydata().tolist() == [0.0, 100.0]
+    assert left.containers[0][0].get_xdata().tolist() == [1.0, 0.9]
+    assert right.containers[0][0].get_xdata().tolist() == [0.0, 1.0]
 
 
 def test_scale_curves_mark_the_chosen_scale():
@@ -213,9 +214,9 @@ def test_scale_curves_mark_the_chosen_scale():
             "high": 1.0,
         }
     )
-    fig = edits.scale_curves(table, {"crime": 1.0})
+    fig = evaluation.scale_curves(table, {"crime": 1.0})
     line, mark = fig.axes[0].lines
-    assert line.get_ydata().tolist() == [20.0, 100.0] and list(mark.get_xdata()) == [1.0, 1.0]
+    assert line.get_ydata().tolist() == [0.2, 1.0] and list(mark.get_xdata()) == [1.0, 1.0]
     assert headline(fig) == "k = 1 turns 20 % of the target refused into 100 %"
 
 
@@ -227,22 +228,24 @@ def test_composition_frames_what_was_edited_and_names_a_common_scale():
         ("hate", "hate", True, 1.0, 0.5),
     ]
     table = pd.DataFrame(cells, columns=["subset", "prompt_category", "edited", "refusal", "k"])
-    fig = edits.composition_map(table.assign(benign_refusal=[0.0, 0.02, 0.0, 0.0], utility=0.5))
+    fig = evaluation.composition_map(
+        table.assign(benign_refusal=[0.0, 0.02, 0.0, 0.0], utility=0.5)
+    )
     main, ends, _ = fig.axes
     assert [t.get_text() for t in main.texts] == ["10", "20", "10", "100"]
     assert [t.get_text() for t in ends.texts] == ["2", "50", "0", "50"]
-    assert [patch.get_xy() for patch in main.patches] == [(0.5, 0.5)]
+    assert [patch.get_xy() for patch in main.patches] == [(1, 1)]
     assert main.get_yticklabels()[1].get_text() == "hate  (k = 0.5)"
 
 
 def test_unchanged_entries_are_left_white():
-    fig = edits.touched_entries(
+    fig = evaluation.touched_entries(
         {"l.0.q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))}, "x"
     )
     images = [ax.images[0] for ax in fig.axes[:2]]
     assert images[0].get_array().mask.sum() == 3
     assert {image.get_clim() for image in images} == {(0.0, 2.0)}
-    assert fig.axes[0].get_title() == "l.0.\nq"
+    assert fig.axes[0].get_title() == "l 0 q"
 
 
 def test_serving_cost_leaves_the_base_out():
@@ -255,7 +258,7 @@ def test_serving_cost_leaves_the_base_out():
             "high": 1.2,
         }
     )
-    ax = edits.serving_cost(table).axes[0]
+    ax = evaluation.serving_cost(table).axes[0]
     assert ax.get_title() == "batch 1" and [t.get_text() for t in ax.get_yticklabels()] == ["C-ΔΘ"]
 
 
@@ -280,9 +283,9 @@ def test_maps_of_heads_and_mlps_share_one_symmetric_scale():
     fig = attribution.score_maps(
         heads, {"crime": np.array([5.0]), "hate": np.array([-1.0])}, "nats"
     )
-    limits = [ax.images[0].get_clim() for ax in fig.axes if ax.images]
-    assert limits == [(-5.0, 5.0)] * 4
-    assert fig.axes[1].images[0].get_array().tolist() == [[5.0]]
+    maps = [ax.collections[0] for ax in fig.axes[:4]]
+    assert [image.get_clim() for image in maps] == [(-5.0, 5.0)] * 4
+    assert maps[1].get_array().tolist() == [[5.0]]
 
 
 def test_agreement_states_the_correlation_of_every_reader_class_and_the_largest_miss():
@@ -318,9 +321,9 @@ def test_convergence_draws_single_runs_as_stars():
 
 
 def test_idea_shows_both_prompts_their_metric_and_every_gradient_point():
-    pair = attribution.Idea("Steal it?", "Paint it?", -1.25, -9.0, [0.25, 0.75])
-    shown = " ".join(texts(attribution.idea(pair)))
-    assert all(part in shown for part in ("“Steal it?”", "“Paint it?”", "−1.2", "−9.0", "2 points"))
+    pair = ("Steal it?", "Paint it?", -1.25, -9.0, [0.25, 0.75])
+    shown = " ".join(texts(pictures.idea(*pair)))
+    assert all(part in shown for part in ("“Steal it?”", "“Paint it?”", "-1.2", "-9.0", "2 points"))
 
 
 def test_prompt_view_wraps_long_prompts_inside_the_page_and_fills_what_differs():
@@ -355,9 +358,11 @@ def test_forest_draws_values_with_their_intervals():
         }
     )
     fig = circuits.against_controls(table)
-    points, _, (bars,) = fig.axes[0].containers[0]
-    assert points.get_xdata().tolist() == [0.5, 0.1]
-    assert [np.round(s[:, 0], 6).tolist() for s in bars.get_segments()] == [[0.4, 0.7], [-0.1, 0.2]]
+    for (points, _, (bars,)), (value, *ends) in zip(
+        fig.axes[0].containers, ((0.5, 0.4, 0.7), (0.1, -0.1, 0.2))
+    ):
+        assert points.get_xdata().tolist() == [value]
+        assert bars.get_segments()[0][:, 0].tolist() == pytest.approx(ends)
     assert headline(fig) == (
         "The circuit beats its control in 1 of 2 comparisons; not always: union of all circuits"
     )
@@ -366,11 +371,11 @@ def test_forest_draws_values_with_their_intervals():
 def test_overlap_shows_chance_and_no_diagonal():
     jaccard = pd.DataFrame([[1.0, 0.3], [0.3, 1.0]], index=["a", "b"], columns=["a", "b"])
     fig = circuits.overlap_map(jaccard, 0.012)
-    assert texts(fig) == ["", "0.30", "0.30", ""] and headline(fig).endswith("chance: 0.01")
+    assert texts(fig) == ["0.30", "0.30"] and headline(fig).endswith("chance: 0.01")
 
 
 def test_the_method_is_one_picture_of_four_steps():
-    shown = texts(method.method())
+    shown = texts(pictures.picture("method"))
     assert [text for text in shown if text[:3] in ("1 ·", "2 ·", "3 ·", "4 ·")] == [
         "1 · localise",
         "2 · mask",

@@ -9,7 +9,8 @@ layer's neurons, those of the whole MLP, for which attribution has edges.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import numpy as np
@@ -18,8 +19,8 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from cdelta.artifact import findings
-from cdelta.artifact.figures import panels
-from cdelta.artifact.figures.style import GAIN, LOSS, grid, method_colour, method_title, style
+from cdelta.artifact.figures import style
+from cdelta.artifact.figures.style import GAIN, LOSS, styled, title_of
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit, node_order
 from cdelta.circuit.edges import readers_of
@@ -32,39 +33,34 @@ if TYPE_CHECKING:
 
 NODES, EDGES = 18, 22
 """Most parts and arrows of a drawing; the strongest stay."""
-ENDS = ("input", "logits")
-FILLS = {"a": "#fde9c9", "m": "#dcecd9"}
+FILLS = {"a": "#fde9c9", "m": "#dcecd9", "end": "#e8e8e8"}
 
 
 def circuit_graph(scores: Scores, circuit: Circuit, nodes: int = NODES) -> nx.DiGraph:
     """Parts of the circuit between ``input`` and ``logits``, at most `nodes` of them, the
     strongest.
 
-    Nodes carry ``label, depth, units, score`` (nats), edges ``score`` (nats) and ``rank`` (0:
-    strongest; of every node the strongest arrow in and the strongest out come first).
+    Nodes carry ``label, kind, depth, units, score`` (nats) and their place ``x, y`` in [0, 1],
+    edges ``score`` (nats) and ``rank`` (0: strongest; of every node the strongest arrow in and the
+    strongest out come first).
     """
     pieces = {name: piece.nodes for name, piece in parts(circuit).items()}
-    strength = {
-        name: sum(_unit_score(scores, unit) for unit in units) for name, units in pieces.items()
-    }
+    strength = {name: sum(_unit_score(scores, u) for u in units) for name, units in pieces.items()}
     strongest = sorted(pieces, key=lambda name: -abs(strength[name]))[:nodes]
     graph = nx.DiGraph()
-    for name in ("input", *sorted(strongest, key=node_order), "logits"):
-        units = pieces.get(name, ())
-        facts = {"label": _label(name, len(units)), "depth": _depth(name), "units": units}
-        graph.add_node(name, score=strength.get(name, 0.0), **facts)
-    for source in graph:
-        for target in graph:
-            if graph.nodes[source]["depth"] < graph.nodes[target]["depth"]:
-                graph.add_edge(source, target, score=_edge_score(scores, source, target))
+    graph.add_node("input", label="input", kind="end", depth=-1, units=(), score=0.0)
+    for name in sorted(strongest, key=node_order):
+        kind, units, depth = name[0], pieces[name], 2 * node_order(name)[0] + (name[0] == "m")
+        label = f"{name}\n{len(units)} neuron{'s' * (len(units) != 1)}" if kind == "m" else name
+        facts = {"kind": kind, "depth": depth, "units": units}
+        graph.add_node(name, label=label, score=strength[name], **facts)
+    graph.add_node("logits", label="logits", kind="end", depth=10**6, units=(), score=0.0)
+    _place(graph)
+    depth = graph.nodes.data("depth")
+    for source, target in ((u, v) for u in graph for v in graph if depth[u] < depth[v]):
+        graph.add_edge(source, target, score=_edge_score(scores, source, target))
     _rank(graph)
     return graph
-
-
-def _label(name: str, units: int) -> str:
-    if name in ENDS or not name.startswith("m"):
-        return name
-    return f"{name}\n{units} neuron{'s' * (units != 1)}"
 
 
 def _unit_score(scores: Scores, name: str) -> float:
@@ -78,104 +74,76 @@ def _edge_score(scores: Scores, source: str, target: str) -> float:
     return scores.edges[scores.sources.index(source), columns].sum().item()
 
 
-def _depth(name: str) -> float:
-    if name in ENDS:
-        return -1 if name == "input" else float("inf")
-    return 2 * int(name[1:].split(".")[0]) + name.startswith("m")
-
-
-def _size(edge) -> float:
-    return abs(edge[2]["score"])
+def _place(graph: nx.DiGraph) -> None:
+    """Rows by depth, input below. Single nodes alternate between left and right, so that long
+    arrows pass in the middle.
+    """
+    depth = pd.Series(dict(graph.nodes.data("depth")))
+    row = depth.rank(method="dense").astype(int) - 1
+    size = depth.groupby(depth).transform("size")
+    x = (depth.groupby(depth).cumcount() + 0.5) / size
+    inner = (size == 1) & row.between(1, row.max() - 1)
+    x = x.mask(inner, 0.5 + 0.32 * (-1.0) ** row)
+    nx.set_node_attributes(graph, x.to_dict(), "x")
+    nx.set_node_attributes(graph, (row / row.max()).to_dict(), "y")
 
 
 def _rank(graph: nx.DiGraph) -> None:
-    first = set()
-    for node in graph:
-        for edges in (graph.in_edges(node, data=True), graph.out_edges(node, data=True)):
-            first |= {max(edges, key=_size)[:2]} if edges else set()
-    order = sorted(graph.edges(data=True), key=lambda edge: (edge[:2] not in first, -_size(edge)))
-    for rank, (source, target, _) in enumerate(order):
-        graph.edges[source, target]["rank"] = rank
+    sizes = {(u, v): -abs(score) for u, v, score in graph.edges.data("score")}
+    around = [edges for node in graph for edges in (graph.in_edges(node), graph.out_edges(node))]
+    first = {min(edges, key=sizes.get) for edges in around if edges}
+    order = sorted(sizes, key=lambda edge: (edge not in first, sizes[edge]))
+    nx.set_edge_attributes(graph, {edge: rank for rank, edge in enumerate(order)}, "rank")
 
 
-def layout(graph: nx.DiGraph) -> dict[str, np.ndarray]:
-    """Rows by depth, input below: x and y in [0, 1]. Single nodes alternate between left and right,
-    so that long arrows pass in the middle.
-    """
-    depths = sorted({depth for _, depth in graph.nodes(data="depth")})
-    rows = [[n for n, d in graph.nodes(data="depth") if d == depth] for depth in depths]
-    place = {}
-    for row, names in enumerate(rows):
-        aside = 0.32 * (-1) ** row if 0 < row < len(rows) - 1 else 0.0
-        across = np.linspace(0.06, 0.94, len(names)) if len(names) > 1 else [0.5 + aside]
-        for x, name in zip(across, names):
-            place[name] = np.array([x, row / (len(rows) - 1)])
-    return place
-
-
-# ---------------------------------------------------------------------- on paper
-
-
-def graph_figure(graphs: Mapping[str, nx.DiGraph], edges: int = EDGES) -> Figure:
+@styled
+def graph_figure(graphs: Mapping[str, nx.DiGraph]) -> Figure:
     """One panel per category; width and opacity of an arrow: its score's size; blue carries
     refusal, red works against it.
     """
-    depths = [list(nx.get_node_attributes(graph, "depth").values()) for graph in graphs.values()]
-    deepest = max(len(set(values)) for values in depths)
-    widest = max(values.count(depth) for values in depths for depth in values)
+    rows = [pd.Series(dict(graph.nodes.data("depth"))).value_counts() for graph in graphs.values()]
+    deepest, widest = max(map(len, rows)), max(map(max, rows))
     columns = 5 if widest <= 2 else 3 if widest <= 5 else 2 if widest <= 8 else 1
-    with style():
-        height, headline = max(2.0, 0.36 * deepest), findings.graphs(graphs)
-        fig, axes = grid(list(graphs), height, headline=headline, columns=columns, sharey=False)
-        for ax, graph in zip(axes, graphs.values()):
-            ax.set(xlim=(-0.14, 1.14), ylim=(-0.05, 1.05))
-            ax.set_axis_off()
-            _draw(ax, graph, edges, 0.01 * min(columns, len(graphs)))
+    options = {"headline": findings.graphs(graphs), "columns": columns, "sharey": False}
+    fig, axes = style.grid(graphs, max(2.0, 0.36 * deepest), **options)
+    for ax, graph, depths in zip(axes, graphs.values(), rows):
+        ax.set(xlim=(-0.14, 1.14), ylim=(-0.05, 1.05))
+        ax.set_axis_off()
+        letter = 0.01 * min(columns, len(graphs))
+        boxes = {name: _box(ax, facts, len(depths), letter) for name, facts in graph.nodes.items()}
+        _arrows(ax, graph, boxes)
     return fig
 
 
-def _draw(ax: Axes, graph: nx.DiGraph, edges: int, letter: float) -> None:
-    place = layout(graph)
-    rows = len({y for _, y in place.values()})
-    boxes = {
-        name: _box(ax, graph.nodes[name]["label"], at, rows, letter) for name, at in place.items()
-    }
-    shown = [(u, v, d["score"]) for u, v, d in graph.edges(data=True) if d["rank"] < edges]
-    bound = max((abs(score) for *_, score in shown), default=1.0) or 1.0
-    for source, target, score in sorted(shown, key=lambda edge: abs(edge[2])):
-        size = abs(score) / bound
-        arrow = FancyArrowPatch(
-            place[source],
-            place[target],
-            patchA=boxes[source],
-            patchB=boxes[target],
-            shrinkA=0.5,
-            shrinkB=0.5,
-            arrowstyle="-|>",
-            mutation_scale=5 + 4 * size,
-            connectionstyle=f"arc3,rad={_bend(place[source], place[target]):.3f}",
-            lw=0.4 + 2.2 * size,
-            alpha=0.4 + 0.6 * size,
-            color=LOSS if score < 0 else GAIN,
-            zorder=2 + size,
-        )
-        ax.add_patch(arrow)
-
-
-def _box(ax: Axes, label: str, at: np.ndarray, rows: int, letter: float) -> FancyBboxPatch:
+def _box(ax: Axes, node: Mapping, rows: int, letter: float) -> FancyBboxPatch:
     """A node's box with its label; arrows end at its edge. `letter`: width of one letter."""
-    lines = label.split("\n")
+    lines = node["label"].split("\n")
     width, height = letter * (1 + max(map(len, lines))), (0.16 + 0.27 * len(lines)) / max(rows, 4)
-    corner = (at[0] - width / 2, at[1] - height / 2)
-    fill = "#e8e8e8" if label in ENDS else FILLS.get(label[0], "#e8e8e8")
-    look = {"fc": fill, "ec": "0.35", "lw": 0.6, "zorder": 5}
+    look = {"fc": FILLS[node["kind"]], "ec": "0.35", "lw": 0.6, "zorder": 5}
+    corner = (node["x"] - width / 2, node["y"] - height / 2)
     box = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.02", **look)
     ax.add_patch(box)
-    ax.text(*at, label, ha="center", va="center", fontsize=5.8, zorder=6, linespacing=0.95)
+    centred = {"ha": "center", "va": "center", "zorder": 6, "linespacing": 0.95}
+    ax.text(node["x"], node["y"], node["label"], fontsize=5.8, **centred)
     return box
 
 
-def _bend(start: np.ndarray, end: np.ndarray) -> float:
+def _arrows(ax: Axes, graph: nx.DiGraph, boxes: Mapping[str, FancyBboxPatch]) -> None:
+    drawn = [(u, v, d["score"]) for u, v, d in graph.edges.data() if d["rank"] < EDGES]
+    bound = max((abs(score) for *_, score in drawn), default=1.0) or 1.0
+    for source, target, score in drawn:
+        size = abs(score) / bound
+        start, end = ((graph.nodes[name]["x"], graph.nodes[name]["y"]) for name in (source, target))
+        ends = {"patchA": boxes[source], "patchB": boxes[target], "shrinkA": 0.5, "shrinkB": 0.5}
+        look = {"lw": 0.4 + 2.2 * size, "alpha": 0.4 + 0.6 * size, "zorder": 2 + size}
+        look |= {"color": LOSS if score < 0 else GAIN, "mutation_scale": 5 + 4 * size}
+        bend = f"arc3,rad={_bend(start, end):.3f}"
+        ax.add_patch(
+            FancyArrowPatch(start, end, arrowstyle="-|>", connectionstyle=bend, **ends, **look)
+        )
+
+
+def _bend(start: tuple[float, float], end: tuple[float, float]) -> float:
     """Towards the middle of the drawing, more so between nodes of the same side; none for short
     arrows.
     """
@@ -184,130 +152,88 @@ def _bend(start: np.ndarray, end: np.ndarray) -> float:
     return -float(np.sign(side) * min(0.45, 1.6 * abs(side))) if long else 0.0
 
 
-# ---------------------------------------------------------------------- as a page
-
-
 def graph_page(graphs: Mapping[str, nx.DiGraph], title: str) -> str:
     """An HTML page that needs no other file: one category at a time, as many arrows as its slider
     says, what a node holds on a click.
     """
-    data = json.dumps({category: _as_json(graph) for category, graph in graphs.items()})
+    data = {name: nx.node_link_data(graph, edges="edges") for name, graph in graphs.items()}
     pages = Environment(loader=PackageLoader("cdelta.artifact", "templates"), autoescape=True)
-    content = data.replace("</", "<\\/")
+    content = json.dumps(data).replace("</", "<\\/")
     return pages.get_template("circuit.html").render(title=title, data=content, shown=EDGES)
-
-
-def _as_json(graph: nx.DiGraph) -> dict[str, list]:
-    place = layout(graph)
-    nodes = [
-        {
-            "id": name,
-            "label": facts["label"].replace("\n", " · "),
-            "x": float(place[name][0]),
-            "y": float(place[name][1]),
-            "kind": "end" if name in ENDS else name[0],
-            "score": round(facts["score"], 4),
-            "units": list(facts["units"]),
-        }
-        for name, facts in graph.nodes(data=True)
-    ]
-    edges = [
-        {"from": u, "to": v, "score": round(d["score"], 4), "rank": d["rank"]}
-        for u, v, d in graph.edges(data=True)
-    ]
-    return {"nodes": nodes, "edges": sorted(edges, key=lambda edge: edge["rank"])}
 
 
 # ---------------------------------------------------------------------- what is known
 
 
+@styled
 def by_layer(table: pd.DataFrame, n_layers: int, ylabel: str) -> Figure:
     """Where masks lie, from rows ``category, layer, module, value`` (percent); every layer has its
     place on the axis.
     """
-    shown, headline = range(n_layers), findings.depth(table)
-    names = {name: _module_title(name) for name in table["module"].unique()}
-    table = table.replace({"module": names})
-    return panels.stacked(table, "layer", "module", "layer", ylabel, slots=shown, headline=headline)
+    words = {"mlp.": "MLP ", "self_attn.": "attention ", "_proj": ""}
+    headline = findings.depth(table)
+    table = table.assign(module=table["module"].replace(words, regex=True))
+    options = {"slots": range(n_layers), "headline": headline}
+    return style.stacked(table, "layer", "module", ylabel, **options)
 
 
-def _module_title(name: str) -> str:
-    """``mlp.down_proj`` in words."""
-    return name.replace("mlp.", "MLP ").replace("self_attn.", "attention ").replace("_proj", "")
-
-
+@styled
 def faithfulness_curves(table: pd.DataFrame, mark: float, found: pd.DataFrame) -> Figure:
     """Faithfulness against size, from rows ``category, kind, fraction, f, low, high``; `mark`: the
     mask's size; `found`: `tab_faithfulness`.
     """
-    return panels.lines(
-        table.rename(columns={"f": "rate"}),
-        "fraction",
-        "kind",
-        "share of the units' parameters",
-        "faithfulness f",
-        colour=method_colour,
-        title=method_title,
-        columns=3,
-        height=1.9,
-        factor=1,
-        marks=dict.fromkeys(table["category"], mark),
-        strong="circuit",
-        xscale="log",
-        headline=findings.faithfulness(found),
-    )
+    options = {"columns": 3, "height": 1.9, "percent": False, "log": True, "strong": "circuit"}
+    options |= {"marks": dict.fromkeys(table["category"], mark)}
+    options |= {"headline": findings.faithfulness(found)}
+    xlabel, table = "share of the units' parameters", table.rename(columns={"f": "rate"})
+    return style.lines(table, "fraction", "kind", xlabel, "faithfulness f", **options)
 
 
+@styled
 def against_controls(table: pd.DataFrame) -> Figure:
     """CPR minus every control's, from rows ``category, control, difference, low, high``."""
     xlabel, headline = (
         "CPR of the circuit minus CPR of the control",
-        findings.controls(table, method_title),
+        findings.controls(table, title_of),
     )
-    return panels.forest(
-        table, "control", "difference", xlabel, title=method_title, line=0.0, headline=headline
-    )
+    table = table.rename(columns={"difference": "rate"})
+    return style.forest(table, "control", xlabel, line=0.0, headline=headline)
 
 
+@styled
 def stability(table: pd.DataFrame, threshold: float) -> Figure:
     """Jaccard overlap of the selected units under every variation; dotted: the threshold."""
-    return panels.forest(
-        table,
-        "variation",
-        "Jaccard",
-        "Jaccard overlap of the selected units",
-        low="Jaccard low",
-        high="Jaccard high",
-        line=threshold,
-        headline=findings.stability(table, threshold),
-    )
+    xlabel, headline = "Jaccard overlap of the selected units", findings.stability(table, threshold)
+    names = {"Jaccard": "rate", "Jaccard low": "low", "Jaccard high": "high"}
+    table = table.rename(columns=names)
+    return style.forest(table, "variation", xlabel, line=threshold, headline=headline)
 
 
+@styled
 def overlap_map(jaccard: pd.DataFrame, chance: float) -> Figure:
     """Jaccard overlap of every two categories' circuits."""
-    label, headline = "Jaccard overlap", findings.overlap(jaccard, chance)
-    jaccard = jaccard.mask(np.eye(len(jaccard), dtype=bool))
-    return panels.heatmap({"": jaccard}, label, factor=1, digits=2, vmax=0.5, headline=headline)
+    others = jaccard.mask(np.eye(len(jaccard), dtype=bool))
+    headline = findings.overlap(jaccard, chance)
+    return style.heatmap({"": others}, "Jaccard overlap", digits=2, vmax=0.5, headline=headline)
 
 
+@styled
 def part_effects(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Effects of the circuits' parts, from rows ``category, part, effect, value, low, high``
     (nats).
     """
     xlabel, headline = "fall of the metric without the part (nats)", findings.parts(table)
-    return panels.forest(
-        table, "part", "value", xlabel, hue="effect", panels=categories, line=0.0, headline=headline
+    table = table.rename(columns={"value": "rate"})
+    table = table.sort_values(
+        "category", key=lambda names: names.map(list(categories).index), kind="stable"
     )
+    return style.forest(table, "part", xlabel, hue="effect", line=0.0, headline=headline)
 
 
+@styled
 def attention_bars(table: pd.DataFrame) -> Figure:
     """Attention from the last prompt token by what it goes to, from rows ``category, head, key,
     value`` (percent).
     """
-    if table.empty:
-        with style():
-            fig, (ax,) = grid([""], 1.0)
-            panels.note(ax, "no attention head in these circuits")
-        return fig
-    headline, ylabel = findings.attention(table), "attention (%)"
-    return panels.stacked(table, "head", "key", "head", ylabel, rotation=30, headline=headline)
+    headline = findings.attention(table)
+    return style.stacked(table, "head", "key", "attention (%)", rotation=30, headline=headline)

@@ -1,27 +1,18 @@
-"""Figures of notebook 05: what every method does to every kind of prompt."""
+"""Figures of notebooks 04 to 09: what every method does to every kind of prompt, the scale, the
+checkpoint's entries, sums of edits, serving cost, budgets.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from cdelta.artifact import findings
-from cdelta.artifact.figures import panels
-from cdelta.artifact.figures.style import (
-    METHODS,
-    PALETTE,
-    dodge,
-    errors,
-    grid,
-    legend,
-    method_colour,
-    method_order,
-    method_title,
-    note,
-    style,
-    unique,
-)
+from cdelta.artifact.figures import style
+from cdelta.artifact.figures.style import METHODS, PALETTE, PERCENT, in_order, styled, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,167 +25,139 @@ MATRIX_BLOCKS = {
 }
 """Title of a part of the matrix -> kinds of prompts."""
 OVERREFUSAL = {
-    "benign": ("its benign counterparts", PALETTE[0]),
-    "borderline": ("its own borderline prompts", PALETTE[3]),
-    "other_borderline": ("other borderline prompts", PALETTE[1]),
+    "benign": "its benign counterparts",
+    "borderline": "its own borderline prompts",
+    "other_borderline": "other borderline prompts",
 }
-"""Measure of safe prompts -> title and colour."""
+"""Measure of safe prompts -> title."""
 SELECTIVITY = ("target", "unseen", "benign", "borderline", "other", "utility")
 """Measures of the selectivity figure, where a run has them."""
 
 
+@styled
 def selectivity(
-    table: pd.DataFrame, titles: Mapping[str, str], reference: Mapping[str, float] | None = None
+    table: pd.DataFrame, titles: Mapping[str, str], reference: Mapping[str, float] = {}
 ) -> Figure:
     """Every measure of every method, from rows ``measure, method, category, rate, low, high``;
-    `titles`: measure -> panel's title.
-
-    `reference`: rates of a text classifier on the same rows (dashed).
+    `titles`: measure -> panel's title; `reference`: rates of a text classifier on the same rows.
     """
-    order = _by_target(table)
     covered = table[table["category"] != "all"].groupby("method")["category"].nunique()
-    most = covered.max() if len(covered) else 0
-
-    def title(key: str) -> str:
-        some = f" ({covered[key]} of {most})" if covered.get(key, most) < most else ""
-        return method_title(key) + some
-
-    there = set(table["measure"])
-    shown = {key: titles[key] for key in SELECTIVITY if key in there}
-    return panels.dots(
-        table.rename(columns={"measure": "panel", "method": "label"}),
-        shown,
-        "% of prompts (Wilson 95 %); grey: single categories; dashed: a text classifier",
-        labels=order,
-        title=title,
-        colour=method_colour,
-        reference=reference,
-        headline=findings.selectivity(table, "target", method_title),
-    )
+    target = table[(table["measure"] == "target") & (table["category"] == "all")]
+    own = target["method"].map({"base": 2, findings.OWN: 1}).fillna(target["rate"] - 1)
+    order = target.assign(own=own).sort_values("own", ascending=False)["method"]
+    xlabel = "% of prompts (Wilson 95 %); grey: single categories; dashed: a text classifier"
+    headline = findings.selectivity(table, "target", title_of)
+    measures = [name for name in SELECTIVITY if name in set(table["measure"])]
+    rows = table.set_index("measure").loc[measures].reset_index()
+    rows = rows.assign(panel=rows["measure"].map(titles))
+    rows = rows.set_index("method").loc[order].reset_index()
+    fig = _pooled(rows, "panel", xlabel, headline)
+    partly = [f" ({n} of {max(covered)})" if n < max(covered) else "" for n in covered[order]]
+    fig.axes[0].set_yticklabels([title_of(key) + some for key, some in zip(order, partly)])
+    for ax, name in zip(fig.axes, measures):
+        if name in reference:
+            ax.axvline(reference[name], color="0.4", lw=0.9, ls="--", zorder=0)
+    return fig
 
 
-def _by_target(table: pd.DataFrame) -> list[str]:
-    """The base, then C-ΔΘ, then all others by target refusal."""
-    rows = table[(table["measure"] == "target") & (table["category"] == "all")]
-    rates = rows.set_index("method")["rate"]
-    first = [key for key in ("base", findings.OWN) if key in rates]
-    return first + list(rates.drop(first).sort_values(ascending=False).index)
+def _pooled(table: pd.DataFrame, panel: str, xlabel: str, headline: str) -> Figure:
+    """A line per method: all categories with their interval, single ones in grey. A panel shows
+    0-100 %, or, where all values are close to one end, that end enlarged.
+    """
+    table = table.assign(**{panel: table[panel].str.replace("_", " ")})
+    single, pooled = table[table["category"] != "all"], table[table["category"] == "all"]
+    options = {"panel": panel, "percent": True, "sharex": False, "headline": headline}
+    fig = style.forest(pooled, "method", xlabel, **options)
+    methods = list(pooled["method"].unique())
+    for ax, name in zip(fig.axes, pooled[panel].unique()):
+        rows = single[single[panel] == name]
+        ax.scatter(rows["rate"], rows["method"].map(methods.index), s=9, color="0.75", lw=0)
+        rates = table.loc[table[panel] == name, "rate"]
+        whole = (-0.03, 1.03) if rates.min() < 0.9 else (0.896, 1.004)
+        ax.set_xlim(*((-0.004, 0.104) if rates.max() <= 0.1 else whole))
+    return fig
 
 
+@styled
 def matrix(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Refusal of every kind of prompt under every edit, the edited category framed, from
     `tab_matrix`'s rows.
     """
-    return panels.heatmap(
-        matrix_blocks(table, categories),
-        "refused (%)",
-        framed=str.__eq__,
-        headline=findings.matrix(table),
-    )
+    blocks = matrix_blocks(table, categories)
+    framed = [(name, name) for name in categories]
+    return style.heatmap(blocks, "refused (%)", framed=framed, headline=findings.matrix(table))
 
 
 def matrix_blocks(table: pd.DataFrame, categories: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """`tab_matrix`'s rows as one map per kind of prompt: edits (rows, the base first) against asked
-    categories (columns, the edited ones first).
+    """`tab_matrix`'s rows as one map (%) per kind of prompt: edits (rows, the base first) against
+    asked categories (columns, the edited ones first).
     """
     blocks = {}
     for title, kinds in MATRIX_BLOCKS.items():
         rows = table[table["prompt_kind"].isin(kinds)]
+        wide = rows.pivot(index="edit_category", columns="prompt_category", values="refusal")
+        columns = [*wide.columns.intersection(categories), *wide.columns.difference(categories)]
         if len(rows):
-            wide = rows.pivot(index="edit_category", columns="prompt_category", values="refusal")
-            columns = sorted(
-                wide, key=lambda name: (name not in categories, [*categories, name].index(name))
-            )
-            blocks[title] = wide.reindex(index=["base", *categories], columns=columns)
+            blocks[title] = 100 * wide.reindex(index=["base", *categories], columns=columns)
     return blocks
 
 
+@styled
 def matrices(tables: Mapping[str, pd.DataFrame], categories: Sequence[str]) -> Figure:
-    """The harmful part of the matrix for every method, all on one scale; hatched where a method did
+    """The harmful part of the matrix for every method, all on one scale; grey where a method did
     not edit a category.
     """
-    import seaborn as sns
-
-    names = method_order(list(tables))
-    colours = sns.color_palette("rocket_r", as_cmap=True)
-    with style():
-        titles = [method_title(name) for name in names]
-        fig, axes = grid(titles, 1.25, columns=5, sharex=True)
-        for place, (ax, name) in enumerate(zip(axes, names)):
-            table = matrix_blocks(tables[name], categories)["harmful prompts"].drop(index="base")
-            ax.set_facecolor("0.9")
-            look = {
-                "cmap": colours,
-                "vmin": 0,
-                "vmax": 100,
-                "aspect": "auto",
-                "interpolation": "nearest",
-            }
-            image = ax.imshow(100 * table.astype(float), **look)
-            ax.set_xticks(range(table.shape[1]), table.columns, rotation=90, fontsize=5.5)
-            ax.set_yticks(range(len(table)), table.index, fontsize=5.5)
-            ax.tick_params(length=0, labelbottom=place + 5 >= len(names))
-        fig.colorbar(image, ax=axes, label="refused (%)", aspect=10 * -(-len(names) // 5))
+    names = in_order(pd.DataFrame({"method": list(tables)}))["method"]
+    fig, axes = style.grid(map(title_of, names), 1.25, columns=5, sharex=True)
+    for place, (ax, name) in enumerate(zip(axes, names)):
+        table = matrix_blocks(tables[name], categories)["harmful prompts"].drop(index="base")
+        style.shade(ax, table, 100, xticklabels=True, yticklabels=True)
+        ax.tick_params(labelbottom=place + 5 >= len(names), labelsize=5.5)
+    rows = -(-len(names) // 5)
+    fig.colorbar(axes[0].collections[0], ax=axes, label="refused (%)", aspect=10 * rows)
     return fig
 
 
+@styled
 def overrefusal(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Refusal of safe prompts (`OVERREFUSAL`) under every method: one panel per edited category,
     from rows ``measure, method, category, rate, low, high``.
     """
-    table = table[table["measure"].isin(OVERREFUSAL) & (table["category"] != "all")]
-    methods = method_order(unique(table["method"]))
-    with style():
-        headline = findings.overrefusal(table, method_title)
-        height = 0.95 + 0.21 * len(methods)
-        fig, axes = grid(list(categories), height, headline=headline, sharex=True)
-        for ax, category in zip(axes, categories):
-            for place, (measure, (label, colour)) in enumerate(OVERREFUSAL.items()):
-                rows = table[(table["category"] == category) & (table["measure"] == measure)]
-                offset = dodge(place, len(OVERREFUSAL), 0.6)
-                at = [methods.index(key) + offset for key in rows["method"]]
-                look = panels.POINT | {"ms": 2.8, "capsize": 0, "color": colour, "label": label}
-                ax.errorbar(100 * rows["rate"], at, xerr=errors(rows), **look)
-            ax.grid(axis="y", color="0.93", lw=0.6)
-        axes[0].set_yticks(range(len(methods)), [method_title(key) for key in methods])
-        axes[0].set_ylim(len(methods) - 0.5, -0.5)
-        legend(fig, axes[0], "safe prompts refused (%)")
-    return fig
+    headline = findings.overrefusal(table, title_of)
+    table = in_order(table[table["measure"].isin(OVERREFUSAL)])
+    table = table.set_index("category").loc[list(categories)].reset_index()
+    table = table.assign(kind=table["measure"].map(OVERREFUSAL))
+    options = {"hue": "kind", "percent": True, "headline": headline}
+    return style.forest(table, "method", "safe prompts refused (%)", **options)
 
 
+@styled
 def out_of_distribution(table: pd.DataFrame) -> Figure:
     """Target refusal on every set that no edit has seen, from rows ``ood_set, method, category,
     rate, low, high``.
     """
-    sets = {name: name.replace("_", " ") for name in unique(table["ood_set"])}
-    return _target_refused(table, "ood_set", sets, findings.ood(table, method_title))
+    return _target_refused(table, "ood_set", findings.ood(table, title_of))
 
 
-def _target_refused(
-    table: pd.DataFrame, column: str, titles: Mapping[str, str], headline: str
-) -> Figure:
-    return panels.dots(
-        table.rename(columns={column: "panel", "method": "label"}),
-        titles,
-        "target refused (%), Wilson 95 %; grey: single categories",
-        labels=method_order(unique(table["method"])),
-        title=method_title,
-        colour=method_colour,
-        headline=headline,
-    )
-
-
+@styled
 def robustness(table: pd.DataFrame) -> Figure:
     """Target refusal before and after attacks on the model, from rows ``attack, method, category,
     rate, low, high``.
     """
-    names = {"none": "before any attack"}
-    attacks = {
-        name: names.get(name, f"after {name.replace('_', ' ')}") for name in unique(table["attack"])
-    }
-    return _target_refused(table, "attack", attacks, findings.robustness(table, method_title))
+    headline = findings.robustness(table, title_of)
+    names = ["before any attack" if key == "none" else f"after {key}" for key in table["attack"]]
+    return _target_refused(table.assign(attack=names), "attack", headline)
 
 
+def _target_refused(table: pd.DataFrame, panel: str, headline: str) -> Figure:
+    order = table[panel].unique()
+    table = in_order(table)
+    table = table.set_index(panel).loc[order].reset_index()
+    xlabel = "target refused (%), Wilson 95 %; grey: single categories"
+    return _pooled(table, panel, xlabel, headline)
+
+
+@styled
 def tradeoff(curves: pd.DataFrame) -> Figure:
     """Target refusal against the worst side effect as the strength grows: a row per family of
     methods with C-ΔΘ in each, a column per category.
@@ -202,88 +165,157 @@ def tradeoff(curves: pd.DataFrame) -> Figure:
     Rows ``method, category, k, x, y, chosen`` (0-1); a ring marks the chosen strength. The ideal is
     the upper left corner.
     """
-    categories, families = unique(curves["category"]), _families(curves)
-    titles = [name if i == 0 else "" for i in range(len(families)) for name in categories]
-    with style():
-        headline = findings.tradeoff(curves, method_title)
-        fig, axes = grid(titles, 1.5, headline=headline, columns=len(categories), sharex=True)
-        for row, (family, methods) in enumerate(families.items()):
-            own = axes[row * len(categories) : (row + 1) * len(categories)]
-            for ax, category in zip(own, categories):
-                for method in methods:
-                    _strengths(
-                        ax,
-                        curves[(curves["category"] == category) & (curves["method"] == method)],
-                        method,
-                    )
-                ax.set_xscale("symlog", linthresh=1, linscale=0.6)
-                ax.set(xlim=(-0.25, 110), ylim=(-4, 108), xticks=[0, 1, 10, 100])
-                ax.xaxis.set_major_formatter("{x:g}")
-            own[0].set_ylabel("target refused (%)")
-            own[-1].legend(
-                loc="center left", bbox_to_anchor=(1.0, 0.5), title=family, title_fontsize=7
-            )
-        fig.supxlabel("worst side effect on validation (%, logarithmic above 1)", fontsize=8)
+    categories, families = curves["category"].unique(), _families(curves)
+    titles = [*categories, *[""] * (len(families) - 1) * len(categories)]
+    options = {"columns": len(categories), "sharex": True}
+    fig, axes = style.grid(titles, 1.5, headline=findings.tradeoff(curves, title_of), **options)
+    panels = [(family, name) for family in families for name in categories]
+    for ax, (family, category) in zip(axes, panels):
+        for method in families[family]:
+            rows = curves[(curves["category"] == category) & (curves["method"] == method)]
+            _strengths(ax, rows.sort_values("k"), method)
+        ax.set_xscale("symlog", linthresh=0.01, linscale=0.6)
+        ax.set(xlim=(-0.0025, 1.1), ylim=(-0.04, 1.08), xticks=[0, 0.01, 0.1, 1])
+        ax.xaxis.set_major_formatter(PERCENT)
+        ax.yaxis.set_major_formatter(PERCENT)
+        if category == categories[0]:
+            ax.set_ylabel("target refused (%)")
+        if category == categories[-1]:
+            ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=family, title_fontsize=7)
+    fig.supxlabel("worst side effect on validation (%, logarithmic above 1)")
     return fig
 
 
 def _families(curves: pd.DataFrame) -> dict[str, list[str]]:
     """Family -> its methods that have curves, C-ΔΘ first in each."""
-    present = [
-        key for key in method_order(unique(curves["method"])) if key not in ("base", findings.OWN)
-    ]
     families: dict[str, list[str]] = {}
-    for key in present:
-        name = METHODS[key].family if key in METHODS else "other methods"
-        families.setdefault(name, [findings.OWN]).append(key)
+    for key in in_order(curves)["method"].unique():
+        if key not in ("base", findings.OWN):
+            name = METHODS[key].family if key in METHODS else "other methods"
+            families.setdefault(name, [findings.OWN]).append(key)
     return families or {"": [findings.OWN]}
 
 
 def _strengths(ax: Axes, rows: pd.DataFrame, method: str) -> None:
-    rows = rows.sort_values("k")
-    picked, colour = rows[rows["chosen"]], method_colour(method)
-    strong = method == findings.OWN
-    look = {"color": colour, "lw": 1.6 if strong else 0.9, "ms": 2.2, "zorder": 3 if strong else 2}
-    ax.plot(100 * rows["x"], 100 * rows["y"], "o-", label=method_title(method), **look)
-    ring = {"mfc": "none", "mec": colour, "mew": 1.1, "ms": 8 if strong else 5.5}
-    ax.plot(100 * picked["x"], 100 * picked["y"], "o", clip_on=False, **ring)
+    picked, strong = rows[rows["chosen"]], method == findings.OWN
+    title, colour, _ = style.shown(method)
+    width = 1.6 if strong else 0.9
+    ax.plot(
+        rows["x"], rows["y"], "o-", label=title, color=colour, lw=width, ms=2.2, zorder=2 + strong
+    )
+    ring = {"facecolors": "none", "edgecolors": colour, "lw": 1.1, "s": 64 if strong else 30}
+    ax.scatter(picked["x"], picked["y"], clip_on=False, **ring)
 
 
+@styled
 def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
     """Left: agreement of every judge with labels, from rows ``judge, data, accuracy, low, high``.
     Right: share of labelled refusals per bin of the log-odds at the first token, from rows
     ``log_odds, rate, low, high``.
     """
-    names = unique(table["judge"])
-    with style():
-        options = {"width_ratios": (1.2, 1), "sharey": False}
-        fig, (left, right) = grid(["", ""], 2.1, headline=findings.judges(table), **options)
-        for place, name in enumerate(unique(table["data"])):
-            rows = table[table["data"] == name]
-            at = [
-                names.index(judge) + dodge(place, table["data"].nunique(), 0.5)
-                for judge in rows["judge"]
-            ]
-            bars = errors(rows, "accuracy")
-            left.errorbar(
-                100 * rows["accuracy"],
-                at,
-                xerr=bars,
-                color=PALETTE[place],
-                label=name,
-                **panels.POINT,
-            )
-        left.set_yticks(range(len(names)), names)
-        left.set(xlabel="agreement with labels (%)", ylim=(len(names) - 0.4, -0.6))
-        right.errorbar(
-            bins["log_odds"], 100 * bins["rate"], errors(bins), color=PALETTE[0], **panels.POINT
-        )
-        right.axvline(0, color="0.7", lw=0.8, ls=":")
-        right.set(
-            xlabel="log-odds of refusal (nats)", ylabel="labelled refusals (%)", ylim=(-4, 104)
-        )
-        legend(fig, left)
-        for ax, known in zip((left, right), (table, bins)):
-            if known.empty:
-                note(ax, "no labelled answers in this run")
+    table = table.rename(columns={"accuracy": "rate"})
+    names, sets = list(table["judge"].unique()), table["data"].unique()
+    options = {"width_ratios": (1.2, 1), "sharey": False} if len(table) else {}
+    headline = findings.judges(table.rename(columns={"rate": "accuracy"}))
+    fig, (left, *right) = style.grid([""] * 2 * len(names[:1]), 2.1, headline=headline, **options)
+    for place, name in enumerate(sets):
+        rows = table[table["data"] == name]
+        at = rows["judge"].map(names.index) + style.dodge(place, len(sets))
+        style.points(left, rows, at, color=PALETTE[place], label=name)
+    left.set_yticks(range(len(names)), names)
+    left.set(xlabel="agreement with labels (%)", ylim=(len(names) - 0.4, -0.6))
+    for ax in right:
+        style.points(ax, bins, bins["log_odds"], color=PALETTE[0])
+        ax.set(ylabel="log-odds of refusal (nats)", xlabel="labelled refusals (%)")
+        ax.axhline(0, color="0.7", lw=0.8, ls=":")
+    for ax in (left, *right):
+        ax.xaxis.set_major_formatter(PERCENT)
+    style.legend(fig, left)
+    return fig
+
+
+# ---------------------------------------------------------------------- scales, sums, budgets
+
+
+@styled
+def scale_curves(table: pd.DataFrame, chosen: Mapping[str, float]) -> Figure:
+    """One panel per category: each kind's refusal (and skills' accuracy) against k with its
+    interval; rows ``category, k, kind, rate, low, high``; `chosen` marks the k of validation.
+    """
+    options = {"marks": chosen, "strong": "target", "headline": findings.scale(table, dict(chosen))}
+    return style.lines(table, "k", "kind", "scale k (dotted: chosen)", "rate (%)", **options)
+
+
+@styled
+def touched_entries(maps: Mapping[str, np.ndarray], headline: str) -> Figure:
+    """Which entries of some weight matrices differ between two checkpoints: one panel per matrix,
+    |difference|, unchanged entries white.
+    """
+    bound = max(float(values.max()) for values in maps.values()) or 1.0
+    titles = [name.replace(".", " ") for name in maps]
+    fig, axes = style.grid(titles, 2.0, headline=headline, sharey=False)
+    for ax, values in zip(axes, maps.values()):
+        look = {"cmap": "flare", "vmin": 0, "vmax": bound, "interpolation": "nearest"}
+        image = ax.imshow(np.ma.masked_equal(values, 0), aspect="auto", **look)
+        ax.set_xlabel("input")
+        ax.spines[:].set_visible(True)
+    axes[0].set_ylabel("output")
+    fig.colorbar(image, ax=axes, label="|change|", shrink=0.9)
+    return fig
+
+
+@styled
+def composition_map(table: pd.DataFrame) -> Figure:
+    """Refusal of every category's prompts (columns) under every composed edit (rows), the edited
+    categories framed; then side effects.
+
+    Rows of `artifact.composition.interference` with one method per subset, the base first.
+    """
+    headline = findings.composition(table)
+    k = table["k"] if "k" in table else table["refusal"] * 0
+    scale = ("  (k = " + k.map("{:g}".format) + ")").mask(k.isin((0, 1)), "")
+    table = table.assign(subset=table["subset"].str.replace("+", " + ") + scale)
+    wide = table.pivot(index="subset", columns="prompt_category", values="refusal")
+    ends = table.groupby("subset").agg(
+        benign=("benign_refusal", "max"), skills=("utility", "first")
+    )
+    subsets, categories = table["subset"].unique(), table["prompt_category"].unique()
+    ends = ends.loc[subsets].set_axis(["benign (worst)", "skills correct"], axis=1)
+    blocks = {"prompts of": 100 * wide.loc[subsets, categories], "beside": 100 * ends}
+    edited = table.loc[table["edited"], ["subset", "prompt_category"]]
+    framed = edited.itertuples(index=False, name=None)
+    return style.heatmap(blocks, "refused, or correct (%)", framed=list(framed), headline=headline)
+
+
+@styled
+def serving_cost(table: pd.DataFrame) -> Figure:
+    """Seconds of an answer over the base's, with intervals, one panel per batch size; rows
+    ``batch_size, method, ratio, low, high``.
+    """
+    rows = table[table["method"] != "base"].rename(columns={"ratio": "rate"})
+    rows = rows.assign(batch="batch " + rows["batch_size"].astype(str))
+    options = {"panel": "batch", "line": 1.0, "headline": findings.serving(table, title_of)}
+    return style.forest(rows, "method", "seconds over the base's (1: equally fast)", **options)
+
+
+@styled
+def budget_curves(table: pd.DataFrame, reference: Mapping[str, float] = {}) -> Figure:
+    """Target refusal against the mask's size, one panel per category, from rows ``category, mask,
+    percent, rate, low, high``.
+
+    Small points are single masks, lines their means; `reference`: a text classifier's rate per
+    category.
+    """
+    groups = table.sort_values("percent", kind="stable").groupby(
+        ["category", "mask", "percent"], sort=False
+    )
+    means = groups[["rate", "low", "high"]].mean().reset_index()
+    options = {"log": True, "height": 2.2, "columns": 3, "headline": findings.budget(table)}
+    xlabel = "parameters in the mask (%)"
+    fig = style.lines(means, "percent", "mask", xlabel, "target refused (%)", **options)
+    for ax, name in zip(fig.axes, means["category"].unique()):
+        for mask, rows in table[table["category"] == name].groupby("mask"):
+            ax.scatter(rows["percent"], rows["rate"], s=5, color=style.shown(mask)[1], lw=0)
+        if name in reference:
+            ax.axhline(reference[name], color="0.4", lw=0.9, ls="--", zorder=0)
     return fig
