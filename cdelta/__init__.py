@@ -19,7 +19,7 @@ _HOMES = {
     "PromptPairs": "policy.pairs",
     "Recipe": "edit.recipe",
     "Scores": "attribution.scores",
-    "UnsupportedArchitecture": "models.families",
+    "UnsupportedArchitecture": "models.spec",
     "VerifyReport": "delta.verify",
     "WeightDelta": "delta.weight_delta",
     "attribute": "attribution.scores",

@@ -119,7 +119,7 @@ class Scores:
             name: value for name, value in vars(self).items() if name not in (*TENSORS, "spec")
         }
         (folder / "scores.json").write_text(
-            json.dumps(facts | {"spec": self.spec.to_dict()}, indent=1)
+            json.dumps(facts | {"spec": vars(self.spec)}, indent=1)
         )
 
     @classmethod

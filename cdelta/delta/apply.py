@@ -83,7 +83,7 @@ def save_edited(
 
 def check_fits(base: Checkpoint, delta: WeightDelta) -> None:
     """Raise `WrongBase` unless the checkpoint has the delta's parameters, in shapes that fit."""
-    delta.check_shapes(lambda name: base.shape(base.key_of[name]) if name in base.key_of else None)
+    delta.check_shapes(base.shapes.get)
 
 
 def read_record(edited: str | Path) -> dict | None:

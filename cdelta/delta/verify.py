@@ -106,7 +106,7 @@ def verify(
         counts += _compared(first, second, key, delta, name_of.get(key, ""), scale, problems)
     return VerifyReport(
         scale,
-        n_params=sum(prod(first.shape(key)) for key in first.key_of.values()),
+        n_params=sum(map(prod, first.shapes.values())),
         mask_entries=delta.count(),
         changed_outside=counts["outside"],
         wrong_inside=counts["inside"],

@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from statistics import mode
 from typing import TYPE_CHECKING, Callable, Iterator, Mapping
 
 import torch
@@ -18,15 +18,21 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from cdelta.errors import CdeltaError, first_line
-from cdelta.models.families import check_config
+from cdelta.files import read_json
+from cdelta.models.spec import check_config
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WRAPPERS = ("model", "vision_model", "language_model", "transformer")
+"""Modules that only wrap others, and stand at another place, or nowhere, in other versions'
+files."""
+EMBEDDING = re.compile(r"(embed_tokens|wte)\.weight$")
+LFS_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
@@ -44,8 +50,7 @@ class Checkpoint:
     @cached_property
     def shards(self) -> dict[str, list[str]]:
         """File name -> names of the tensors in it, both sorted."""
-        files = self._shard_files()
-        return {file: sorted(self.open(file).keys()) for file in files}
+        return {file: sorted(self.open(file).keys()) for file in self._shard_files()}
 
     @cached_property
     def file_of(self) -> dict[str, str]:
@@ -53,27 +58,36 @@ class Checkpoint:
         return {key: file for file, keys in self.shards.items() for key in keys}
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name in the model -> shape as config.json has it; sorted, tied ones once."""
+        parameters = meta_model(read_config(self.folder)).named_parameters()
+        return dict(sorted((name, tuple(parameter.shape)) for name, parameter in parameters))
+
+    @cached_property
     def key_of(self) -> dict[str, str]:
-        """Parameter name in the model -> tensor name on disk, tied parameters once."""
-        model = meta_model(read_config(self.folder))
-        shapes = dict(sorted((name, tuple(p.shape)) for name, p in model.named_parameters()))
-        keys = {name: self._find(name) for name in shapes}
-        for name, key in keys.items():
-            if self.shape(key) != shapes[name]:
+        """Parameter name in the model -> tensor on disk: of that name, or with its wrappers at
+        other places.
+        """
+        meant = {_meaning(key): key for key in self.file_of}
+        found = {n: n if n in self.file_of else meant.get(_meaning(n)) for n in self.shapes}
+        for name, key in found.items():
+            if key is None:
                 raise CdeltaError(
-                    f"{self.folder}: {key} has shape {self.shape(key)}, but config.json says "
-                    f"{shapes[name]}."
+                    f"{self.folder} does not hold the parameter {name}: weights and config.json "
+                    "disagree."
                 )
-        return keys
+            stored = tuple(self.view(key).get_shape())
+            if stored != self.shapes[name]:
+                raise CdeltaError(
+                    f"{self.folder}: {key} has shape {stored}, but config.json says "
+                    f"{self.shapes[name]}."
+                )
+        return found
 
     @property
     def stored_dtype(self) -> str:
         """Name of the torch dtype that most tensors are stored in."""
-        kinds: Counter[str] = Counter()
-        for file, keys in self.shards.items():
-            opened = self.open(file)
-            kinds.update(opened.get_slice(key).get_dtype() for key in keys)
-        kind = kinds.most_common(1)[0][0] if kinds else ""
+        kind = mode(self.view(key).get_dtype() for key in self.file_of)
         return str(DTYPES.get(kind, kind)).removeprefix("torch.")
 
     @property
@@ -87,32 +101,37 @@ class Checkpoint:
 
         Only headers are read, and the embedding where config.json ties the unembedding to it.
         """
-        self._check_tied()
-        return self
-
-    def _check_tied(self) -> None:
-        """What config.json ties is not stored a second time with other numbers."""
-        heads = [key for key in self.file_of if key.split(".")[-2:] == ["lm_head", "weight"]]
-        if not heads or any(name.startswith("lm_head") for name in self.key_of):
-            return
-        names = [name for name in self.key_of if EMBEDDING.search(name)]
-        if len(names) == 1 and not torch.equal(self.get(heads[0]), self.get(self.key_of[names[0]])):
+        own = self.key_of.values()
+        heads = [key for key in self.file_of if key.endswith("lm_head.weight") and key not in own]
+        embeddings = [key for key in own if EMBEDDING.search(key)]
+        if heads and not torch.equal(self.get(heads[0]), self.get(embeddings[0])):
             raise CdeltaError(
                 f"{self.folder}: config.json ties the unembedding to the embedding, but the "
                 f"weights hold another {heads[0]}: set tie_word_embeddings to false in config.json."
             )
+        return self
 
     def open(self, file: str):
-        """An open safetensors file."""
-        return open_tensors(self.folder / file)
+        """An open safetensors file. Raises `CdeltaError` if it is damaged, or only stands for a
+        file.
+        """
+        path = self.folder / file
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            if is_pointer(path):
+                reason = "a Git LFS pointer: run `git lfs pull` there."
+            else:
+                reason = f"damaged or truncated ({first_line(error)}): copy it again."
+            raise CdeltaError(f"{path} is {reason}") from error
+
+    def view(self, key: str):
+        """A tensor by its name on disk, of which nothing but what is sliced is read."""
+        return self.open(self.file_of[key]).get_slice(key)
 
     def get(self, key: str) -> Tensor:
         """One tensor, by its name on disk."""
         return self.open(self.file_of[key]).get_tensor(key)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self.open(self.file_of[key]).get_slice(key).get_shape())
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the model, tensor), sorted by name, one in memory at a time."""
@@ -120,60 +139,27 @@ class Checkpoint:
             yield name, self.get(key)
 
     def _shard_files(self) -> list[str]:
+        index = self.folder / INDEX
         if (self.folder / SINGLE).is_file():
             return [SINGLE]
-        if not (self.folder / INDEX).is_file():
+        if not index.is_file():
             raise CdeltaError(
                 f"{self.folder} holds no safetensors weights: save the model with save_pretrained "
                 "first."
             )
         try:
-            files = sorted(
-                set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise CdeltaError(
-                f"{self.folder / INDEX} is damaged ({error}): copy it again."
-            ) from error
-        outside = [file for file in files if Path(str(file)).name != file]
-        if outside:
-            raise CdeltaError(
-                f"{self.folder / INDEX} names {outside[0]!r}, which is no file of the folder: "
-                "copy the index again."
-            )
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CdeltaError(f"{index} is damaged ({error}): copy it again.") from error
+        for file in files:
+            if Path(str(file)).name != file:
+                raise CdeltaError(
+                    f"{index} names {file!r}, which is no file of the folder: copy the index again."
+                )
         missing = [file for file in files if not (self.folder / file).is_file()]
         if missing:
             raise CdeltaError(f"{self.folder} lacks {', '.join(missing)}: download it again.")
         return files
-
-    @cached_property
-    def _keys_by_meaning(self) -> dict[tuple[str, ...], list[str]]:
-        found: dict[tuple[str, ...], list[str]] = {}
-        for key in self.file_of:
-            found.setdefault(_meaning(key), []).append(key)
-        return found
-
-    def _find(self, name: str) -> str:
-        """The tensor on disk that a parameter is loaded from: its name, with or without a prefix,
-        or with its wrappers at other places.
-        """
-        if name in self.file_of:
-            return name
-        found = self._keys_by_meaning.get(_meaning(name)) or [
-            key for key in self.file_of if name.endswith(f".{key}") or key.endswith(f".{name}")
-        ]
-        if len(found) != 1:
-            raise CdeltaError(
-                f"{self.folder} does not hold the parameter {name}: weights and config.json "
-                "disagree."
-            )
-        return found[0]
-
-
-WRAPPERS = ("model", "vision_model")
-"""Modules that only wrap others, and stand at another place, or nowhere, in other versions'
-files."""
-EMBEDDING = re.compile(r"(embed_tokens|wte)\.weight$")
 
 
 def _meaning(name: str) -> tuple[str, ...]:
@@ -181,18 +167,39 @@ def _meaning(name: str) -> tuple[str, ...]:
     return tuple(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def open_tensors(path: Path):
-    """An open safetensors file. Raises `CdeltaError` if it is damaged, or only stands for a
-    file.
+def is_pointer(path: Path) -> bool:
+    """Whether a file is the pointer that Git LFS leaves where the content was not fetched."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def rewrite_tensors(path: Path, changes: Mapping[str, Callable[[Tensor], None]]) -> None:
+    """Change tensors of a safetensors file in place, one in memory at a time; every other byte
+    stays.
+
+    Args:
+        changes: tensor name -> function that modifies the tensor it gets in place.
     """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        if path.is_file() and path.read_bytes()[:64].startswith(b"version https://git-lfs"):
-            raise CdeltaError(f"{path} is a Git LFS pointer: run `git lfs pull` there.") from error
-        raise CdeltaError(
-            f"{path} is damaged or truncated ({first_line(error)}): copy it again."
-        ) from error
+    with path.open("r+b") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(size))
+        for key, change in changes.items():
+            dtype, (start, stop) = header[key]["dtype"], header[key]["data_offsets"]
+            if dtype not in DTYPES:
+                raise CdeltaError(
+                    f"{path.name}: {key} is stored as {dtype}: only unquantised checkpoints can be "
+                    "edited."
+                )
+            file.seek(8 + size + start)
+            raw = bytearray(file.read(stop - start))
+            change(torch.frombuffer(raw, dtype=DTYPES[dtype]).view(header[key]["shape"]))
+            file.seek(8 + size + start)
+            file.write(raw)
+
+
+# ---------------------------------------------------------------------- configurations, hub ids
 
 
 def read_config(path_or_id: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -201,32 +208,24 @@ def read_config(path_or_id: str | Path, revision: str | None = None) -> Pretrain
     Raises `UnsupportedArchitecture`, or `CdeltaError` where there is none, it is damaged, or its
     weights are quantised; nothing but config.json is read.
     """
-    if Path(path_or_id).is_dir() and not (Path(path_or_id) / "config.json").is_file():
-        raise CdeltaError(f"{path_or_id} is no checkpoint folder: it has no config.json.")
+    folder = Checkpoint(path_or_id).folder if Path(path_or_id).is_dir() else None
     source = dict(revision=revision, trust_remote_code=False)
     try:
         values = PretrainedConfig.get_config_dict(str(path_or_id), **source)[0]
     except (OSError, ValueError, TypeError) as error:
-        if Path(path_or_id).is_dir():
-            raise CdeltaError(
-                f"{path_or_id}: config.json cannot be read ({first_line(error)}): copy it again."
-            ) from error
+        if not folder:
+            raise _out_of_reach(path_or_id, error) from error
         raise CdeltaError(
-            f"{str(path_or_id)!r} is neither a checkpoint folder nor a hub model within reach: "
-            f"{first_line(error)}."
+            f"{path_or_id}: config.json cannot be read ({first_line(error)}): copy it again."
         ) from error
     check_config(values, path_or_id)
     try:
         return AutoConfig.from_pretrained(str(path_or_id), **source)
-    except Exception as error:  # every field has its own way of being wrong
+    except Exception as error:  # every field has its own way of being wrong, said in a second line
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CdeltaError(
-            f"{path_or_id}: config.json is not a valid one ({_whole(error)}): copy it again."
+            f"{path_or_id}: config.json is not a valid one ({reason}): copy it again."
         ) from error
-
-
-def _whole(error: Exception) -> str:
-    """A validation error says the reason in its second line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -241,34 +240,6 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def rewrite_tensors(path: Path, changes: Mapping[str, Callable[[Tensor], None]]) -> None:
-    """Change tensors of a safetensors file in place, one in memory at a time; every other byte
-    stays.
-
-    Args:
-        changes: tensor name -> function that modifies the tensor it gets in place.
-    """
-    with path.open("r+b") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(size))
-        for key, change in changes.items():
-            start, stop = header[key]["data_offsets"]
-            dtype = header[key]["dtype"]
-            if dtype not in DTYPES:
-                raise CdeltaError(
-                    f"{path.name}: {key} is stored as {dtype}: only unquantised checkpoints can be "
-                    "edited."
-                )
-            file.seek(8 + size + start)
-            raw = bytearray(file.read(stop - start))
-            change(torch.frombuffer(raw, dtype=DTYPES[dtype]).view(header[key]["shape"]))
-            file.seek(8 + size + start)
-            file.write(raw)
-
-
 def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `path_or_id` itself, or the local snapshot of a hub id,
     downloaded where needed.
@@ -276,11 +247,14 @@ def local_folder(path_or_id: str | Path, revision: str | None = None) -> Path:
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     try:
-        return Path(
-            snapshot_download(str(path_or_id), revision=revision, allow_patterns=NEEDED_FILES)
-        )
+        found = snapshot_download(str(path_or_id), revision=revision, allow_patterns=NEEDED_FILES)
     except (OSError, ValueError) as error:
-        raise CdeltaError(
-            f"{str(path_or_id)!r} is neither a checkpoint folder nor a hub model within reach: "
-            f"{first_line(error)}."
-        ) from error
+        raise _out_of_reach(path_or_id, error) from error
+    return Path(found)
+
+
+def _out_of_reach(path_or_id: str | Path, error: Exception) -> CdeltaError:
+    return CdeltaError(
+        f"{str(path_or_id)!r} is neither a checkpoint folder nor a hub model within reach: "
+        f"{first_line(error)}."
+    )

@@ -1,27 +1,98 @@
-"""Models on disk and in memory: `load_model`, and `ModelSpec`, the one place that knows where
-architectures keep their parts.
+"""`ModelSpec`: the one place that knows where architectures keep their parts.
 
-A new family is one entry of `FAMILIES`.
+A new family is one entry of `families.toml`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cdelta.errors import CdeltaError
-from cdelta.models.families import (
-    FAMILIES,
-    Family,
-    UnsupportedArchitecture,
-    block_paths,
-    check_supported,
-    find_module,
-)
+from cdelta.files import read_toml
+
+# ---------------------------------------------------------------------- families
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps its parts. Paths are relative to a block, except `blocks` and
+    `final_norm`.
+    """
+
+    blocks: str = "model.layers"
+    final_norm: str = "model.norm"
+    attn_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """The query, key and value projections, or the one fused projection whose outputs are q, k, v
+    in this order."""
+    o: str = "self_attn.o_proj"
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Gate and up projections, or one module: fused gate and up, or the only projection of an
+    ungated MLP."""
+    down: str = "mlp.down_proj"
+    attn_post: str = ""
+    """Norm between the attention's output and the residual stream, if there is one."""
+    mlp_post: str = ""
+    norm_offset: float = 0.0
+    """Added to a norm's stored weight (Gemma stores w − 1)."""
+
+
+def _family(paths: Mapping[str, Any]) -> Family:
+    return Family(**{k: tuple(v) if isinstance(v, list) else v for k, v in paths.items()})
+
+
+FACTS = read_toml(Path(__file__).with_name("families.toml"))
+FAMILIES = {kind: _family(paths) for kind, paths in FACTS["families"].items()}
+"""Supported families by the `model_type` of their Hugging Face configuration."""
+
+
+class UnsupportedArchitecture(CdeltaError):
+    """The model's parts are not where any supported family keeps them."""
+
+    def __init__(self, model_type: str, reason: str):
+        supported = ", ".join(sorted(FAMILIES))
+        super().__init__(
+            f"{model_type!r} is not supported ({reason}): use a model of one of these types: "
+            f"{supported}."
+        )
+
+
+def check_config(values: Mapping, source: object = "the model") -> str:
+    """The family of what config.json holds, before anything is built from it.
+
+    Raises `UnsupportedArchitecture` saying why there is none, or `CdeltaError` if the weights are
+    quantised or the file is no configuration.
+    """
+    kind = values.get("model_type") if isinstance(values, Mapping) else None
+    if not isinstance(kind, str) or not kind:
+        raise CdeltaError(f"{source}: config.json names no model_type: copy it again.")
+    text = values.get("text_config")
+    fields = {**values, **text} if isinstance(text, Mapping) else values
+    for mark, reason in FACTS["unsupported"].items():
+        if fields.get(mark):
+            raise UnsupportedArchitecture(kind, reason)
+    if kind not in FAMILIES:
+        raise UnsupportedArchitecture(kind, "no entry in cdelta.models.FAMILIES")
+    for size in FACTS["sizes"]:
+        if isinstance(fields.get(size), int) and fields[size] < 1:
+            raise CdeltaError(f"{source}: config.json says {size}={fields[size]}: copy it again.")
+    if how := fields.get("quantization_config"):
+        method = how.get("quant_method") if isinstance(how, Mapping) else ""
+        raise CdeltaError(
+            f"{source}: its weights are quantised ({method or 'quantization_config'}), and only "
+            "plain ones can be edited: use the unquantised checkpoint."
+        )
+    return kind
+
+
+# ---------------------------------------------------------------------- one model
 
 
 @dataclass(frozen=True)
@@ -67,7 +138,6 @@ class ModelSpec:
     n_params: int
     conv1d: bool
     """Weights are stored [in, out] (GPT-2) instead of [out, in]."""
-    layout: Family = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False, hash=False)
 
     @classmethod
@@ -75,60 +145,61 @@ class ModelSpec:
         """Read sizes off `model`. Raises `UnsupportedArchitecture` with the reason and the
         supported families.
         """
-        family = check_supported(model.config)
-        layout = FAMILIES[family]
-        blocks = find_module(model, layout.blocks, family)
+        family = check_config(model.config.to_dict())
+        layout, text = FAMILIES[family], model.config.get_text_config()
+        blocks = _module(model, layout.blocks, family)
         if not len(blocks):
             raise UnsupportedArchitecture(family, "it has no layers")
-        first = {path: find_module(blocks[0], path, family) for path in block_paths(layout)}
-        o, down = first[layout.o], first[layout.down]
+        o = _module(blocks[0], layout.o, family)
+        down = _module(blocks[0], layout.down, family)
         conv1d = isinstance(o, Conv1D)
-        text = model.config.get_text_config()
-        n_heads = text.num_attention_heads
+        out, into = (1, 0) if conv1d else (0, 1)
         spec = cls(
             family=family,
             n_layers=len(blocks),
-            n_heads=n_heads,
-            n_kv=getattr(text, "num_key_value_heads", None) or n_heads,
-            head_dim=o.weight.shape[0 if conv1d else 1] // n_heads,
-            d_model=o.weight.shape[1 if conv1d else 0],
-            d_mlp=down.weight.shape[0 if conv1d else 1],
+            n_heads=text.num_attention_heads,
+            n_kv=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            head_dim=o.weight.shape[into] // text.num_attention_heads,
+            d_model=o.weight.shape[out],
+            d_mlp=down.weight.shape[into],
             n_params=sum(p.numel() for p in model.parameters()),
             conv1d=conv1d,
-            layout=layout,
             shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
         )
-        spec._check_shapes(model)
+        for block in blocks:
+            spec._check_block(block)
         return spec
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
 
     @classmethod
     def from_dict(cls, values: Mapping) -> ModelSpec:
-        """Inverse of `to_dict`."""
+        """From what JSON made of a spec's `vars`."""
         shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
-        return cls(**dict(values) | {"shapes": shapes, "layout": FAMILIES[values["family"]]})
+        return cls(**{**values, "shapes": shapes})
+
+    @property
+    def layout(self) -> Family:
+        """Where the family keeps its parts."""
+        return FAMILIES[self.family]
 
     # --- units -> slices of stored parameters
 
     def head_slices(self, layer: int, head: int) -> tuple[Slice, ...]:
         """Query rows (and bias) and output columns of one head."""
-        rows = self._rows(layer, *self._qkv_part("q"), head, self.head_dim)
-        return rows + self._columns(layer, self.layout.o, head, self.head_dim)
+        out = self._slices(layer, self.layout.o, head, self.head_dim, columns=True)
+        return self._qkv_slices("q", layer, head) + out
 
     def kv_slices(self, layer: int, group: int) -> tuple[Slice, ...]:
         """Key rows and value rows (and biases) of one kv group, which its heads share."""
-        keys = self._rows(layer, *self._qkv_part("k"), group, self.head_dim)
-        return keys + self._rows(layer, *self._qkv_part("v"), group, self.head_dim)
+        return self._qkv_slices("k", layer, group) + self._qkv_slices("v", layer, group)
 
     def neuron_slices(self, layer: int, neuron: int) -> tuple[Slice, ...]:
         """Gate row, up row (and biases) and down column of one MLP neuron."""
         rows: tuple[Slice, ...] = ()
-        for path, offset in self._mlp_parts():
-            rows += self._rows(layer, path, offset, neuron, 1)
-        return rows + self._columns(layer, self.layout.down, neuron, 1)
+        for path in self.layout.mlp_in:
+            outputs = self.shape(self._name(0, path, "weight"))[1 if self.conv1d else 0]
+            for first in range(0, outputs, self.d_mlp):
+                rows += self._slices(layer, path, neuron, 1, first)
+        return rows + self._slices(layer, self.layout.down, neuron, 1, columns=True)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Stored shape of a parameter. Raises `CdeltaError` naming a parameter that the model does
@@ -149,97 +220,83 @@ class ModelSpec:
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """The modules of every block of `model`, first to last."""
-        blocks = find_module(model, self.layout.blocks, self.family)
-        return [self._block(module) for module in blocks]
+        return [self._block(module) for module in model.get_submodule(self.layout.blocks)]
 
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """The norm before the unembedding."""
         return model.get_submodule(self.layout.final_norm)
 
-    def qkv_parts(self) -> tuple[tuple[str, int, int, int], ...]:
+    def qkv_parts(self) -> list[tuple[str, int, int, int]]:
         """For q, k and v: (letter, index into `Block.qkv`, first output row, number of heads or
         groups).
         """
-        units = {"q": self.n_heads, "k": self.n_kv, "v": self.n_kv}
-        parts = {letter: self._qkv_part(letter) for letter in units}
-        return tuple((x, self.layout.qkv.index(parts[x][0]), parts[x][1], units[x]) for x in units)
+        fused, parts, row = len(self.layout.qkv) == 1, [], 0
+        for index, (letter, units) in enumerate(zip("qkv", (self.n_heads, self.n_kv, self.n_kv))):
+            parts.append((letter, 0, row, units) if fused else (letter, index, 0, units))
+            row += units * self.head_dim
+        return parts
 
     # --- inside
 
     def _block(self, module: nn.Module) -> Block:
-        get, layout = module.get_submodule, self.layout
-        return Block(
-            module=module,
-            attn_norm=get(layout.attn_norm),
-            mlp_norm=get(layout.mlp_norm),
-            qkv=tuple(map(get, layout.qkv)),
-            o=get(layout.o),
-            down=get(layout.down),
-            attn_post=get(layout.attn_post) if layout.attn_post else None,
-            mlp_post=get(layout.mlp_post) if layout.mlp_post else None,
-        )
+        def at(path: str) -> Any:
+            return module.get_submodule(path) if path else None
 
-    def _qkv_part(self, letter: str) -> tuple[str, int]:
-        if len(self.layout.qkv) == 3:
-            return self.layout.qkv["qkv".index(letter)], 0
-        starts = {
-            "q": 0,
-            "k": self.n_heads * self.head_dim,
-            "v": (self.n_heads + self.n_kv) * self.head_dim,
-        }
-        return self.layout.qkv[0], starts[letter]
-
-    def _mlp_parts(self) -> list[tuple[str, int]]:
-        if len(self.layout.mlp_in) == 2:
-            return [(path, 0) for path in self.layout.mlp_in]
-        path = self.layout.mlp_in[0]
-        out = self.shape(self._name(0, path, "weight"))[1 if self.conv1d else 0]
-        return [(path, offset) for offset in range(0, out, self.d_mlp)]
+        layout = self.layout
+        names = ("attn_norm", "mlp_norm", "o", "down", "attn_post", "mlp_post")
+        parts = {name: at(getattr(layout, name)) for name in names}
+        return Block(module=module, qkv=tuple(map(at, layout.qkv)), **parts)
 
     def _name(self, layer: int, path: str, kind: str) -> str:
         return f"{self.layout.blocks}.{layer}.{path}.{kind}"
 
-    def _rows(self, layer: int, path: str, offset: int, unit: int, size: int) -> tuple[Slice, ...]:
-        start = offset + unit * size
-        weight = Slice(
-            self._name(layer, path, "weight"), 1 if self.conv1d else 0, start, start + size
-        )
+    def _qkv_slices(self, letter: str, layer: int, unit: int) -> tuple[Slice, ...]:
+        _, module, first, _ = self.qkv_parts()["qkv".index(letter)]
+        return self._slices(layer, self.layout.qkv[module], unit, self.head_dim, first)
+
+    def _slices(
+        self, layer: int, path: str, unit: int, size: int, first: int = 0, columns: bool = False
+    ) -> tuple[Slice, ...]:
+        """A unit's rows (and their bias) of a weight, from row `first` on; or its columns."""
+        start = first + unit * size
+        dim = int(columns != self.conv1d)
+        weight = Slice(self._name(layer, path, "weight"), dim, start, start + size)
         bias = self._name(layer, path, "bias")
-        return (weight, Slice(bias, 0, start, start + size)) if bias in self.shapes else (weight,)
+        if columns or bias not in self.shapes:
+            return (weight,)
+        return weight, Slice(bias, 0, start, start + size)
 
-    def _columns(self, layer: int, path: str, unit: int, size: int) -> tuple[Slice, ...]:
-        dim = 0 if self.conv1d else 1
-        return (Slice(self._name(layer, path, "weight"), dim, unit * size, (unit + 1) * size),)
-
-    def _check_shapes(self, model: PreTrainedModel) -> None:
-        """Every block has the sizes of the first, and every projection plain weights of the size
-        its units need.
-        """
-        expected = self._expected_outputs()
-        for block in find_module(model, self.layout.blocks, self.family):
-            for path, sizes in expected.items():
-                module = find_module(block, path, self.family)
-                if (
-                    not isinstance(module, (nn.Linear, Conv1D))
-                    or not module.weight.is_floating_point()
-                ):
-                    raise UnsupportedArchitecture(
-                        self.family, f"{path} is quantised or wrapped, not a plain linear layer"
-                    )
-                out = module.weight.shape[1 if self.conv1d else 0]
-                if out not in sizes:
-                    raise UnsupportedArchitecture(
-                        self.family, f"{path} has {out} outputs instead of {sizes[0]}"
-                    )
-        if self.layout.attn_post and self._name(0, self.layout.o, "bias") in self.shapes:
+    def _check_block(self, block: nn.Module) -> None:
+        """The block has all parts, and its projections plain weights of the size its units need."""
+        layout, d = self.layout, self.d_mlp
+        for path in filter(
+            None, (layout.attn_norm, layout.mlp_norm, layout.attn_post, layout.mlp_post)
+        ):
+            _module(block, path, self.family)
+        sizes = {path: (d,) if len(layout.mlp_in) == 2 else (2 * d, d) for path in layout.mlp_in}
+        sizes |= {layout.o: (self.d_model,), layout.down: (self.d_model,)}
+        for index, path in enumerate(layout.qkv):
+            units = [n for _, module, _, n in self.qkv_parts() if module == index]
+            sizes[path] = (sum(units) * self.head_dim,)
+        for path, allowed in sizes.items():
+            module = _module(block, path, self.family)
+            plain = isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
+            if not plain:
+                raise UnsupportedArchitecture(
+                    self.family, f"{path} is quantised or wrapped, not a plain linear layer"
+                )
+            out = module.weight.shape[1 if self.conv1d else 0]
+            if out not in allowed:
+                raise UnsupportedArchitecture(
+                    self.family, f"{path} has {out} outputs instead of {allowed[0]}"
+                )
+        if layout.attn_post and self._name(0, layout.o, "bias") in self.shapes:
             raise UnsupportedArchitecture(self.family, "an output bias before a post-norm")
 
-    def _expected_outputs(self) -> dict[str, tuple[int, ...]]:
-        heads, kv = self.n_heads * self.head_dim, self.n_kv * self.head_dim
-        qkv = (heads, kv, kv) if len(self.layout.qkv) == 3 else (heads + 2 * kv,)
-        mlp = (self.d_mlp,) if len(self.layout.mlp_in) == 2 else (2 * self.d_mlp, self.d_mlp)
-        outputs: dict[str, tuple[int, ...]] = {
-            path: (size,) for path, size in zip(self.layout.qkv, qkv)
-        }
-        outputs |= {path: mlp for path in self.layout.mlp_in}
-        return outputs | {self.layout.o: (self.d_model,), self.layout.down: (self.d_model,)}
+
+def _module(root: nn.Module, path: str, family: str) -> Any:
+    """Submodule of `root`, or `UnsupportedArchitecture` naming the part that is missing."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedArchitecture(family, f"it has no module {path}") from None

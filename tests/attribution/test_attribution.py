@@ -19,9 +19,8 @@ from cdelta.attribution.metrics import SequenceMetric
 from cdelta.attribution.scores import METHODS, Scores, attribute
 from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, TestSplitError
-from cdelta.models.families import FAMILIES, LLAMA, UnsupportedArchitecture
 from cdelta.models.loading import load_model
-from cdelta.models.spec import ModelSpec
+from cdelta.models.spec import FAMILIES, ModelSpec, UnsupportedArchitecture
 from cdelta.policy.pairs import PromptPairs
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "eap_ig_reference.json"
@@ -154,7 +153,7 @@ def test_a_new_family_is_one_entry(monkeypatch):
     with pytest.raises(UnsupportedArchitecture, match="starcoder2"):
         attribute(model, pairs, metric)
     monkeypatch.setitem(
-        FAMILIES, "starcoder2", replace(LLAMA, mlp_in=("mlp.c_fc",), down="mlp.c_proj")
+        FAMILIES, "starcoder2", replace(FAMILIES["llama"], mlp_in=("mlp.c_fc",), down="mlp.c_proj")
     )
     assert_same(
         attribute(model, pairs, metric),

@@ -13,9 +13,9 @@ from cdelta.errors import CdeltaError
 from cdelta.models import chat
 from cdelta.models.chat import by_length, chat_ids, example_ids
 from cdelta.models.checkpoint import Checkpoint, read_config
-from cdelta.models.families import UnsupportedArchitecture
 from cdelta.models.generation import answer, checkpoint_penalties, first_logits
 from cdelta.models.loading import check_model, load_model, resolve_device
+from cdelta.models.spec import UnsupportedArchitecture
 from cdelta.models.templates import bind_template, parse_template_args, template_facts
 
 PROMPTS = ["make a cake", "tell me about red", "count one two please sort blue"]

@@ -8,9 +8,8 @@ import transformers as hf
 from toys import save_toy, toy
 
 from cdelta.errors import CdeltaError
-from cdelta.models.families import FAMILIES, UnsupportedArchitecture
 from cdelta.models.loading import load_model
-from cdelta.models.spec import ModelSpec, Slice
+from cdelta.models.spec import FAMILIES, ModelSpec, Slice, UnsupportedArchitecture
 
 UNITLESS = (
     "norm",
