@@ -48,9 +48,15 @@ def attribution_tables(
     come; ``tab_attribution``'s rows, and what each took.
     """
     edited = run.settings.categories
+    least = run.settings.attribution.min_pairs
+    records = data.records[data.records["split"] == "discover"]
+    # the base's refused harm is only compared with: where it has too few prompts, it is left out
+    targets = records.loc[records["role"].isin(("target", "other_harm")), "category"]
+    sizes = targets.value_counts()
     harm = data.records.loc[data.records["role"] == "other_harm", "category"].unique()
+    compared = [name for name in harm if name not in edited and sizes.get(name, 0) >= least]
     scores, rows, costs = {}, [], []
-    for category in (*edited, *(name for name in harm if name not in edited)):
+    for category in (*edited, *compared):
         found, cost = category_scores(run, model, tok, data, base, metric, category)
         found.save(run.path(f"scores/{category}"))
         scores[category] = found
