@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from cdelta.artifact import claims, readme
-from cdelta.artifact.flags import make_parser
 from cdelta.artifact.presets import resolve
+from cdelta.artifact.workflow import make_parser
 from cdelta.paths import FIGURES, ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from cdelta.edit.recipe import AnswersRecipe, AttributionRecipe, CircuitRecipe, EditRecipe, Recipe
 from cdelta.errors import CdeltaError
@@ -22,16 +21,8 @@ from cdelta.files import read_toml
 from cdelta.settings import changed, parse_overrides
 
 FOLDER = Path(__file__).parent / "presets"
-GROUPS = {
-    "paper": (
-        "qwen2.5-0.5b",
-        "llama-3.2-1b",
-        "llama-3.2-3b",
-        "gemma-2-2b",
-        "qwen2.5-7b",
-        "llama-3.1-8b",
-    )
-}
+PAPER = "qwen2.5-0.5b,llama-3.2-1b,llama-3.2-3b,gemma-2-2b,qwen2.5-7b,llama-3.1-8b"
+GROUPS = {"paper": PAPER.split(",")}
 """Names for several presets that run one after the other: the paper's scale is six models, five
 categories and three seeds."""
 
@@ -232,18 +223,18 @@ class Preset:
     threads: int = 1
     """CPU threads of a stage (0: all cores, divided by --jobs). The embedded model's operations are
     so small that a second thread costs more than it brings."""
-    attribution: AttributionRecipe = field(default_factory=AttributionRecipe)
-    circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
-    edit: EditRecipe = field(default_factory=EditRecipe)
-    answers: AnswersRecipe = field(default_factory=AnswersRecipe)
-    organism: Organism = field(default_factory=Organism)
-    data: Data = field(default_factory=Data)
-    study: Study = field(default_factory=Study)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    deployment: Deployment = field(default_factory=Deployment)
-    serving: Serving = field(default_factory=Serving)
-    ablation: Ablation = field(default_factory=Ablation)
-    resources: Resources = field(default_factory=Resources)
+    attribution: AttributionRecipe = AttributionRecipe()
+    circuit: CircuitRecipe = CircuitRecipe()
+    edit: EditRecipe = EditRecipe()
+    answers: AnswersRecipe = AnswersRecipe()
+    organism: Organism = Organism()
+    data: Data = Data()
+    study: Study = Study()
+    evaluation: Evaluation = Evaluation()
+    deployment: Deployment = Deployment()
+    serving: Serving = Serving()
+    ablation: Ablation = Ablation()
+    resources: Resources = Resources()
 
     @property
     def recipe(self) -> Recipe:
@@ -259,38 +250,25 @@ def preset_names() -> list[str]:
 
 def expand(text: str) -> list[str]:
     """``a,b`` or a group's name as preset names."""
-    return [name for part in text.split(",") for name in GROUPS.get(part, (part,))]
+    return [name for part in text.split(",") for name in GROUPS.get(part, [part])]
 
 
 @cache
 def load_preset(name: str) -> Preset:
-    """The preset of a file. Raises `CdeltaError` for an unknown name and a wrong field."""
-    values = _values(name)
-    try:
-        return changed(Preset(), {**values, "name": name})
-    except CdeltaError as error:
-        raise CdeltaError(f"preset '{name}': {error}") from error
+    """The preset of a file, over the one that it inherits from.
 
-
-def _values(name: str) -> dict[str, Any]:
-    """A preset file's values over those of the preset that it inherits from."""
+    Raises `CdeltaError` for an unknown name and a wrong field.
+    """
     path = FOLDER / f"{name}.toml"
     if not re.fullmatch(r"[\w.+-]+", name) or not path.exists():
         known = ", ".join([*preset_names(), *GROUPS])
         raise CdeltaError(f"unknown preset '{name}': choose one of {known}.")
     values = read_toml(path)
     parent = values.pop("inherits", "")
-    return _merged(_values(parent), values) if parent else values
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, section by section."""
-    both = {
-        key: _merged(below[key], value)
-        for key, value in above.items()
-        if isinstance(value, Mapping) and isinstance(below.get(key), Mapping)
-    }
-    return {**below, **above, **both}
+    try:
+        return changed(load_preset(parent) if parent else Preset(), {**values, "name": name})
+    except CdeltaError as error:
+        raise CdeltaError(f"preset '{name}': {error}") from error
 
 
 def resolve(
@@ -308,41 +286,22 @@ def resolve(
     field, and a preset that lacks what the run must give.
     """
     preset = load_preset(name)
+    changes = parse_overrides(overrides)
     if model:
         preset = replace(preset, model=model, revision="")
     if policy:
         preset = replace(preset, policy=policy)
-    if external:
-        preset = replace(preset, external=_with_external(preset.external, external))
-    own = [flag for flag in ("model", "policy") if not getattr(preset, flag)]
-    if own:
-        flags = " and ".join(f"--{flag}" for flag in own)
-        it = "them" if own[1:] else "it"
-        raise CdeltaError(f"preset '{name}' has no default for {flags}: give {it}.")
-    changes = parse_overrides(overrides)
-    if policy and _is_file(policy) and "categories" not in changes:
-        preset = replace(preset, categories=file_categories(policy))
-    preset = replace(changed(preset, changes), name=run_name or _run_name(name, changes))
-    _ = preset.recipe  # raises on values that make no sense
-    return preset
-
-
-def _run_name(name: str, changes: Mapping[str, Any]) -> str:
-    """The preset's name, with a hash of what is changed."""
-    if not changes:
-        return name
-    return f"{name}-{hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def _with_external(known: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
-    """Test sets with the paths that a run gives for them."""
-    named = {text.partition("=")[0]: text for text in (*known, *given)}
-    return tuple(named.values())
-
-
-def _is_file(policy: str) -> bool:
-    """Whether a policy is a user's own file, and no named source."""
-    return policy not in ("synthetic", "cast") and not policy.startswith("cast=")
+        if policy.partition("=")[0] not in ("synthetic", "cast"):
+            preset = replace(preset, categories=file_categories(policy))
+    if not (preset.model and preset.policy):
+        flag = "--policy" if preset.model else "--model"
+        raise CdeltaError(f"preset '{name}' has no default for {flag}: give it.")
+    if changes and not run_name:
+        changed_to = json.dumps(changes, sort_keys=True).encode()
+        run_name = f"{name}-{hashlib.sha256(changed_to).hexdigest()[:8]}"
+    sets = {text.partition("=")[0]: text for text in (*preset.external, *external)}
+    own = {"external": tuple(sets.values()), "name": run_name or name}
+    return changed(replace(preset, **own), changes)
 
 
 def file_categories(path: str) -> tuple[str, ...]:
@@ -352,8 +311,3 @@ def file_categories(path: str) -> tuple[str, ...]:
 
     rows = read_user_rows(path, Path(path).stem)
     return tuple(dict.fromkeys(row["category"] for row in rows if row["role"] == "target"))
-
-
-def as_dict(preset: Preset) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return asdict(preset)

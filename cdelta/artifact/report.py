@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 
 from cdelta.artifact.claims import claims_of, measure
-from cdelta.artifact.execution import clock, load_notebook
 from cdelta.artifact.numbers import as_number, rate_columns, readable
 from cdelta.artifact.pages import notebook_body, without_places
 from cdelta.artifact.presets import Preset
-from cdelta.artifact.run import check_figures, read_manifest, read_settings, read_stage
-from cdelta.artifact.stages import NAMES, find_stage
+from cdelta.artifact.run import collect_figures, read_manifest, read_settings
+from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read_stage
 from cdelta.errors import CdeltaError
 from cdelta.files import new_folder, remove_folder, write_text
 from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, RUNS
@@ -43,8 +42,8 @@ ROWS = 12
 
 
 def write_report(run_dir: Path) -> Path:
-    """Check the figures, then write ``figures/report.html`` and a page per executed notebook."""
-    check_figures(run_dir)
+    """Collect the figures, then write ``figures/report.html`` and a page per executed notebook."""
+    collect_figures(run_dir)
     figures = run_dir / "figures"
     done = [name for name in NAMES if read_stage(run_dir, name)]
     for name in done:
@@ -123,19 +122,11 @@ def _part(
     facts = read_stage(run_dir, name) or {}
     return {
         "stage": name,
-        "title": _title(name),
+        "title": find_stage(name).title,
         "time": clock(facts["seconds"]),
         "shown": [item for item in own if item["id"] not in above],
         "above": [item["id"] for item in own if item["id"] in above],
     }
-
-
-def _title(name: str) -> str:
-    """The notebook's heading."""
-    source = find_stage(name).source
-    text = source.read_text(encoding="utf-8") if source.exists() else ""
-    heading = re.search(r"^# # (.*)", text, re.MULTILINE)
-    return heading[1] if heading else name
 
 
 def _prepared(figures: Path, item: dict[str, Any]) -> dict[str, Any]:

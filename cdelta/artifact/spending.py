@@ -8,7 +8,8 @@ import pandas as pd
 
 from cdelta.artifact.job_results import Job
 from cdelta.artifact.jobs import Comparison
-from cdelta.artifact.run import RunReader, read_stage
+from cdelta.artifact.run import RunReader
+from cdelta.artifact.stages import read_stage
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.methods.registry import METHODS
 

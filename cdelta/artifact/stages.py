@@ -1,21 +1,58 @@
-"""The stages of a run, in order: what each reads, and when it must run again."""
+"""The stages of a run, in order: what each reads, when it must run again, and how it runs.
+
+The Snakefile calls ``python -m cdelta.artifact.stages STAGE`` in the run's folder: papermill runs
+the stage's notebook in a process of its own. A stage process that loses its parent (the workflow
+was killed) ends its kernel and itself, so that nothing goes on unseen.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from cdelta.artifact.presets import Preset, as_dict
+from cdelta.artifact.presets import Preset
 from cdelta.errors import CdeltaError
+from cdelta.files import read_json, write_json
 from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 RECIPE = ("attribution", "circuit", "edit", "answers")
 SUBJECT = ("model", "revision", "policy", "categories")
+METHOD = (*SUBJECT, *RECIPE, "seeds")
+READS = {
+    "00_subject": ("organism", "data", "answers", *SUBJECT),
+    "01_dataset": (*SUBJECT, "external", "data", "answers", "edit", "attribution"),
+    "02_attribution": (*SUBJECT, *RECIPE, "study"),
+    "03_circuit": (*SUBJECT, "attribution", "circuit", "answers", "study"),
+    "04_edit": METHOD,
+    "05_evaluation": (*METHOD, "data", "evaluation"),
+    "06_deployment": (*METHOD, "data", "deployment"),
+    "07_composition": (*METHOD, "data", "deployment"),
+    "08_cost": (*METHOD, "data", "evaluation", "serving"),
+    "09_ablations": (*METHOD, "data", "ablation"),
+}
+"""Stage -> the preset's fields and sections that it reads; a change of any other one does not redo
+the stage."""
+NAMES = tuple(READS)
+SETTINGS = "run.json"
+"""What a run was asked for, in its folder: the preset's values, the device, and the start."""
+PARAMETERS = ("preset", "run_dir", "device")
+"""What a run gives every notebook; notebook 00 also takes ``retrain``."""
+LARGE = 2**26
+"""Bytes from which on a file's size and time stand for its content."""
 
 
 @dataclass(frozen=True)
@@ -24,70 +61,40 @@ class Stage:
 
     name: str
     """``NN_title``, as the notebook and the artifact folder are called."""
-    needs: tuple[str, ...] = ()
-    """Earlier stages, in order."""
-    reads: tuple[str, ...] = ()
-    """Fields and sections of the preset; a change of any other one does not redo the stage."""
+    needs: tuple[str, ...]
+    """Earlier stages, in order: all up to the edit."""
+    reads: tuple[str, ...]
 
     @property
     def source(self) -> Path:
-        """The percent-format source of the notebook."""
-        return NOTEBOOKS / f"{self.name}.py"
+        """The percent-format source of the notebook. Raises `CdeltaError` if it is gone."""
+        path = NOTEBOOKS / f"{self.name}.py"
+        if not path.exists():
+            raise CdeltaError(f"there is no notebook {path}: restore it from git.")
+        return path
 
     @property
     def rule(self) -> str:
         """The name as a Snakemake rule: without its number."""
         return self.name[3:]
 
+    @property
+    def title(self) -> str:
+        """The notebook's heading."""
+        found = re.search(r"^# # (.*)", self.source.read_text(encoding="utf-8"), re.MULTILINE)
+        return found[1] if found else self.name
 
-UP_TO_CIRCUIT = ("00_subject", "01_dataset", "02_attribution", "03_circuit")
-UP_TO_EDIT = (*UP_TO_CIRCUIT, "04_edit")
-METHOD = (*SUBJECT, *RECIPE, "seeds")
-STAGES = (
-    Stage("00_subject", (), ("organism", "data", "answers", *SUBJECT)),
-    Stage(
-        "01_dataset",
-        ("00_subject",),
-        (*SUBJECT, "external", "data", "answers", "edit", "attribution"),
-    ),
-    Stage(
-        "02_attribution",
-        ("00_subject", "01_dataset"),
-        (*SUBJECT, "attribution", "answers", "study", "edit", "circuit"),
-    ),
-    Stage(
-        "03_circuit",
-        ("00_subject", "01_dataset", "02_attribution"),
-        (*SUBJECT, "attribution", "circuit", "answers", "study"),
-    ),
-    Stage("04_edit", UP_TO_CIRCUIT, METHOD),
-    Stage("05_evaluation", UP_TO_EDIT, (*METHOD, "data", "evaluation")),
-    Stage("06_deployment", UP_TO_EDIT, (*METHOD, "data", "deployment")),
-    Stage("07_composition", UP_TO_EDIT, (*METHOD, "data", "deployment")),
-    Stage("08_cost", UP_TO_EDIT, (*METHOD, "data", "evaluation", "serving")),
-    Stage("09_ablations", UP_TO_EDIT, (*METHOD, "data", "ablation")),
-)
-NAMES = tuple(stage.name for stage in STAGES)
+
+STAGES = tuple(Stage(name, NAMES[: min(n, 5)], READS[name]) for n, name in enumerate(NAMES))
 
 
 def find_stage(text: str) -> Stage:
     """The stage with this number or name; raises `CdeltaError`."""
     for stage in STAGES:
         number = stage.name[:2]
-        if text in (stage.name, number, stage.rule) or (
-            text.isdigit() and int(text) == int(number)
-        ):
+        if text in (stage.name, stage.rule, number, str(int(number))):
             return stage
     raise CdeltaError(f"unknown stage '{text}': choose one of {', '.join(NAMES)}.")
-
-
-def with_needed(names: Iterable[str]) -> list[str]:
-    """`names` and all stages that they read, directly or through others, in order."""
-    wanted = set(names)
-    for stage in reversed(STAGES):
-        if stage.name in wanted:
-            wanted.update(stage.needs)
-    return [name for name in NAMES if name in wanted]
 
 
 class VisibleSettings:
@@ -111,6 +118,18 @@ class VisibleSettings:
         return getattr(self._preset, name)
 
 
+def read_stage(run_dir: Path, stage: str) -> dict[str, Any] | None:
+    """What a finished stage records of itself, or None while it is not finished."""
+    path = run_dir / stage / "stage.json"
+    try:
+        return read_json(path) if path.exists() else None
+    except ValueError as error:
+        raise CdeltaError(f"{path} is damaged ({error}): remove it and run again.") from error
+
+
+# ---------------------------------------------------------------------- when it must run again
+
+
 def fingerprint(stage: str, preset: Preset) -> str:
     """Hash of all that decides a stage's outcome, apart from the earlier stages.
 
@@ -119,9 +138,7 @@ def fingerprint(stage: str, preset: Preset) -> str:
     nor who reads the result counts.
     """
     found = find_stage(stage)
-    if not found.source.exists():
-        raise CdeltaError(f"there is no notebook {found.source}: restore it from git.")
-    values = {name: value for name, value in as_dict(preset).items() if name in found.reads}
+    values = {name: value for name, value in asdict(preset).items() if name in found.reads}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in [found.source, *imported_modules(found.source)]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -168,10 +185,6 @@ def _imports(path: Path) -> frozenset[Path]:
     return frozenset(file for file in candidates if file.exists())
 
 
-LARGE = 2**26
-"""Bytes from which on a file's size and time stand for its content."""
-
-
 def content(path: Path) -> str:
     """Hash of a file or folder, or "" if there is none."""
     if not path.exists():
@@ -184,3 +197,146 @@ def content(path: Path) -> str:
             seen = f"{state.st_size} {state.st_mtime_ns}".encode() if large else file.read_bytes()
             digest.update(file.name.encode() + seen)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- running one
+
+
+def load_notebook(stage: str) -> NotebookNode:
+    """The notebook of a stage from its source, with cell ids that stay the same."""
+    import jupytext
+
+    notebook = jupytext.read(find_stage(stage).source)
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{index:02d}"
+    return notebook
+
+
+def check_parameters(stage: str, names: Iterable[str]) -> None:
+    """Raise `CdeltaError` for a parameter that the notebook's tagged cell does not declare;
+    papermill would only warn.
+    """
+    cells = load_notebook(stage).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    known = re.findall(r"^(\w+) =", "\n".join(tagged), re.MULTILINE)
+    if unknown := sorted(set(names) - set(known)):
+        raise CdeltaError(
+            f"notebook {stage} has no parameter {', '.join(unknown)}: it has {', '.join(known)}."
+        )
+
+
+def use_own_kernel(folder: Path) -> None:
+    """Make the kernel name ``python3`` mean this interpreter and this copy of the package, whatever
+    else is installed; without a history in the home folder, loading bars and widget warnings.
+    """
+    from ipykernel.kernelspec import get_kernel_dict
+
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    spec = get_kernel_dict(["--HistoryManager.enabled=False", "--log-level=CRITICAL"])
+    write_json(folder / "kernels" / "python3" / "kernel.json", spec | {"env": quiet})
+    for variable, value in (("JUPYTER_PATH", folder), ("PYTHONPATH", ROOT)):
+        parts = (str(value), os.environ.get(variable))
+        os.environ[variable] = os.pathsep.join(filter(None, parts))
+
+
+def run_stage(stage: str, run_dir: Path, parameters: dict[str, Any]) -> None:
+    """Execute a stage's notebook and leave it as ``notebooks/<stage>.ipynb``, or after an error as
+    ``<stage>.failed.ipynb``.
+
+    Raises `CdeltaError` with the notebook, the error's line and the half-executed notebook.
+    """
+    from cdelta.artifact.run import discard
+
+    use_own_kernel(run_dir / ".jupyter")
+    folder = run_dir / "notebooks"
+    for left in folder.glob(f".{stage}.*"):
+        left.unlink(missing_ok=True)
+    working, failed = folder / f".{stage}.{os.getpid()}.ipynb", folder / f"{stage}.failed.ipynb"
+    write_json(working, load_notebook(stage))
+    problem = _execute(working, parameters)
+    if not problem and not (run_dir / stage / "stage.json").exists():
+        problem = "ended without run.finish()"
+    if problem:
+        working.replace(failed)
+        discard(run_dir, stage)
+        source = find_stage(stage).source
+        raise CdeltaError(f"notebook {source} {problem}\n  executed so far: {failed}")
+    working.replace(folder / f"{stage}.ipynb")
+    failed.unlink(missing_ok=True)
+
+
+def _execute(path: Path, parameters: dict[str, Any]) -> str:
+    """Run a notebook in place; what went wrong, or ""."""
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    place = str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in between braces
+    # on a busy machine papermill's own 60 and 4 seconds end a healthy notebook
+    options = {"progress_bar": False, "start_timeout": 600, "iopub_timeout": 600}
+    try:
+        execute_notebook(place, place, parameters, kernel_name="python3", cwd=NOTEBOOKS, **options)
+    except PapermillExecutionError as error:
+        line = f"{error.ename}: {error.evalue}".strip().splitlines()[0]
+        return f"failed in cell {error.exec_count}\n  {line}"
+    except (RuntimeError, TimeoutError) as error:
+        return f"lost its kernel; was the memory enough?\n  {type(error).__name__}: {error}"
+    return ""
+
+
+def clock(seconds: float) -> str:
+    """``m:ss``, or ``h:mm:ss`` from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """What a stage's process says of itself."""
+
+    def __init__(self, stage: str, began: float):
+        self.label = f"stage {NAMES.index(stage) + 1} of {len(NAMES)}: {stage}"
+        self.began, self.started, self.parent = began, time.time(), os.getppid()
+
+    def say(self, what: str = "…") -> None:
+        """A line with the stage's time and the workflow's."""
+        now = time.time()
+        spent, elapsed = clock(now - self.started), clock(now - self.began)
+        print(f"{self.label} {what} {spent} (elapsed {elapsed})", flush=True)
+
+    def watch(self) -> None:
+        """Say twice a minute how long it has been; end this process and its kernel when the parent
+        is gone.
+        """
+        import psutil
+
+        for looks in range(1, sys.maxsize):
+            time.sleep(0.5)
+            if os.getppid() != self.parent:
+                for child in psutil.Process().children(recursive=True):
+                    child.kill()
+                os._exit(1)
+            if looks % 60 == 0:
+                self.say()
+
+
+def main(argv: Sequence[str] = sys.argv[1:]) -> int:
+    """One stage in this process, in the run's folder; exit code 1 if it fails."""
+    (stage,) = argv
+    facts = read_json(SETTINGS)
+    parameters = {"run_dir": os.getcwd(), "preset": facts["preset_file"], "device": facts["device"]}
+    if facts["retrain"] and stage == NAMES[0]:
+        parameters["retrain"] = True
+    progress = Progress(stage, facts["began"])
+    progress.say()
+    threading.Thread(target=progress.watch, daemon=True).start()
+    try:
+        run_stage(stage, Path.cwd(), parameters)
+    except CdeltaError as error:
+        print(f"{progress.label} failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    progress.say("done in")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,17 +14,47 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from cdelta.artifact.flags import PROGRAM, make_parser
-from cdelta.artifact.presets import Preset, expand, load_preset, resolve
-from cdelta.artifact.stages import NAMES, STAGES, find_stage, fingerprint, with_needed
+from cdelta.artifact.presets import GROUPS, Preset, expand, load_preset, preset_names, resolve
+from cdelta.artifact.stages import (
+    NAMES,
+    PARAMETERS,
+    check_parameters,
+    clock,
+    find_stage,
+    fingerprint,
+    read_stage,
+    use_own_kernel,
+)
 from cdelta.errors import CdeltaError
+from cdelta.files import locked, read_toml
 from cdelta.paths import CACHE, FIGURES, ROOT, RUNS
-from cdelta.settings import changed
+from cdelta.settings import OneLineParser, add_arguments, changed
 
-FOLDERS = {"or-bench-hard": "or_bench"}
+PROGRAM = "run_all.sh"
+LOCAL = {"or-bench-hard": "or_bench"}
 """Test sets whose local folder is called otherwise than they are."""
+IDS = {"--model": r"(\w[\w.-]*/[\w.-]+)?", "--policy": "(synthetic|cast)?", "--external": "[^=]*"}
+"""What a flag takes beside paths: hub ids, and names of sources."""
+
+
+def make_parser() -> OneLineParser:
+    """The parser of all flags, which stand in ``workflow.toml`` by group."""
+    lines = [f"  {name:14} {load_preset(name).description}" for name in preset_names()]
+    lines += [f"  {name:14} all of {', '.join(members)}" for name, members in GROUPS.items()]
+    lines += ["", "Finished stages are kept: after an interruption, the same command goes on."]
+    parser = OneLineParser(
+        prog=PROGRAM,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Make the environment if needed, run the notebooks, and regenerate every "
+        "figure and table.",
+        epilog="\n".join(["presets:", *lines]),
+    )
+    for title, table in read_toml(Path(__file__).with_suffix(".toml")).items():
+        group = parser.add_argument_group(title)
+        one_of = table.pop("one_of", False)
+        add_arguments(group.add_mutually_exclusive_group() if one_of else group, table)
+    return parser
 
 
 @dataclass(frozen=True)
@@ -61,12 +91,10 @@ class Plan:
         """
         from cdelta.artifact.run import reuse_stages, write_settings
 
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         source = RUNS / self.preset_file
         if source != self.run_dir and not any((self.run_dir / n).exists() for n in NAMES):
             prints = {name: fingerprint(name, self.settings) for name in NAMES}
-            taken = reuse_stages(source, self.run_dir, prints)
-            if taken:
+            if taken := reuse_stages(source, self.run_dir, prints):
                 print(f"taken from run {self.preset_file}: {', '.join(taken)}")
         facts = {"device": self.device, "began": self.began, "threads": self.threads}
         facts |= {"retrain": self.retrain, "preset_file": self.preset_file}
@@ -75,87 +103,65 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything that the command line names, before anything runs."""
-    stages = NAMES
-    if args.only is not None:
-        stages = (find_stage(args.only).name,)
-    if args.start is not None:
+    stages = (find_stage(args.only).name,) if args.only else NAMES
+    if args.start:
         stages = NAMES[NAMES.index(find_stage(args.start).name) :]
+    if args.jobs is not None and args.jobs < 1:
+        raise CdeltaError(f"--jobs {args.jobs}: give a number above 0.")
     settings = _settings(args)
-    forced_first = args.force and args.only is not None and stages == NAMES[:1]
-    retrain = forced_first and settings.model == "organism"
-    two = settings.threads and not retrain
-    jobs = args.jobs or (min(2, os.cpu_count() or 1) if two else 1)
-    return Plan(
-        settings, stages, args.preset, args.device, jobs, args.executor, args.force, retrain
-    )
+    retrain = args.force and stages == NAMES[:1] and settings.model == "organism"
+    most = 2 if settings.threads and not retrain else 1
+    jobs = args.jobs or min(most, os.cpu_count() or 1)
+    how = (args.device, jobs, args.executor, args.force, retrain)
+    return Plan(settings, stages, args.preset, *how)
 
 
 def _settings(args: argparse.Namespace) -> Preset:
-    """The preset with what the command line changes of it."""
-    policy: str = args.policy
-    local: dict[str, Any] = {}
+    """The preset with what the command line changes of it; of a folder of local copies, what this
+    preset uses.
+    """
+    policy, external, evaluation = args.policy, args.external, {}
     if args.data:
-        local = _local_data(args)
-        policy = policy or local.pop("policy", "")
-    external = [*local.get("external", ()), *args.external]
+        folder = Path(args.data).expanduser().resolve()
+        if not folder.is_dir():
+            raise CdeltaError(f"--data {args.data}: there is no such folder.")
+        preset, labels = load_preset(args.preset), folder / "xstest_completions"
+        names = [text.partition("=")[0] for text in preset.external]
+        external = [f"{n}={p}" for n in names if (p := _local(folder, n))] + external
+        if preset.policy == "cast" and (folder / "cast").is_dir():
+            policy = policy or f"cast={folder / 'cast'}"
+        evaluation = {"data": str(folder), "labels": str(labels) if labels.is_dir() else ""}
     settings = resolve(
         args.preset,
-        _absolute_model(args.model),
+        _absolute("--model", args.model),
         _absolute("--policy", policy),
         args.overrides,
         [_absolute("--external", text) for text in external],
         args.name,
     )
-    return changed(settings, {"evaluation": local.get("evaluation", {})})
-
-
-def _local_data(args: argparse.Namespace) -> dict[str, Any]:
-    """What a folder of local copies has for this preset: ``policy, external, evaluation``."""
-    folder = Path(args.data).expanduser().resolve()
-    if not folder.is_dir():
-        raise CdeltaError(f"--data {args.data}: there is no such folder.")
-    preset = load_preset(args.preset)
-    names = [text.partition("=")[0] for text in preset.external]
-    found: dict[str, Any] = {"external": [f"{n}={p}" for n in names if (p := _local(folder, n))]}
-    if preset.policy == "cast" and (folder / "cast").is_dir():
-        found["policy"] = f"cast={folder / 'cast'}"
-    labels = folder / "xstest_completions"
-    found["evaluation"] = {"data": str(folder), "labels": str(labels) if labels.is_dir() else ""}
-    return found
+    return changed(settings, {"evaluation": evaluation})
 
 
 def _local(folder: Path, name: str) -> Path | None:
     """A test set's folder, or the one data file in it."""
-    place = folder / FOLDERS.get(name, name)
+    place = folder / LOCAL.get(name, name)
     files = [p for p in place.glob("*") if p.suffix in (".csv", ".json", ".jsonl", ".parquet")]
-    whole = [p for p in files if p.stem.endswith("_all")]
-    if not files:
-        return None
-    return next(iter(whole or files)) if whole or len(files) == 1 else place
-
-
-def _absolute_model(model: str) -> str:
-    """A folder's absolute path; anything else must be a hub id."""
-    if model and Path(model).exists():
-        return str(Path(model).resolve())
-    if model and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise CdeltaError(
-            f"--model {model}: there is no such folder, and it is no hub id (owner/name)."
-        )
-    return model
+    whole = [p for p in files if p.stem.endswith("_all")] or files
+    return place if len(whole) > 1 else next(iter(whole), None)
 
 
 def _absolute(flag: str, text: str) -> str:
-    """``NAME=PATH`` or a path, with the path made absolute; names of sources stay."""
-    if text in ("", "synthetic", "cast") or (flag == "--external" and "=" not in text):
+    """A path, or that of ``NAME=PATH``, made absolute; hub ids and names of sources stay."""
+    folder = flag == "--model" and text and Path(text).exists()
+    if re.fullmatch(IDS[flag], text) and not folder:
         return text
-    whole = Path(text).exists()
-    name, equals, path = ("", "", text) if whole else text.partition("=")
-    if not equals:
-        name, path = "", text
+    name, equals, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
     if not Path(path).exists():
-        raise CdeltaError(f"{flag} {text}: there is no file {path}.")
+        raise CdeltaError(f"{flag} {text}: there is no such file or folder.")
     return f"{name}{equals}{Path(path).resolve()}"
+
+
+# ---------------------------------------------------------------------- running
 
 
 def snakemake_arguments(plan: Plan) -> list[str]:
@@ -165,34 +171,32 @@ def snakemake_arguments(plan: Plan) -> list[str]:
     The needed stages are targets too, since Snakemake ignores a missing file between two that
     exist.
     """
-    targets = [f"{name}/stage.json" for name in with_needed(plan.stages)]
-    forced = [f"{name}/stage.json" for name in plan.stages] if plan.force else []
+    needed = {name for stage in plan.stages for name in (stage, *find_stage(stage).needs)}
     options = {
         "--snakefile": [str(ROOT / "Snakefile")],
         "--directory": [str(plan.run_dir)],
         "--cores": [str(plan.jobs * plan.threads)],
         "--rerun-triggers": ["mtime", "params"],
         "--scheduler": ["greedy"],
-        "--forcerun": forced,
-        "--executor": [plan.executor] if plan.executor else [],
-        "--jobs": [str(plan.jobs)] if plan.executor else [],
     }
-    given = [word for flag, words in options.items() if words for word in (flag, *words)]
+    if plan.force:
+        options["--forcerun"] = [f"{name}/stage.json" for name in plan.stages]
+    if plan.executor:
+        options |= {"--executor": [plan.executor], "--jobs": [str(plan.jobs)]}
+    given = [word for flag, words in options.items() for word in (flag, *words)]
+    targets = [f"{name}/stage.json" for name in sorted(needed)]
     return [*given, "--nolock", "--rerun-incomplete", "--nocolor", "--", *targets]
 
 
 def pending(plan: Plan) -> list[str]:
     """Stages that Snakemake would run, in order."""
-    missing = [str(s.source) for s in STAGES if not s.source.exists()]
-    if missing:
-        raise CdeltaError(f"there is no notebook {', '.join(missing)}: restore it from git.")
     plan.write()
     command = [sys.executable, "-m", "snakemake", "--dry-run", *snakemake_arguments(plan)]
     planned = subprocess.run(command, capture_output=True, text=True)
+    said = f"{planned.stdout}{planned.stderr}"
     if planned.returncode:
-        said = f"{planned.stdout}{planned.stderr}".strip()
-        raise CdeltaError(f"Snakemake cannot plan this run:\n{said}")
-    rules = set(re.findall(r"^rule (\w+):", planned.stdout + planned.stderr, re.MULTILINE))
+        raise CdeltaError(f"Snakemake cannot plan this run:\n{said.strip()}")
+    rules = re.findall(r"^rule (\w+):", said, re.MULTILINE)
     return [name for name in NAMES if find_stage(name).rule in rules]
 
 
@@ -217,15 +221,6 @@ def execute(plan: Plan) -> bool:
     return True
 
 
-def check_notebooks(plan: Plan, names: Sequence[str]) -> None:
-    """Raise `CdeltaError` for a notebook that lacks a parameter, before anything runs."""
-    from cdelta.artifact.execution import PARAMETERS, check_parameters
-
-    for name in names:
-        retrain = ("retrain",) if plan.retrain and name == NAMES[0] else ()
-        check_parameters(name, (*PARAMETERS, *retrain))
-
-
 def run(plan: Plan, record: bool = False) -> int:
     """Run what is not up to date, then table, report and, if asked, the copy into the
     repository.
@@ -233,8 +228,9 @@ def run(plan: Plan, record: bool = False) -> int:
     from cdelta.artifact.report import write_report
 
     todo = pending(plan)
-    check_notebooks(plan, todo)
-    report = plan.run_dir / "figures" / "report.html"
+    for name in todo:  # before anything runs
+        retrain = ["retrain"] if plan.retrain and name == NAMES[0] else []
+        check_parameters(name, [*PARAMETERS, *retrain])
     if todo and not execute(plan):
         print(
             f"{PROGRAM}: stopped. Finished stages are kept; the same command goes on from here. "
@@ -245,9 +241,8 @@ def run(plan: Plan, record: bool = False) -> int:
     if todo:
         print_table(plan.run_dir)
     else:
-        first, last = plan.stages[0], plan.stages[-1]
-        name = plan.settings.name
-        print(f"Nothing to be done: the stages {first} to {last} of run {name} are up to date.")
+        print(f"Nothing to be done: run {plan.settings.name} is up to date.")
+    report = plan.run_dir / "figures" / "report.html"
     if todo or not report.exists():
         write_report(plan.run_dir)
     if record:
@@ -270,65 +265,16 @@ def record_into_repository(plan: Plan) -> None:
 
 def print_table(run_dir: Path) -> None:
     """Time and peak memory of every finished stage."""
-    from cdelta.artifact.execution import clock
-    from cdelta.artifact.run import read_stage
-
     facts = [facts for name in NAMES if (facts := read_stage(run_dir, name))]
+    seconds, memory = (sum(f["seconds"] for f in facts), max(f["peak_memory_mb"] for f in facts))
+    total = {"stage": "sum of stages", "seconds": seconds, "peak_memory_mb": memory}
     print(f"\n{'stage':16} {'time':>8} {'peak memory':>12}")
-    for f in facts:
+    for f in [*facts, total]:
         print(f"{f['stage']:16} {clock(f['seconds']):>8} {f['peak_memory_mb']:>9} MB")
-    total = clock(sum(f["seconds"] for f in facts))
-    print(f"{'sum of stages':16} {total:>8} {max(f['peak_memory_mb'] for f in facts):>9} MB\n")
-
-
-def print_list(plan: Plan) -> None:
-    """Every stage with its title and state."""
-    from cdelta.artifact.execution import clock
-    from cdelta.artifact.run import read_stage
-
-    for name in NAMES:
-        facts, source = read_stage(plan.run_dir, name), find_stage(name).source
-        state = f"finished in {clock(facts['seconds'])}" if facts else "not run"
-        text = source.read_text(encoding="utf-8") if source.exists() else ""
-        title = re.search(r"^# # (.*)", text, re.MULTILINE)
-        print(f"{name:16} {state:18} {title[1] if title else ''}".rstrip())
-
-
-def open_lab(arguments: Sequence[str]) -> int:
-    """JupyterLab on this machine only, with a token, and with this environment as its kernel.
-
-    As root (in a container) Jupyter starts only if told so, and without a display it opens no
-    browser.
-    """
-    from cdelta.artifact.execution import use_own_kernel
-
-    use_own_kernel(CACHE / "jupyter")
-    options = [
-        "--ServerApp.ip=127.0.0.1",
-        f"--ServerApp.root_dir={ROOT}",
-        "--LabApp.default_url=/lab/tree/notebooks",
-    ]
-    if os.geteuid() == 0:
-        options.append("--allow-root")
-    if sys.platform != "darwin" and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        options.append("--no-browser")
-    return subprocess.call([sys.executable, "-m", "jupyterlab", *options, *arguments])
-
-
-def run_tests(arguments: Sequence[str]) -> int:
-    """Pytest in this environment; its toy models are fastest on one thread."""
-    given = [word for word in arguments if word != "--all"]
-    speed = [] if "--all" in arguments or "-m" in given else ["-m", "not slow"]
-    command = [sys.executable, "-m", "pytest", "-q", *speed, *(given or [str(ROOT / "tests")])]
-    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ})
 
 
 def run_locked(plan: Plan, record: bool, dry: bool) -> int:
     """Run or plan, unless another process runs this preset."""
-    from cdelta.files import locked
-
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with locked(plan.run_dir / ".lock", wait=False):
@@ -343,41 +289,68 @@ def run_locked(plan: Plan, record: bool, dry: bool) -> int:
         ) from None
 
 
-def run_several(args: argparse.Namespace) -> int:
-    """Several presets one after the other, then one table over all of them."""
-    from cdelta.artifact.report import aggregate
+# ---------------------------------------------------------------------- the command line
 
-    names = expand(args.preset)
-    codes = [dispatch(argparse.Namespace(**{**vars(args), "preset": name})) for name in names]
-    if args.list or args.dry_run or any(codes):
-        return max(codes)
-    print(aggregate([RUNS / name for name in names]))
-    return 0
+
+def open_lab(arguments: Sequence[str]) -> int:
+    """JupyterLab on this machine only, with a token, and with this environment as its kernel.
+
+    As root (in a container) Jupyter starts only if told so, and without a display it opens no
+    browser.
+    """
+    use_own_kernel(CACHE / "jupyter")
+    command = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.root_dir={ROOT}", "--LabApp.default_url=/lab/tree/notebooks"]
+    if os.geteuid() == 0:
+        command.append("--allow-root")
+    displays = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform != "darwin" and not displays:
+        command.append("--no-browser")
+    return subprocess.call([*command, *arguments])
+
+
+def run_tests(arguments: Sequence[str]) -> int:
+    """Pytest in this environment; its toy models are fastest on one thread."""
+    given = [word for word in arguments if word != "--all"]
+    speed = [] if "--all" in arguments or "-m" in given else ["-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", *speed, *(given or [str(ROOT / "tests")])]
+    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ})
+
+
+def run_preset(args: argparse.Namespace) -> int:
+    """List, plan, run or check one preset."""
+    from cdelta.artifact.claims import check_run
+
+    plan = make_plan(args)
+    if args.list:
+        for name in NAMES:
+            facts = read_stage(plan.run_dir, name)
+            state = f"finished in {clock(facts['seconds'])}" if facts else "not run"
+            print(f"{name:16} {state:18} {find_stage(name).title}")
+        return 0
+    code = run_locked(plan, args.record, args.dry_run)
+    return code if args.check is None or code else check_run(plan.settings.name)
 
 
 def dispatch(args: argparse.Namespace) -> int:
-    """Do what the flags ask for."""
+    """Do what the flags ask for: of several presets one after the other, then one table over all of
+    them.
+    """
     if args.setup_only:
         print(f"environment ready: {sys.prefix}")
         return 0
     if args.lab is not None:
         return open_lab(args.lab)
-    if args.check:
-        from cdelta.artifact.claims import check_run
-
-        return check_run(args.check)
-    if len(expand(args.preset)) > 1:
-        return run_several(args)
-    plan = make_plan(args)
-    if args.list:
-        print_list(plan)
-        return 0
-    code = run_locked(plan, args.record, args.dry_run)
-    if args.check is None or code:
-        return code
     from cdelta.artifact.claims import check_run
+    from cdelta.artifact.report import aggregate
 
-    return check_run(plan.settings.name)
+    if args.check:
+        return check_run(args.check)
+    names = expand(args.preset)
+    codes = [run_preset(argparse.Namespace(**{**vars(args), "preset": name})) for name in names]
+    if names[1:] and not (args.list or args.dry_run or any(codes)):
+        print(aggregate([RUNS / name for name in names]))
+    return max(codes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

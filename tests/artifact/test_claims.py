@@ -126,24 +126,25 @@ def make_run(folder, table):
 
 
 def test_check_ends_with_1_on_a_missed_claim_or_a_far_table(tmp_path, monkeypatch, capsys):
-    make_run(tmp_path / "run", TABLE)
-    make_run(tmp_path / "again", TABLE)
+    run = tmp_path / "run" / "tiny"
+    make_run(run, TABLE)
+    make_run(tmp_path / "again" / "tiny", TABLE)
     (tmp_path / "figures").mkdir()
-    (tmp_path / "again" / "figures").rename(tmp_path / "figures" / "tiny")
+    (tmp_path / "again" / "tiny" / "figures").rename(tmp_path / "figures" / "tiny")
     monkeypatch.setattr(claims, "FIGURES", tmp_path / "figures")
     wanted = claim(where={"method": "cdelta"}, statistic="min", at_least=0.9)
     monkeypatch.setattr(claims, "load_claims", lambda: (wanted,))
-    assert check_run(tmp_path / "run") == 0
+    assert check_run(run) == 0
     out = capsys.readouterr().out
     assert (
         "met          Refused: 90\u00a0% (wanted ≥ 90\u00a0%)" in out
         and "1 of 1 tables as in" in out
     )
     monkeypatch.setattr(claims, "load_claims", lambda: (claim(statistic="max", at_most=0.1),))
-    assert check_run(tmp_path / "run") == 1 and "not met" in capsys.readouterr().out
+    assert check_run(run) == 1 and "not met" in capsys.readouterr().out
     monkeypatch.setattr(claims, "load_claims", lambda: (wanted,))
     TABLE.assign(n=11).to_csv(tmp_path / "figures" / "tiny" / "tab_a.csv", index=False)
-    assert check_run(tmp_path / "run") == 1 and "differs      tab_a n:" in capsys.readouterr().out
+    assert check_run(run) == 1 and "differs      tab_a n:" in capsys.readouterr().out
 
 
 def test_an_unknown_run_is_one_sentence():

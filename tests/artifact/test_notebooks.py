@@ -14,10 +14,9 @@ import pytest
 import toys
 from project import Project
 
-from cdelta.artifact.execution import PARAMETERS, check_parameters
 from cdelta.artifact.presets import GROUPS, preset_names
-from cdelta.artifact.run import check_figures, read_manifest
-from cdelta.artifact.stages import NAMES, find_stage
+from cdelta.artifact.run import read_manifest
+from cdelta.artifact.stages import NAMES, PARAMETERS, check_parameters, find_stage
 from cdelta.paths import FIGURES, NOTEBOOKS, ROOT
 
 DATA = Path(os.environ.get("CDELTA_DATA", ROOT.parent / "shared" / "data"))
@@ -83,13 +82,19 @@ def test_cells_are_short_and_define_nothing(notebook):
     assert not [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
 
 
+def check_figures(folder, name):
+    """The folder holds the manifest's files and no others."""
+    manifest = read_manifest(folder)
+    files = {name for item in manifest["items"] for name in item["files"]}
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    assert manifest["preset"] == name
+    assert files == present - {"manifest.json", "report.html"}
+
+
 def test_the_recorded_figures_are_the_manifests():
-    for folder in (FIGURES / name for name in preset_names() if (FIGURES / name).exists()):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = {name for item in manifest["items"] for name in item["files"]}
-        present = {path.name for path in folder.iterdir() if path.is_file()}
-        assert manifest["preset"] == folder.name
-        assert files == present - {"manifest.json", "report.html"}
+    for name in preset_names():
+        if (FIGURES / name).exists():
+            check_figures(FIGURES / name, name)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,7 @@ def test_smoke_runs_every_cell_offline_within_four_minutes_on_two_cores(smoke):
         cells = nbformat.read(smoke.run_dir / "notebooks" / f"{stage}.ipynb", as_version=4).cells
         code = [cell for cell in cells if cell.cell_type == "code" and cell.source]
         assert all(cell.execution_count for cell in code)
-    check_figures(smoke.run_dir)
+    check_figures(smoke.run_dir / "figures", "smoke")
 
 
 @pytest.mark.e2e
@@ -167,4 +172,5 @@ def test_smollm2_flows_through_every_stage(tmp_path):
         (project.root / "notebooks" / path.name).write_text(path.read_text())
     result = project.run("--preset", "smoke-smollm2", "--data", str(DATA))
     assert result.returncode == 0, result.stdout + result.stderr
-    check_figures(project.root / "data" / "runs" / "smoke-smollm2")
+    figures = project.root / "data" / "runs" / "smoke-smollm2" / "figures"
+    check_figures(figures, "smoke-smollm2")

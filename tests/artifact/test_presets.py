@@ -9,7 +9,6 @@ from cdelta.artifact import presets
 from cdelta.artifact.presets import (
     GROUPS,
     Preset,
-    as_dict,
     expand,
     file_categories,
     load_preset,
@@ -26,7 +25,7 @@ def test_every_preset_is_frozen_described_and_survives_json(name):
     assert preset.name == name and preset.description and preset.recipe
     with pytest.raises(dataclasses.FrozenInstanceError):
         preset.name = "other"
-    assert changed(Preset(), json.loads(json.dumps(as_dict(preset)))) == preset
+    assert changed(Preset(), json.loads(json.dumps(dataclasses.asdict(preset)))) == preset
 
 
 def test_tiny_is_what_the_recipe_and_the_sections_have_by_default():

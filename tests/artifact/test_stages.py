@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from cdelta.artifact.execution import PARAMETERS, check_parameters, clock
 from cdelta.artifact.presets import Preset, load_preset, resolve
 from cdelta.artifact.stages import (
     NAMES,
+    PARAMETERS,
     RECIPE,
     STAGES,
     VisibleSettings,
+    check_parameters,
+    clock,
     content,
     find_stage,
     fingerprint,
     imported_modules,
-    with_needed,
 )
 from cdelta.errors import CdeltaError
 from cdelta.paths import ROOT
@@ -38,10 +39,9 @@ def test_a_stage_reads_earlier_stages_and_fields_that_exist(stage):
     assert set(stage.reads) <= {field.name for field in fields(Preset)}
 
 
-def test_needed_stages_come_with_their_own_needs_in_order():
-    assert with_needed(["02_attribution"]) == list(NAMES[:3])
-    assert with_needed(["06_deployment"]) == [*NAMES[:5], "06_deployment"]
-    assert with_needed([]) == []
+def test_a_stage_needs_all_before_it_up_to_the_edit():
+    assert find_stage("02").needs == NAMES[:2]
+    assert find_stage("06").needs == find_stage("09").needs == NAMES[:5]
 
 
 @pytest.mark.parametrize("text", ["2", "02", "attribution", "02_attribution"])

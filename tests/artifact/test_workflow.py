@@ -11,10 +11,9 @@ import psutil
 import pytest
 from project import Project
 
-from cdelta.artifact.flags import make_parser
 from cdelta.artifact.presets import resolve
 from cdelta.artifact.stages import NAMES
-from cdelta.artifact.workflow import Plan, main, make_plan, open_lab
+from cdelta.artifact.workflow import Plan, main, make_parser, make_plan, open_lab
 from cdelta.errors import CdeltaError
 from cdelta.paths import ROOT
 
@@ -90,7 +89,7 @@ def test_a_resumed_run_has_the_tables_of_an_uninterrupted_one(resumed):
 
 def test_a_run_says_where_it_is_and_ends_with_table_and_report(resumed):
     lines = resumed.second.stdout.strip().splitlines()
-    assert re.match(r"stage 3 of 10: 02_attribution … \(elapsed \d+:\d\d\)", lines[0])
+    assert re.match(r"stage 3 of 10: 02_attribution … 0:00 \(elapsed \d+:\d\d\)", lines[0])
     assert re.search(r"^09_ablations +\d+:\d\d +\d+ MB$", resumed.second.stdout, re.MULTILINE)
     assert lines[-1] == str(resumed.run_dir / "figures" / "report.html") and os.path.exists(
         lines[-1]
@@ -291,14 +290,14 @@ def test_the_kernel_is_this_environments_own(resumed):
         (["--only", "12"], "unknown stage '12'"),
         (["--from", "x"], "unknown stage 'x'"),
         (["--only", "1", "--from", "2"], "not allowed with"),
-        (["--jobs", "0"], "'0' is not a positive number"),
+        (["--jobs", "0"], "--jobs 0: give a number above 0"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--preset", "smoke-cast"], "--model: give it"),
         (["--set", "edit.speed=3"], "unknown setting 'edit.speed'"),
         (["--data", "/nowhere"], "there is no such folder"),
-        (["--external", "xstest=/nowhere"], "there is no file /nowhere"),
-        (["--model", "./nowhere"], "no such folder"),
-        (["--policy", "cast=/nowhere.json"], "there is no file /nowhere.json"),
+        (["--external", "xstest=/nowhere"], "there is no such file or folder"),
+        (["--model", "./nowhere"], "no such file or folder"),
+        (["--policy", "cast=/nowhere.json"], "there is no such file or folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(flags, message, capfd):
@@ -393,7 +392,7 @@ def test_the_lab_starts_as_root_and_without_a_display(user, display, monkeypatch
     calls = []
     monkeypatch.setattr("os.geteuid", lambda: user)
     monkeypatch.setattr("subprocess.call", lambda command: calls.append(command) or 0)
-    monkeypatch.setattr("cdelta.artifact.execution.use_own_kernel", lambda folder: None)
+    monkeypatch.setattr("cdelta.artifact.workflow.use_own_kernel", lambda folder: None)
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert open_lab(["--port", "9999"]) == 0
