@@ -11,10 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 _HOMES = {
     "CdeltaError": "errors",
-    "Circuit": "circuit",
+    "Circuit": "circuit.circuit",
     "Fit": "edit.fit",
     "ModelSpec": "models.spec",
-    "ParameterMask": "circuit",
+    "ParameterMask": "circuit.circuit",
     "Policy": "policy.build",
     "PromptPairs": "policy.pairs",
     "Recipe": "edit.recipe",

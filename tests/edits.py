@@ -2,8 +2,8 @@
 
 import torch
 
+from cdelta.circuit.circuit import ParameterMask
 from cdelta.circuit.controls import random_mask
-from cdelta.circuit.mask import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta, model_hash
 from cdelta.models.spec import ModelSpec
 

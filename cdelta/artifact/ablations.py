@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cdelta.artifact.controls import ranked
+from cdelta.circuit.circuit import ParameterMask
 from cdelta.circuit.controls import random_mask
-from cdelta.circuit.mask import ParameterMask
 from cdelta.circuit.selection import select_units
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import wilson

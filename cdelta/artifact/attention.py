@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cdelta.circuit.circuit import Circuit, node_order
-from cdelta.circuit.effects import direct_effects, leave_one_out, parts, total_effects
-from cdelta.circuit.mask import parse_unit
-from cdelta.circuit.ranking import UnitScores
+from cdelta.circuit.circuit import Circuit, node_order, parse_unit
+from cdelta.circuit.faithfulness import direct_effects, leave_one_out, parts, total_effects
+from cdelta.circuit.selection import UnitScores
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import bootstrap_mean
 from cdelta.policy.pairs import PromptPairs

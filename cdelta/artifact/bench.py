@@ -14,8 +14,7 @@ import pandas as pd
 from cdelta.artifact.subject import load_mask, load_metric, load_subject
 from cdelta.attribution.metrics import Metric, SequenceMetric, TokenSets
 from cdelta.attribution.scores import Scores
-from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.mask import ParameterMask
+from cdelta.circuit.circuit import Circuit, ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.answers import answer_options
 from cdelta.edit.fit import Fit, train

@@ -14,7 +14,7 @@ from operator import or_
 
 import pandas as pd
 
-from cdelta.circuit.mask import ParameterMask
+from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta, compose
 from cdelta.evaluation.rates import BASE, HARMFUL, Rate, edit_name, of_category, with_kind
 from cdelta.methods.tuning import measure

@@ -25,7 +25,6 @@ from cdelta.circuit.controls import (
     metric_gradients,
     random_scores,
 )
-from cdelta.circuit.effects import leave_one_out
 from cdelta.circuit.faithfulness import (
     FRACTIONS,
     OUTSIDE,
@@ -33,9 +32,10 @@ from cdelta.circuit.faithfulness import (
     curves,
     edge_circuits,
     evaluate,
+    leave_one_out,
     unit_circuits,
 )
-from cdelta.circuit.ranking import UnitScores, of_pairs, shares, unit_scores
+from cdelta.circuit.selection import UnitScores, of_pairs, shares, unit_scores
 from cdelta.evaluation.stats import bootstrap_ratio
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs

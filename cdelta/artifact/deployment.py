@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from cdelta.artifact.external import apply_memory, runtime_answers
-from cdelta.circuit.mask import module_of
+from cdelta.circuit.circuit import module_of
 from cdelta.delta.quantise import SCHEMES, quantisation_survival, quantised
 from cdelta.delta.verify import VerifyReport, verify
 from cdelta.delta.weight_delta import WeightDelta

@@ -40,11 +40,9 @@ from cdelta.evaluation.rates import BASE, of_category, with_kind
 from cdelta.evaluation.shift import answered_ids, benign_shift, next_token_logits
 from cdelta.files import locked, read_json, replacing, write_json
 from cdelta.methods.attacks import harmless_rate, measure_attacked
-from cdelta.methods.base import Edited, param_fraction
-from cdelta.methods.registry import METHODS, method_of
+from cdelta.methods.registry import METHODS, Task, method_of
 from cdelta.methods.steering import SystemPrompt
-from cdelta.methods.task import Task
-from cdelta.methods.tuning import Chosen, measure, tune
+from cdelta.methods.tuning import Chosen, Edited, measure, tune
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
 from cdelta.policy.records import OTHER, SHARED
@@ -233,7 +231,7 @@ class Comparison(Results):
         rows = RowStore(self.folder(base) / "rows").read()
         rows = with_kind(rows[rows["id"].isin(records["id"])], job.category)
         names = {"method": job.method, "seed": job.seed, "edit_category": job.category}
-        share = param_fraction(chosen.method, self.spec)
+        share = chosen.method.n_changed / self.spec.n_params
         under["store"].append(rows.assign(**names, param_fraction=share))
 
     def _measure_rest(self, job: Job, chosen: Chosen, folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-    from cdelta.methods.base import Applied
+    from cdelta.methods.tuning import Applied
 
 EDIT, CONTROL = "cdelta", "base_again"
 """Edited weights are the base's graph; the control is the base itself, as one more variant."""

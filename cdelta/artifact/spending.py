@@ -14,7 +14,7 @@ from cdelta.delta.weight_delta import WeightDelta
 from cdelta.methods.registry import METHODS
 
 if TYPE_CHECKING:
-    from cdelta.methods.base import Applied
+    from cdelta.methods.tuning import Applied
 
 OFFLINE = ("02_attribution", "03_circuit", "04_edit")
 """Stages whose work makes the edits."""

@@ -15,8 +15,7 @@ from scipy.stats import spearmanr
 from cdelta.artifact.controls import ranked, redrawn
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.ranking import UnitScores, of_pairs, unit_scores
-from cdelta.circuit.selection import select_units
+from cdelta.circuit.selection import UnitScores, of_pairs, select_units, unit_scores
 
 Draw = Callable[[np.random.Generator], tuple[Scores, Scores]]
 

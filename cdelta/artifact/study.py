@@ -19,9 +19,8 @@ from cdelta.artifact.subject import load_subject
 from cdelta.attribution.cost import measured
 from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.attribution.scores import Scores, attribute, estimate_cost
-from cdelta.circuit.circuit import Circuit
+from cdelta.circuit.circuit import Circuit, ParameterMask, layer_of, module_of
 from cdelta.circuit.controls import random_mask
-from cdelta.circuit.mask import ParameterMask, layer_of, module_of
 from cdelta.delta.base import model_hash
 from cdelta.edit.find import recipe_circuit, recipe_pairs, recipe_scores, refusal_metric, refusing
 from cdelta.edit.recipe import Recipe

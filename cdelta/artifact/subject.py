@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from cdelta.artifact.smollm2 import smollm2_folder
 from cdelta.attribution.metrics import Metric, refusal_log_odds
-from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.mask import ParameterMask
+from cdelta.circuit.circuit import Circuit, ParameterMask
 from cdelta.edit.forward import bf16_is_faster
 from cdelta.files import read_json
 from cdelta.models.loading import load_model

@@ -5,36 +5,40 @@ whole.
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
-from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from cdelta.attribution.batch import Batch, batches, input_device, run
+from cdelta.attribution.batch import batches, input_device, run
 from cdelta.attribution.linear import wide
-from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.mask import ParameterMask, parse_unit, slices_size, unit_slices
-from cdelta.circuit.ranking import UnitScores
-from cdelta.circuit.selection import select_units
+from cdelta.circuit.circuit import (
+    ParameterMask,
+    Unit,
+    all_units,
+    layer_of,
+    parse_unit,
+    unit_sizes,
+    unit_slices,
+)
+from cdelta.circuit.selection import UnitScores, select_units
 from cdelta.errors import CdeltaError
 from cdelta.models.hooks import trainable
-from cdelta.models.spec import ModelSpec, Slice
+from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def random_scores(spec: ModelSpec, seed: int) -> UnitScores:
     """Scores that put units, whatever their size, into random order."""
     generator = torch.Generator().manual_seed(seed)
+    head, group, neuron = unit_sizes(spec)
 
     def draw(width: int, price: int) -> Tensor:
-        shape = (spec.n_layers, width)
-        return (torch.rand(shape, generator=generator, dtype=torch.float64) + 1e-9) * price
+        drawn = torch.rand(spec.n_layers, width, generator=generator, dtype=torch.float64)
+        return (drawn + 1e-9) * price
 
-    heads = draw(spec.n_heads, slices_size(spec, unit_slices(spec, ("a", 0, 0))))
-    return UnitScores(heads, draw(spec.d_mlp, slices_size(spec, spec.neuron_slices(0, 0))))
+    return UnitScores(draw(spec.n_heads, head + group), draw(spec.d_mlp, neuron))
 
 
 def random_mask(spec: ModelSpec, budget: float, seed: int) -> ParameterMask:
@@ -42,33 +46,31 @@ def random_mask(spec: ModelSpec, budget: float, seed: int) -> ParameterMask:
     return select_units(spec, *random_scores(spec, seed), budget).to_mask(spec)
 
 
-def layer_matched(circuit: Circuit | ParameterMask, spec: ModelSpec, seed: int) -> ParameterMask:
+def layer_matched(mask: ParameterMask, spec: ModelSpec, seed: int) -> ParameterMask:
     """Random units with, in every layer, as many neurons and heads per kv group: as many entries.
 
-    Takes a circuit of units, or a mask that was built from units; else raises `CdeltaError`.
+    Raises `CdeltaError` for a mask that was not built from units.
     """
-    names = circuit.nodes if isinstance(circuit, Circuit) else circuit.units
-    if not names:
+    if not mask.units:
         raise CdeltaError("a layer-matched control needs a mask that was built from units.")
     generator = torch.Generator().manual_seed(seed)
-    units = [parse_unit(name) for name in names]
-    heads, neurons = [], []
-    for layer in sorted({unit[1] for unit in units}):
-        own = [index for kind, at, index in units if (kind, at) == ("a", layer)]
-        heads += [(layer, head) for head in _shuffled_heads(spec, own, generator)]
+    units = [parse_unit(name) for name in mask.units]
+    chosen: list[Unit] = []
+    for layer in sorted({layer for _, layer, _ in units}):
+        heads = [index for kind, at, index in units if (kind, at) == ("a", layer)]
+        chosen += [("a", layer, head) for head in _shuffled_heads(spec, heads, generator)]
         n_neurons = sum(unit[:2] == ("m", layer) for unit in units)
         drawn = torch.randperm(spec.d_mlp, generator=generator)[:n_neurons]
-        neurons += [(layer, neuron) for neuron in drawn.tolist()]
-    return ParameterMask.from_units(spec, heads, neurons)
+        chosen += [("m", layer, neuron) for neuron in drawn.tolist()]
+    return ParameterMask.from_units(spec, chosen)
 
 
-def _shuffled_heads(spec: ModelSpec, heads: Sequence[int], generator: torch.Generator) -> list[int]:
+def _shuffled_heads(spec: ModelSpec, heads: Sequence[int], generator) -> list[int]:
     """As many heads in as many kv groups as `heads`, drawn at random."""
     per_group = sorted(Counter(map(spec.group_of, heads)).values(), reverse=True)
-    groups = torch.randperm(spec.n_kv, generator=generator)[: len(per_group)].tolist()
     size = spec.n_heads // spec.n_kv
     chosen = []
-    for group, n in zip(groups, per_group):
+    for group, n in zip(torch.randperm(spec.n_kv, generator=generator).tolist(), per_group):
         order = torch.randperm(size, generator=generator)[:n].tolist()
         chosen += [group * size + head for head in order]
     return chosen
@@ -87,21 +89,20 @@ def gradient_scores(model, spec: ModelSpec, gradients: Mapping[str, Tensor]) -> 
     to find.
     """
     weights = dict(model.named_parameters())
-    saliency = {
-        name: (weights[name].detach() * gradient).abs() for name, gradient in gradients.items()
-    }
+    saliency = {name: (weights[name].detach() * g).abs() for name, g in gradients.items()}
     return unit_sums(spec, saliency)
 
 
-def loss_gradients(model, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
+def loss_gradients(model, losses: Iterable[Tensor]) -> dict[str, Tensor]:
     """Gradient of the sum of all losses with respect to every parameter, in at least fp32.
 
-    Each loss is a scalar that is computed, and let go, in its turn. The model is left as it was.
+    Losses are scalars that an iterator computes, each when the one before has been let go. The
+    model is left as it was.
     """
     with trainable(model) as parameters:
         total = {name: torch.zeros_like(wide(p)) for name, p in parameters.items()}
         for loss in losses:
-            gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(total, gradients):
                 if gradient is not None:
                     total[name] += gradient
@@ -110,62 +111,38 @@ def loss_gradients(model, losses: Iterable[Callable[[], Tensor]]) -> dict[str, T
 
 def metric_gradients(model, pairs: PromptPairs, metric, rows: int = 32) -> dict[str, Tensor]:
     """`loss_gradients` of the metric, summed over the clean prompts."""
-    losses = [
-        partial(summed_metric, model, batch, metric)
-        for batch in batches(pairs, rows, input_device(model))
-    ]
-    return loss_gradients(model, losses)
-
-
-def summed_metric(model, batch: Batch, metric) -> Tensor:
-    """The metric's sum over a batch's clean prompts."""
-    return run(model, batch.clean, batch, metric).sum()
+    todo = batches(pairs, rows, input_device(model))
+    return loss_gradients(model, (run(model, b.clean, b, metric).sum() for b in todo))
 
 
 def unit_sums(spec: ModelSpec, values: Mapping[str, Tensor]) -> UnitScores:
     """Per unit, the sum of `values` (by parameter name) over the entries that it owns."""
-    profiles: dict[str, list[float]] = {}
 
-    def total(slices: Iterable[Slice]) -> float:
-        result = 0.0
-        for part in slices:
-            if part.name not in profiles:
-                table = values[part.name].double()
-                others = [axis for axis in range(table.dim()) if axis != part.dim]
-                profiles[part.name] = (table.sum(others) if others else table).tolist()
-            result += sum(profiles[part.name][part.start : part.stop])
-        return result
+    @cache
+    def sums(name: str, dim: int) -> list[float]:
+        table = values[name].double().movedim(dim, 0)
+        return table.reshape(len(table), -1).sum(1).tolist()
 
-    def table(kind: str, width: int) -> Tensor:
-        rows = [
-            [total(unit_slices(spec, (kind, layer, index))) for index in range(width)]
-            for layer in range(spec.n_layers)
+    totals = torch.tensor(
+        [
+            sum(sum(sums(s.name, s.dim)[s.start : s.stop]) for s in unit_slices(spec, unit))
+            for unit in all_units(spec)
         ]
-        return torch.tensor(rows)
-
-    return UnitScores(table("a", spec.n_heads), table("m", spec.d_mlp))
+    )
+    return UnitScores(*totals.view(spec.n_layers, -1).split([spec.n_heads, spec.d_mlp], dim=1))
 
 
 # ---------------------------------------------------------------------- coarser masks
 
 
-def module_mask(
-    spec: ModelSpec, attention: Iterable[int] = (), mlp: Iterable[int] = ()
-) -> ParameterMask:
-    """Whole attention blocks and whole MLPs of the given layers."""
-    heads = [(layer, head) for layer in attention for head in range(spec.n_heads)]
-    neurons = [(layer, neuron) for layer in mlp for neuron in range(spec.d_mlp)]
-    return ParameterMask.from_units(spec, heads, neurons)
-
-
 def dense_mask(spec: ModelSpec) -> ParameterMask:
     """All linear layers of all blocks (embeddings and norms excluded)."""
-    return module_mask(spec, range(spec.n_layers), range(spec.n_layers))
+    return ParameterMask.from_units(spec, all_units(spec))
 
 
 def whole_layers(spec: ModelSpec, mask: ParameterMask) -> ParameterMask:
     """All linear layers of the blocks that the mask touches (SafeTune's layer masks)."""
-    return module_mask(spec, mask.by_layer(), mask.by_layer())
+    return ParameterMask.from_units(spec, all_units(spec, mask.sizes_by(layer_of)))
 
 
 def whole_tensors(mask: ParameterMask) -> ParameterMask:

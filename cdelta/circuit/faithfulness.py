@@ -8,46 +8,47 @@ prompt token.
 
 A circuit of *units* (heads, neurons) keeps what these write, and every later part reads it. A
 circuit of *edges* decides per source and reader: each reader gets its own residual stream, Σ over
-its edges in the circuit of what the sources now write + Σ over all others of the reference. The
-embedding is no
-unit: it is always clean; as a source of edges it is treated like the others.
+its edges in the circuit of what the sources now write + Σ over all others of what they write for
+the corrupted prompt. The embedding is no unit: it is always clean; as a source of edges it is
+treated like the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
-from cdelta.attribution.batch import Batch, batches, input_device, run, seen_by
-from cdelta.attribution.linear import wide
+from cdelta.attribution.batch import batches, input_device, run, seen_by
+from cdelta.attribution.differences import SourceDifferences
+from cdelta.attribution.exact import patched_changes, read_shifted
+from cdelta.attribution.linear import writers
 from cdelta.attribution.metrics import Metric, SequenceMetric, WithKL, after_prompt
 from cdelta.attribution.wiring import Wiring
-from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.edge_runs import EdgeRuns
-from cdelta.circuit.edges import select_edges
-from cdelta.circuit.mask import slices_size, unit_name
-from cdelta.circuit.selection import select_units
-from cdelta.circuit.unit_runs import UnitRuns, Written
+from cdelta.circuit.circuit import Circuit, all_units, unit_name, unit_sizes
+from cdelta.circuit.runs import UnitRuns, edge_places, edge_values, kept_channels, kept_edges
+from cdelta.circuit.selection import select_edges, select_units
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
-
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """MIB's circuit sizes: shares of all edges, or of the parameters of all units."""
 OUTSIDE = ("corrupted", "zero", "mean")
-"""What everything outside of a circuit writes: its value for the corrupted prompt, nothing, or its
-mean over all corrupted prompts' tokens."""
+"""What everything outside of a circuit of units writes: its value for the corrupted prompt, nothing
+at all, or its mean over all corrupted prompts' tokens."""
 ROWS = 64
 """Rows in one forward pass."""
 SIDE_BY_SIDE = 8
 """Up to so many circuits share a pass, so that its rows can be pairs of similar length."""
+Effects = dict[str, "Float[Tensor, 'pair']"]
+"""Name of a part -> by how much the metric falls without it, in the metric's unit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +135,8 @@ def evaluate(
     """Run every circuit by itself on `pairs`: all by edges, or none of them.
 
     Args:
-        outside: what the rest writes, see `OUTSIDE`. Only with "corrupted" does an empty circuit
-            have f = 0.
+        outside: what the rest writes, see `OUTSIDE`; of circuits of edges always "corrupted". Only
+            with that does an empty circuit have f = 0.
         ablate: the other way round: the *circuit* is replaced, the rest runs as it is.
         rows: rows in a forward pass; memory grows with it, results do not depend on it.
 
@@ -144,21 +145,30 @@ def evaluate(
     """
     if outside not in OUTSIDE:
         raise CdeltaError(f"unknown ablation {outside!r}: use one of {', '.join(OUTSIDE)}.")
-    if len({bool(c.edges) for c in circuits if c.nodes}) > 1:
+    by_edge = {bool(c.edges) for c in circuits if c.nodes}
+    if len(by_edge) > 1:
         raise CdeltaError(
             "some of these circuits have edges and some have none: evaluate the two kinds apart."
         )
+    spec = ModelSpec.from_model(model)
     extended = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
     rows_per_pair = len(extended) // len(pairs)
     together = max(1, min(SIDE_BY_SIDE, len(circuits)))
     todo = batches(extended, max(1, rows // together), input_device(model))
-    kind = EdgeRuns if any(c.edges for c in circuits) else UnitRuns
-    runner = kind(model, circuits, ablate, rows)
     total = torch.zeros(len(circuits) + 2, len(pairs), 2, dtype=torch.float64)
     with torch.no_grad():
-        reference = references(runner.written, todo, outside)
+        if True in by_edge:
+            keep = [kept_edges(spec, circuit) ^ ablate for circuit in circuits]
+            values_of = partial(edge_values, model, spec, keep)
+        else:
+            kept = kept_channels(spec, circuits)
+            keep = {kind: channels ^ ablate for kind, channels in kept.items()}
+            values_of = UnitRuns(model, keep, outside, todo, rows)
         for batch in todo:
-            values = batch_values(model, runner, batch, reference(batch), metric)
+            clean = seen_by(metric, model, batch.clean, batch)
+            both = WithKL(metric, after_prompt(clean[0]))
+            corrupted = run(model, batch.corrupted, batch, both)
+            values = torch.stack([both(*clean), corrupted, *values_of(batch, both)])
             owners = torch.tensor(batch.rows) // rows_per_pair
             total.index_add_(1, owners, values.double().cpu())
     value = total[..., 0]
@@ -166,47 +176,12 @@ def evaluate(
     return Runs(value[0], value[1], value[2:], kl[1], kl[2:])
 
 
-def batch_values(
-    model, runner: UnitRuns | EdgeRuns, batch: Batch, reference: Written, metric
-) -> Float[Tensor, "run row 2"]:
-    """Metric and KL from the clean run: of the clean run, the corrupted run and every circuit."""
-    clean = seen_by(metric, model, batch.clean, batch)
-    both = WithKL(metric, after_prompt(clean[0]))
-    corrupted = run(model, batch.corrupted, batch, both)
-    return torch.stack([both(*clean), corrupted, *runner.values(batch, reference, both)])
-
-
-def references(
-    written: Callable[[Tensor, Batch], Written], todo: Sequence[Batch], outside: str
-) -> Callable[[Batch], Written]:
-    """What everything outside of a circuit writes on a batch.
-
-    Zero and mean are the same for every row and position.
-    """
-    if outside == "corrupted":
-        return lambda batch: written(batch.corrupted, batch)
-    total: dict = {}
-    for batch in todo:
-        for key, value in written(batch.corrupted, batch).items():
-            real = batch.mask.to(value.device).view(*batch.mask.shape, *(1,) * (value.dim() - 2))
-            total[key] = total.get(key, 0) + (wide(value) * real).sum((0, 1), keepdim=True)
-    scale = 0.0 if outside == "zero" else 1 / sum(batch.mask.sum().item() for batch in todo)
-    fixed = {key: value * scale for key, value in total.items()}
-    return lambda batch: fixed
-
-
 # ---------------------------------------------------------------------- circuits of all sizes
 
 
-def all_units(spec: ModelSpec) -> Circuit:
+def whole_circuit(spec: ModelSpec) -> Circuit:
     """Every head and every neuron."""
-    units = [
-        (kind, layer, i)
-        for layer in range(spec.n_layers)
-        for kind, n in (("a", spec.n_heads), ("m", spec.d_mlp))
-        for i in range(n)
-    ]
-    return Circuit(tuple(map(unit_name, units)))
+    return Circuit(tuple(map(unit_name, all_units(spec))))
 
 
 def unit_circuits(
@@ -218,18 +193,16 @@ def unit_circuits(
     """Circuits of units by falling |score| per parameter, one per fraction of all units' size."""
     share = unit_parameters(spec) / spec.n_params
     return [
-        all_units(spec) if f == 1 else select_units(spec, heads, neurons, f * share)
+        whole_circuit(spec) if f == 1 else select_units(spec, heads, neurons, f * share)
         for f in fractions
     ]
 
 
 def edge_circuits(scores, spec: ModelSpec, fractions: Sequence[float] = FRACTIONS) -> list[Circuit]:
     """Circuits of edges by falling |score|, one per fraction of all edges; with 1, every edge."""
-    wiring = Wiring(spec)
-    exists = wiring.edges().nonzero().tolist()
-    every = tuple((wiring.sources[u], wiring.readers[v]) for u, v in exists)
+    every = tuple(edge_places(spec))
     return [
-        Circuit((*wiring.sources, "logits"), every)
+        Circuit((*Wiring(spec).sources, "logits"), every)
         if f == 1
         else select_edges(scores, max(1, int(f * len(every))))
         for f in fractions
@@ -238,10 +211,8 @@ def edge_circuits(scores, spec: ModelSpec, fractions: Sequence[float] = FRACTION
 
 def unit_parameters(spec: ModelSpec) -> int:
     """Parameters of all units together."""
-    groups = spec.n_kv * slices_size(spec, spec.kv_slices(0, 0))
-    heads = spec.n_heads * slices_size(spec, spec.head_slices(0, 0))
-    neurons = spec.d_mlp * slices_size(spec, spec.neuron_slices(0, 0))
-    return spec.n_layers * (groups + heads + neurons)
+    head, group, neuron = unit_sizes(spec)
+    return spec.n_layers * (spec.n_heads * head + spec.n_kv * group + spec.d_mlp * neuron)
 
 
 def curves(
@@ -260,14 +231,78 @@ def curves(
     part = [i for i, fraction in enumerate(fractions) if fraction != 1]
     chosen = [series[i] for series in circuits.values() for i in part]
     runs = evaluate(model, pairs, metric, chosen, **options)
-    per_series = (len(circuits), len(part))
-    values = runs.circuits.unflatten(0, per_series)
-    divergences = runs.kl_circuits.unflatten(0, per_series)
     result = {}
-    for name, value, divergence in zip(circuits, values, divergences):
+    for name, own in zip(circuits, torch.arange(len(chosen)).split(len(part))):
         every = runs.clean.repeat(len(fractions), 1)
         kl = torch.zeros_like(every)
-        every[part], kl[part] = value, divergence
-        full = Runs(runs.clean, runs.corrupted, every, runs.kl_corrupted, kl)
-        result[name] = Curve(tuple(fractions), full)
+        every[part], kl[part] = runs.circuits[own], runs.kl_circuits[own]
+        result[name] = Curve(tuple(fractions), replace(runs, circuits=every, kl_circuits=kl))
     return result
+
+
+# ---------------------------------------------------------------------- what the parts do
+
+
+def parts(circuit: Circuit) -> dict[str, Circuit]:
+    """A circuit of units in pieces: every head, and the neurons of every layer together."""
+    pieces: dict[str, list[str]] = {}
+    for node in circuit.nodes:
+        pieces.setdefault(node if node.startswith("a") else node.split(".")[0], []).append(node)
+    return {name: Circuit(tuple(nodes)) for name, nodes in pieces.items()}
+
+
+def leave_one_out(
+    model, pairs: PromptPairs, metric, circuit: Circuit, removed: Mapping[str, Circuit], **options
+) -> Effects:
+    """Minimality: by how much the metric of the circuit's own run falls without each of
+    `removed`.
+    """
+    tried = [circuit, *(circuit - part for part in removed.values())]
+    runs = evaluate(model, pairs, metric, tried, **options)
+    return dict(zip(removed, runs.circuits[0] - runs.circuits[1:]))
+
+
+def total_effects(
+    model, pairs: PromptPairs, metric, components: Mapping[str, Circuit], **options
+) -> Effects:
+    """Ablation: by how much the model's metric falls when a component alone is replaced."""
+    if not components:
+        return {}
+    runs = evaluate(model, pairs, metric, list(components.values()), ablate=True, **options)
+    return dict(zip(components, runs.clean - runs.circuits))
+
+
+def direct_effects(
+    model, pairs: PromptPairs, metric: Metric, components: Mapping[str, Circuit], rows: int = ROWS
+) -> Effects:
+    """Direct logit attribution: only the unembedding reads a component's corrupted output.
+
+    The final norm sees the change. What later layers make of the component is left out, so that
+    this minus `total_effects` is what they add.
+    """
+    if not components:
+        return {}
+    spec = ModelSpec.from_model(model)
+    keep = kept_channels(spec, list(components.values()))
+    hooks = partial(read_shifted, spec.final_norm(model))
+    changes = torch.zeros(len(components), len(pairs), dtype=torch.float64)
+    for batch in batches(pairs, rows, input_device(model)):
+        differences = SourceDifferences(model, spec, batch, metric)
+        clean, shift = differences.metric_clean, written_by(differences, keep)
+        change = patched_changes(model, batch, metric, clean, shift, hooks)
+        changes[:, list(batch.rows)] = change.double().cpu()
+    return dict(zip(components, -changes))
+
+
+def written_by(
+    differences: SourceDifferences, keep: Mapping[str, Tensor]
+) -> Float[Tensor, "component n d"]:
+    """What each of some components (`kept_channels`) writes, corrupted minus clean."""
+    shift = torch.zeros_like(differences.dense[:1]).repeat(len(keep["mlp"]), 1, 1)
+    for layer, block in enumerate(differences.blocks):
+        for kind, writer in writers(differences.spec, block).items():
+            chosen = keep[kind][:, layer].to(shift)
+            used = chosen.any(-1)
+            channels = chosen[used][:, None] * differences.inputs[kind, layer]
+            shift[used] += channels @ writer.weight(shift.dtype)
+    return shift

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cdelta.circuit.mask import is_block_parameter
+from cdelta.circuit.circuit import is_block_parameter
 from cdelta.delta.apply import check_fits
 from cdelta.delta.weight_delta import WeightDelta, put, shifted, take
 from cdelta.errors import CdeltaError

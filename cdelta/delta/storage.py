@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cdelta.circuit.mask import Slices
+from cdelta.circuit.circuit import Slices
 from cdelta.delta.base import damaged
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, new_folder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from cdelta.circuit.mask import (
+from cdelta.circuit.circuit import (
     ParameterMask,
     Slices,
     intersect_slices,

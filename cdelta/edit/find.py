@@ -21,8 +21,7 @@ from cdelta.attribution.metrics import (
 from cdelta.attribution.scores import Scores, attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.controls import random_mask
-from cdelta.circuit.ranking import unit_scores
-from cdelta.circuit.selection import score_facts, select_units
+from cdelta.circuit.selection import score_facts, select_units, unit_scores
 from cdelta.edit.answers import answer_options
 from cdelta.edit.fit import train
 from cdelta.edit.recipe import Recipe

@@ -11,7 +11,7 @@ from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
 import cdelta
-from cdelta.circuit.mask import ParameterMask
+from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta.base import base_facts
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.data import Data, check_rows

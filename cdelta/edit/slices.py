@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cdelta.circuit.mask import ParameterMask, Slices
+from cdelta.circuit.circuit import ParameterMask, Slices
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.recipe import EditRecipe
 from cdelta.errors import CdeltaError

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from cdelta.circuit.mask import ParameterMask
+from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.base import BaseAnswers
 from cdelta.edit.data import Data

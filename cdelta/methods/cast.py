@@ -12,24 +12,24 @@ caps as C-ΔΘ's k, not by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cdelta.errors import CdeltaError
-from cdelta.methods.base import Applied
-from cdelta.methods.residual import centred_direction, mean_difference, mean_token
-from cdelta.methods.steering import Addition
+from cdelta.methods.steering import Addition, centred_direction, mean_difference, read_residual
+from cdelta.methods.tuning import Applied
 from cdelta.models.hooks import after, hooked
-from cdelta.models.spec import Block, ModelSpec
+from cdelta.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 
 class Condition(NamedTuple):
@@ -46,8 +46,7 @@ class Condition(NamedTuple):
 
     def fires(self, pooled: Float[Tensor, "row d_model"]) -> Tensor:
         """One bool per row."""
-        similarity = condition_similarity(pooled, self.vector)
-        return similarity > self.threshold if self.above else similarity < self.threshold
+        return (condition_similarity(pooled, self.vector) > self.threshold) == self.above
 
 
 def condition_similarity(
@@ -61,8 +60,8 @@ def condition_similarity(
 
 @dataclass(frozen=True)
 class Cast(Applied):
-    """`behaviour` is added to the rows whose prompt meets `condition`, and to no other row of the
-    batch.
+    """`behaviour` is added to the rows whose prompt meets `condition` (at or before the first layer
+    that is steered), and to no other row of the batch.
 
     The gate is set by a row's prompt and holds while its answer is written, with a KV cache or
     without. It remembers rows: generate with ``drop_finished=False``.
@@ -72,33 +71,15 @@ class Cast(Applied):
     condition: Condition
     keeps_rows = True
 
-    def __post_init__(self) -> None:
-        first = min(self.behaviour.vectors)
-        if self.condition.layer > first:
-            raise CdeltaError(
-                f"CAST reads its condition at layer {self.condition.layer}, after steering layer "
-                f"{first}: use a layer up to {first}."
-            )
-
     @contextmanager
     def applied(self, model, strength: float = 1.0) -> Iterator[Gate]:
         """The steered model; yields its `Gate`, whose `open` tells which rows were steered last."""
-        blocks = ModelSpec.from_model(model).blocks(model)
         gate = Gate(self.condition)
-        layers = self.behaviour.vectors if strength else ()
-        adding = [self._adding(gate, blocks[layer], layer, strength) for layer in layers]
-        reading = after(blocks[self.condition.layer].module, gate.read)
-        with hooked(lambda: _pass_start(model, gate), reading, *adding):
+        block = ModelSpec.from_model(model).blocks(model)[self.condition.layer]
+        starting = partial(model.register_forward_pre_hook, gate.start, with_kwargs=True)
+        adding = self.behaviour.hooks(model, strength, gate.rows)
+        with hooked(starting, after(block.module, gate.read), *adding):
             yield gate
-
-    def _adding(self, gate: Gate, block: Block, layer: int, strength: float):
-        vector = strength * self.behaviour.vectors[layer].to(block.down.weight)
-        return after(block.module, lambda hidden: hidden + gate.rows(hidden) * vector)
-
-
-def _pass_start(model, gate: Gate):
-    """Registration of the hook that sees whole batches; it changes nothing."""
-    return model.register_forward_pre_hook(gate.start, with_kwargs=True)
 
 
 class Gate:
@@ -156,7 +137,7 @@ def search_condition(
     others: Sequence[str],
     val_category: Sequence[str],
     val_others: Sequence[str],
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int],
 ) -> Condition:
     """The condition of the category against the others: vector, layer, threshold and side with the
     best F1 on validation prompts.
@@ -166,10 +147,11 @@ def search_condition(
     groups lie on opposite sides the difference of means gates better.
     """
     inside, outside, val_inside, val_outside = (
-        mean_token(model, tok, prompts) for prompts in (category, others, val_category, val_others)
+        read_residual(model, tok, prompts, mean=True)
+        for prompts in (category, others, val_category, val_others)
     )
     found = []
-    for layer in range(inside.shape[1]) if layers is None else layers:
+    for layer in layers:
         for vector_of in (centred_direction, mean_difference):
             vector = vector_of(inside[:, layer], outside[:, layer])
             own, rest = (
@@ -187,12 +169,9 @@ def best_threshold(
     """
     values = torch.cat([inside, outside]).unique()
     cuts = torch.cat([values[:1] - 1e-6, (values[1:] + values[:-1]) / 2, values[-1:] + 1e-6])
-    best = (-1.0, 0.0, True)
+    found = []
     for above in (True, False):
-        for cut in cuts:
-            hits, false = ((rows > cut) == above for rows in (inside, outside))
-            f1 = 2 * hits.sum().item() / (hits.sum() + false.sum() + len(inside)).item()
-            if f1 > best[0]:
-                best = (f1, cut.item(), above)
-    f1, threshold, above = best
-    return threshold, above, f1
+        for cut in cuts.tolist():
+            hits, false = (((rows > cut) == above).sum().item() for rows in (inside, outside))
+            found.append((cut, above, 2 * hits / (hits + false + len(inside))))
+    return max(found, key=itemgetter(2))

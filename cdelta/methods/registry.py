@@ -1,61 +1,145 @@
-"""Every method beside C-ΔΘ on the same data: one entry each, with what tables and figures call it,
-how it is made, and what it needs.
+"""Every method beside C-ΔΘ on the same data: what it is made from (`Task`), and how.
 
-A new baseline is one more `Method`: ``make`` turns a `Task` into candidates, of which one (a layer,
-a learning rate) and its strength are chosen on validation by the rule that chooses C-ΔΘ's k.
+What tables and figures call a method, and what it needs, is in ``registry.toml``. A new baseline is
+one more `Method`: ``make`` turns a `Task` into candidates, of which one (a layer, a learning rate)
+and its strength are chosen on validation by the rule that chooses C-ΔΘ's k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from cdelta.circuit.controls import whole_tensors
-from cdelta.circuit.mask import ParameterMask
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdelta.circuit.circuit import ParameterMask
+from cdelta.circuit.controls import (
+    dense_mask,
+    gradient_scores,
+    layer_matched,
+    loss_gradients,
+    magnitude_scores,
+    random_mask,
+    whole_layers,
+    whole_tensors,
+)
+from cdelta.circuit.selection import UnitScores, select_units
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.errors import CdeltaError
-from cdelta.methods import masks
-from cdelta.methods.base import Candidates, Edited
+from cdelta.edit.fit import train
+from cdelta.edit.recipe import Recipe
+from cdelta.edit.rows import Rows, TrainingRows
+from cdelta.edit.verdict import Stop
+from cdelta.errors import CdeltaError, refuse_test
+from cdelta.files import read_toml
 from cdelta.methods.cast import Cast, search_condition
 from cdelta.methods.steering import Addition, Bias, SystemPrompt, behaviour_vectors, prompt_vectors
-from cdelta.methods.task import Task
+from cdelta.methods.tuning import Candidates, Edited
+from cdelta.models.chat import NO_LABEL, answer_logits, collate, example_ids, pad_id, stop_ids
+from cdelta.models.spec import ModelSpec
 
+REFERENCE = "reference"
+"""Family of the base and of C-ΔΘ."""
 SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other requests as usual."
-REFERENCE, UPDATES, MASKS, STEERING = "reference", "other updates", "other masks", "at run time"
 
-Make = Callable[[Task], Candidates]
-Need = Callable[[Task], str]
-"""Why a task does not admit a method; "" if it does."""
+Make = Callable[["Task"], Candidates]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to make a model refuse a category."""
+class Task:
+    """A model, and what a method may see to make it refuse a category: the same for all methods.
+    Test rows are refused.
+    """
 
-    key: str
-    """Its name in rows, presets and files."""
-    title: str
-    """Its name for readers."""
-    family: str
-    """What it varies: the update, the mask, or nothing but the run."""
-    colour: str
-    """Its colour in every figure."""
-    trained: bool
-    """It trains, so that it has a learning rate and draws at random: every seed has its own."""
-    make: Make
-    needs: Need | None = None
-    note: str = ""
-    """What it is, in half a sentence."""
+    model: object = field(repr=False)
+    tok: object = field(repr=False)
+    category: str
+    mask: ParameterMask = field(repr=False)
+    """The circuit's mask."""
+    rows: TrainingRows = field(repr=False)
+    benign: Sequence[str] = field(repr=False)
+    """Prompts of the benign counterparts."""
+    recipe: Recipe = field(default_factory=Recipe, repr=False)
+    """Its edit section, with this task's seed, trains every method."""
+    val_target: Sequence[str] = field(default=(), repr=False)
+    """Validation prompts of the category, for CAST's condition point."""
+    val_others: Sequence[str] = field(default=(), repr=False)
+    """Validation prompts that must not be steered."""
+    other_mask: ParameterMask | None = field(default=None, repr=False)
+    """Another category's circuit mask, for the control."""
+    layers: tuple[int, ...] = ()
+    """Layers that single-layer steering may choose from; empty: a third, half and two thirds of the
+    depth."""
+    rates: tuple[float, ...] = (1.0,)
+    """Factors on the recipe's learning rate from which a trained method's is chosen; with one
+    factor it is not tuned."""
+    stop: Stop | None = field(default=None, repr=False)
+    folder: Path | None = field(default=None, repr=False)
+    """Where trained deltas and training states are kept, so that a killed job goes on."""
 
-    def why_not(self, task: Task) -> str:
-        """Why it cannot be made for a task; "" if it can."""
-        return self.needs(task) if self.needs else ""
+    def __post_init__(self) -> None:
+        rows = self.rows
+        asked = (rows.positive, rows.negative, rows.retain)
+        for part in (*asked, self.benign, self.val_target, self.val_others):
+            refuse_test(part, "fitting a baseline")
 
-    def candidates(self, task: Task) -> Candidates:
-        """What it could be. Raises `CdeltaError` where the task does not admit it."""
-        if reason := self.why_not(task):
-            raise CdeltaError(f"no method {self.key} here: {reason}.")
-        return self.make(task)
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+        return ModelSpec.from_model(self.model)
+
+    @property
+    def takes_bias(self) -> bool:
+        """The MLP's output goes into the residual stream as it is."""
+        return not self.spec.layout.mlp_post
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything that is drawn at random."""
+        return self.recipe.edit.seed
+
+    @property
+    def prompts(self) -> list[str]:
+        """The category's prompts."""
+        return [prompt for prompt, _ in self.rows.positive]
+
+    def depths(self) -> tuple[int, ...]:
+        """Layers for steering at one layer."""
+        n = self.spec.n_layers
+        return self.layers or tuple(sorted({n // 3, n // 2, 2 * n // 3}))
+
+    def upper_half(self) -> range:
+        """Layers for steering at several: from the middle to 72 % of the depth (CAST steers 15-23
+        of 32).
+        """
+        n = self.spec.n_layers
+        return range(n // 2, max(n // 2 + 1, round(0.72 * n)))
+
+    def behaviour(self, principal: bool = False) -> Addition:
+        """Vectors of all layers from the task's refused and answered prompts."""
+        answers = replies(self.rows.positive), replies(self.rows.negative)
+        return behaviour_vectors(self.model, self.tok, self.prompts, *answers, principal)
+
+    def fit(
+        self,
+        mask: ParameterMask,
+        rate: float = 1.0,
+        rows: TrainingRows | None = None,
+        **changes: object,
+    ) -> Edited:
+        """An update trained on a mask by the recipe, with its learning rate times `rate` and other
+        fields of `EditRecipe` changed; on other rows, without stop rule, where `rows` are given.
+        """
+        how = replace(self.recipe.edit, lr=rate * self.recipe.edit.lr, **changes)
+        state = self.folder / f"training-{rate:g}" if self.folder else None
+        asked = {} if rows else {"stop": self.stop, "checkpoint": state}
+        return Edited(train(self.model, self.tok, mask, rows or self.rows, how, **asked).delta)
+
+
+def replies(rows: Rows) -> list[str | Sequence[int]]:
+    """What the prompts are answered: texts, or the ids that the model wrote."""
+    return [reply if isinstance(reply, str) else reply.ids for _, reply in rows]
 
 
 # ---------------------------------------------------------------------- making
@@ -68,12 +152,12 @@ def trained(mask_of: Callable[[Task], ParameterMask], **changes: object) -> Make
 
     def make(task: Task) -> Candidates:
         mask = mask_of(task)
-        return per_rate(task, lambda rate: task.fit(mask, rate, **changes))
+        return per_rate(task, lambda rate: task.fit(mask, rate, **changes).delta)
 
     return make
 
 
-def per_rate(task: Task, fit: Callable[[float], Edited]) -> Candidates:
+def per_rate(task: Task, fit: Callable[[float], WeightDelta]) -> Candidates:
     """One update per learning rate, each kept in the task's folder as soon as it is trained."""
     found = {}
     for rate in task.rates:
@@ -82,7 +166,7 @@ def per_rate(task: Task, fit: Callable[[float], Edited]) -> Candidates:
         if kept and kept.exists():
             found[name] = Edited(WeightDelta.load(kept))
             continue
-        found[name] = fit(rate)
+        found[name] = Edited(fit(rate))
         if kept:
             found[name].delta.save(kept)
     return found
@@ -91,44 +175,43 @@ def per_rate(task: Task, fit: Callable[[float], Edited]) -> Candidates:
 def slices_after(task: Task) -> Candidates:
     """Whole tensors trained, and only the circuit's entries kept (CircuitKIT)."""
     mask = whole_tensors(task.mask)
-    return per_rate(task, lambda rate: Edited(task.fit(mask, rate).delta.restrict(task.mask)))
+    return per_rate(task, lambda rate: task.fit(mask, rate).delta.restrict(task.mask))
 
 
-def per_layer(vectors: Addition, layers: Sequence[int]) -> dict[str, Addition]:
+def ranked_mask(task: Task, scores: UnitScores) -> ParameterMask:
+    """A mask of the circuit's size from other scores."""
+    return select_units(task.spec, *scores, task.mask.fraction).to_mask(task.spec)
+
+
+def largest_gradients(task: Task) -> ParameterMask:
+    """Units of the largest |gradient × weight| of the refusals' loss."""
+    return ranked_mask(task, gradient_scores(task.model, task.spec, refusal_gradients(task)))
+
+
+def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, Tensor]:
+    """Gradient of the refusals' cross-entropy (summed over batches' means) with respect to every
+    parameter.
+    """
+    stops, pad = stop_ids(task.model, task.tok), pad_id(task.model, task.tok)
+    answered = zip(task.prompts, replies(task.rows.positive))
+    rows = [example_ids(task.tok, prompt, reply, stops) for prompt, reply in answered]
+
+    def loss(start: int) -> Tensor:
+        batch = collate(rows[start : start + batch_size], pad, task.model.device)
+        logits = answer_logits(task.model, batch).flatten(0, 1)
+        return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=NO_LABEL)
+
+    return loss_gradients(task.model, map(loss, range(0, len(rows), batch_size)))
+
+
+def per_layer(vectors: Addition, layers: Iterable[int]) -> dict[str, Addition]:
     """One candidate per layer."""
     return {f"layer {layer}": vectors.at(layer) for layer in layers}
 
 
-def steering_vectors(task: Task, principal: bool = False) -> Addition:
-    """Behaviour vectors of all layers from the task's refused and answered prompts."""
-    return behaviour_vectors(
-        task.model, task.tok, task.prompts, task.refusals, task.compliances, principal
-    )
-
-
-def nothing(task: Task) -> Candidates:
-    """The base, as the method that does nothing."""
-    return {"": SystemPrompt("")}
-
-
-def system_prompt(task: Task) -> Candidates:
-    """An instruction before every prompt."""
-    return {"": SystemPrompt(SYSTEM_PROMPT.format(category=task.category))}
-
-
-def steered(task: Task) -> Candidates:
+def steered(task: Task) -> dict[str, Addition]:
     """Activation steering at one layer."""
-    return per_layer(steering_vectors(task), task.depths())
-
-
-def steered_at_several(task: Task) -> Candidates:
-    """Activation steering at several layers."""
-    return {"": steering_vectors(task).at(*task.upper_half())}
-
-
-def as_bias(task: Task) -> Candidates:
-    """Activation steering at one layer as a bias of the weights."""
-    return {name: Bias(one.vectors) for name, one in steered(task).items()}
+    return per_layer(task.behaviour(), task.depths())
 
 
 def directional(task: Task) -> Candidates:
@@ -141,217 +224,65 @@ def cast(task: Task) -> Candidates:
     """CAST with the behaviour at several layers and a condition at or before the first of them."""
     layers = task.upper_half()
     others = [*task.benign, *(prompt for prompt, _ in task.rows.retain)]
-    condition = search_condition(
-        task.model,
-        task.tok,
-        task.prompts,
-        others,
-        task.val_target,
-        task.val_others,
-        range(layers.start + 1),
-    )
-    return {"": Cast(steering_vectors(task, principal=True).at(*layers), condition)}
-
-
-# ---------------------------------------------------------------------- needs
-
-
-def another_category(task: Task) -> str:
-    """A second circuit."""
-    return "" if task.other_mask else "there is no other category, whose circuit could be edited"
-
-
-def a_bias(task: Task) -> str:
-    """An MLP whose output goes into the residual stream as it is."""
-    if task.spec.layout.mlp_post:
-        return "this architecture normalises the MLP's output, so no bias equals a steering vector"
-    return ""
-
-
-def benign_prompts(task: Task) -> str:
-    """Counterparts of the target."""
-    return "" if task.benign else "there are no benign prompts to set the target against"
-
-
-def validation_prompts(task: Task) -> str:
-    """Prompts on both sides of a condition."""
-    if task.val_target and task.val_others:
-        return ""
-    return "the validation split has no prompts to search its condition on"
+    groups = (task.prompts, others, task.val_target, task.val_others)
+    condition = search_condition(task.model, task.tok, *groups, range(layers.start + 1))
+    return {"": Cast(task.behaviour(principal=True).at(*layers), condition)}
 
 
 # ---------------------------------------------------------------------- the table
 
-_ENTRIES = (
-    Method("base", "base", REFERENCE, "#949494", False, nothing, note="the model as it is"),
-    Method(
-        "cdelta",
-        "C-ΔΘ",
-        REFERENCE,
-        "#0173b2",
-        True,
-        trained(masks.circuit_mask),
-        note="ΔΘ by the recipe, on the circuit",
-    ),
-    Method(
-        "positive_only",
-        "θ⁺ alone",
-        UPDATES,
-        "#029e73",
-        True,
-        trained(masks.circuit_mask, objective="positive"),
-        note="on the circuit, without the contrast",
-    ),
-    Method(
-        "dense",
-        "ΔΘ, all linear layers",
-        UPDATES,
-        "#d55e00",
-        True,
-        trained(masks.all_linear),
-        note="the contrast without a circuit",
-    ),
-    Method(
-        "dense_lora",
-        "ΔΘ, LoRA of rank 8",
-        UPDATES,
-        "#fbafe4",
-        True,
-        trained(masks.all_linear, rank=8),
-        note="the same, as rank-8 updates of all linear layers",
-    ),
-    Method(
-        "finetune",
-        "full fine-tuning",
-        UPDATES,
-        "#ece133",
-        True,
-        trained(masks.all_linear, objective="positive"),
-        note="θ⁺ alone on all linear layers",
-    ),
-    Method(
-        "slices_after",
-        "circuit cut out afterwards",
-        UPDATES,
-        "#56b4e9",
-        True,
-        slices_after,
-        note="whole tensors trained, the circuit's entries kept",
-    ),
-    Method(
-        "layer_mask",
-        "whole layers",
-        UPDATES,
-        "#b05a7a",
-        True,
-        trained(masks.circuit_layers),
-        note="all linear layers of the circuit's blocks",
-    ),
-    Method(
-        "random",
-        "random mask",
-        MASKS,
-        "#de8f05",
-        True,
-        trained(masks.random_units),
-        note="ΔΘ on random units of the circuit's size",
-    ),
-    Method(
-        "random_layer",
-        "random, same layers",
-        MASKS,
-        "#8c6d31",
-        True,
-        trained(masks.random_in_layers),
-        note="the same with the circuit's share of every layer",
-    ),
-    Method(
-        "magnitude",
-        "largest weights",
-        MASKS,
-        "#ca9161",
-        True,
-        trained(masks.largest_weights),
-        note="ΔΘ on units of the largest weights",
-    ),
-    Method(
-        "gradient",
-        "largest gradients",
-        MASKS,
-        "#7a9c3f",
-        True,
-        trained(masks.largest_gradients),
-        note="ΔΘ on units of the largest |gradient × weight|",
-    ),
-    Method(
-        "other_circuit",
-        "another circuit",
-        MASKS,
-        "#cc78bc",
-        True,
-        trained(masks.other_circuit),
-        another_category,
-        note="ΔΘ on another category's circuit",
-    ),
-    Method(
-        "system_prompt",
-        "system prompt",
-        STEERING,
-        "#4d4d4d",
-        False,
-        system_prompt,
-        note="an instruction before every prompt",
-    ),
-    Method(
-        "as",
-        "steering, one layer",
-        STEERING,
-        "#7b5ea7",
-        False,
-        steered,
-        note="difference of means of refused and answered prompts",
-    ),
-    Method(
-        "as_multi",
-        "steering, several layers",
-        STEERING,
-        "#3f8f8f",
-        False,
-        steered_at_several,
-        note="the same at the middle layers",
-    ),
-    Method(
-        "as_bias",
-        "steering as a bias",
-        STEERING,
-        "#a0522d",
-        False,
-        as_bias,
-        a_bias,
-        note="the same in the weights, without a hook",
-    ),
-    Method(
-        "directional",
-        "directional",
-        STEERING,
-        "#2f6f4f",
-        False,
-        directional,
-        benign_prompts,
-        note="the direction from benign counterparts to the target, added (Arditi)",
-    ),
-    Method(
-        "cast",
-        "CAST",
-        STEERING,
-        "#8b1a4a",
-        False,
-        cast,
-        validation_prompts,
-        note="steering behind a condition on the prompt",
-    ),
-)
-METHODS: Mapping[str, Method] = {method.key: method for method in _ENTRIES}
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make a model refuse a category; the fields are explained in ``registry.toml``."""
+
+    key: str
+    """Its name in rows, presets and files."""
+    title: str
+    family: str
+    colour: str
+    trained: bool
+    make: Make
+    needs: Sequence[str] = ()
+    lacks: str = ""
+    note: str = ""
+
+    def why_not(self, task: Task) -> str:
+        """Why it cannot be made for a task; "" if it can."""
+        return "" if all(getattr(task, need) for need in self.needs) else self.lacks
+
+    def candidates(self, task: Task) -> Candidates:
+        """What it could be. Raises `CdeltaError` where the task does not admit it."""
+        if reason := self.why_not(task):
+            raise CdeltaError(f"no method {self.key} here: {reason}.")
+        return self.make(task)
+
+
+MAKE: Mapping[str, Make] = {
+    "base": lambda task: {"": SystemPrompt("")},
+    "cdelta": trained(lambda task: task.mask),
+    "positive_only": trained(lambda task: task.mask, objective="positive"),
+    "dense": trained(lambda task: dense_mask(task.spec)),
+    "dense_lora": trained(lambda task: dense_mask(task.spec), rank=8),
+    "finetune": trained(lambda task: dense_mask(task.spec), objective="positive"),
+    "slices_after": slices_after,
+    "layer_mask": trained(lambda task: whole_layers(task.spec, task.mask)),
+    "random": trained(lambda task: random_mask(task.spec, task.mask.fraction, task.seed)),
+    "random_layer": trained(lambda task: layer_matched(task.mask, task.spec, task.seed)),
+    "magnitude": trained(lambda task: ranked_mask(task, magnitude_scores(task.model, task.spec))),
+    "gradient": trained(largest_gradients),
+    "other_circuit": trained(lambda task: task.other_mask),
+    "system_prompt": lambda task: {"": SystemPrompt(SYSTEM_PROMPT.format(category=task.category))},
+    "as": steered,
+    "as_multi": lambda task: {"": task.behaviour().at(*task.upper_half())},
+    "as_bias": lambda task: {name: Bias(one.vectors) for name, one in steered(task).items()},
+    "directional": directional,
+    "cast": cast,
+}
+METHODS: Mapping[str, Method] = {
+    key: Method(key, make=MAKE[key], **facts)
+    for key, facts in read_toml(Path(__file__).with_suffix(".toml")).items()
+}
 """Method key -> the method, in the order of tables and figures."""
 
 
@@ -368,6 +299,6 @@ def title_of(key: str, tuned: bool) -> str:
     Args:
         tuned: several learning rates were tried for every trained method.
     """
-    method = method_of(key)
-    plain = tuned or not method.trained or method.family == REFERENCE
-    return method.title if plain else f"{method.title} (not tuned)"
+    method = METHODS[key]
+    as_it_is = tuned or not method.trained or method.family == REFERENCE
+    return method.title if as_it_is else f"{method.title} (not tuned)"

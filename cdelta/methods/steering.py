@@ -11,23 +11,24 @@ docstring says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from cdelta.attribution.linear import writers
+from cdelta.attribution.metrics import encode_answer
 from cdelta.errors import CdeltaError
-from cdelta.methods.base import Applied
-from cdelta.methods.residual import last_token, mean_difference, mean_token, principal_direction
+from cdelta.methods.tuning import Applied
+from cdelta.models.chat import by_length, chat_ids, left_pad, pad_id, positions, rope_boundary
 from cdelta.models.hooks import after, before, hooked
 from cdelta.models.spec import Block, ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 Vectors = Mapping[int, "Float[Tensor, 'd_model']"]
 """Layer -> what strength 1 adds to the residual stream after that block."""
@@ -44,14 +45,19 @@ class Addition(Applied):
     @contextmanager
     def applied(self, model, strength: float = 1.0) -> Iterator[None]:
         """The steered model."""
-        blocks = ModelSpec.from_model(model).blocks(model)
-        layers = self.vectors if strength else ()
-        with hooked(*(self._adding(blocks[layer], layer, strength) for layer in layers)):
+        with hooked(*self.hooks(model, strength, lambda hidden: 1.0)):
             yield
 
-    def _adding(self, block: Block, layer: int, strength: float):
-        shift = strength * self.vectors[layer].to(block.down.weight)
-        return after(block.module, shift.add)
+    def hooks(self, model, strength: float, share: Callable[[Tensor], Tensor | float]) -> list:
+        """Hooks that add the vectors, times each row's `share` of what is done."""
+        blocks = ModelSpec.from_model(model).blocks(model)
+
+        def adding(block: Block, vector: Tensor):
+            shift = strength * vector.to(block.down.weight)
+            return after(block.module, lambda hidden: hidden + share(hidden) * shift)
+
+        layers = self.vectors if strength else ()
+        return [adding(blocks[layer], self.vectors[layer]) for layer in layers]
 
     def at(self, *layers: int) -> Addition:
         """Only the vectors of these layers."""
@@ -71,15 +77,16 @@ class Ablation(Applied):
     @contextmanager
     def applied(self, model, strength: float = 1.0) -> Iterator[None]:
         """The steered model."""
-        unit = self.direction.double() / self.direction.double().norm()
+        spec, direction = ModelSpec.from_model(model), self.direction.double()
 
         def project(hidden: Tensor) -> Tensor:
-            return hidden - strength * (hidden @ unit.to(hidden))[..., None] * unit.to(hidden)
+            unit = (direction / direction.norm()).to(hidden)
+            return hidden - strength * (hidden @ unit)[..., None] * unit
 
-        blocks = ModelSpec.from_model(model).blocks(model) if strength else []
-        outputs = [after(module, project) for block in blocks for module in writers(block)]
+        blocks = spec.blocks(model) if strength else []
+        written = [w.out for block in blocks for w in writers(spec, block).values()]
         inputs = [before(block.module, project) for block in blocks[:1]]
-        with hooked(*outputs, *inputs):
+        with hooked(*inputs, *(after(module, project) for module in written)):
             yield
 
 
@@ -88,12 +95,8 @@ class Bias(Applied):
     """Activation steering without a hook: the vectors become biases of the blocks' last linear
     layer.
 
-    Exact where nothing follows that layer before the residual stream: GPT-2 has the bias; Llama's
-    configuration has ``mlp_bias``, so `save` writes an ordinary checkpoint. Mistral, Qwen and Phi-3
-    have no such bias in their configuration: the same context works in memory, but `save` refuses.
-    Gemma normalises after that layer, so no constant can be added there: refused. (A vector
-    *before* the first block could go into the embeddings of any of them; tied ones too unless the
-    logits are soft-capped, since a shift common to all logits leaves the softmax as it is.)
+    Exact where nothing follows that layer before the residual stream, so not in Gemma, which
+    normalises after it.
     """
 
     vectors: Vectors = field(repr=False)
@@ -101,47 +104,18 @@ class Bias(Applied):
     @contextmanager
     def applied(self, model, strength: float = 1.0) -> Iterator[None]:
         """The biased model; the old biases, or their absence, come back."""
-        modules = self._modules(model)
+        blocks = ModelSpec.from_model(model).blocks(model)
+        modules = {layer: blocks[layer].down for layer in self.vectors}
         old = {layer: module.bias for layer, module in modules.items()}
         try:
             for layer, module in modules.items():
                 shift = (strength * self.vectors[layer]).to(module.weight)
-                held = shift if old[layer] is None else (old[layer] + shift)
+                held = shift if old[layer] is None else old[layer] + shift
                 module.bias = nn.Parameter(held, requires_grad=False)
             yield
         finally:
             for layer, module in modules.items():
                 module.bias = old[layer]
-
-    def save(self, model, tok, folder: str | Path, strength: float = 1.0) -> Path:
-        """Write the biased model as an ordinary checkpoint.
-
-        Raises `CdeltaError` where the architecture has no such bias.
-        """
-        kind = model.config.model_type
-        if kind not in ("llama", "gpt2"):
-            raise CdeltaError(
-                f"{kind} checkpoints hold no MLP output bias: steer with a hook, "
-                "or use Llama or GPT-2."
-            )
-        with self.applied(model, strength):
-            state = {name: value.clone() for name, value in model.state_dict().items()}
-            model.save_pretrained(folder, state_dict=state | _zero_biases(model, state))
-        if kind == "llama":
-            config = type(model.config).from_pretrained(folder)
-            config.mlp_bias = True
-            config.save_pretrained(folder)
-        tok.save_pretrained(folder)
-        return Path(folder)
-
-    def _modules(self, model) -> dict[int, nn.Module]:
-        blocks = ModelSpec.from_model(model).blocks(model)
-        if any(blocks[layer].mlp_post is not None for layer in self.vectors):
-            raise CdeltaError(
-                f"{model.config.model_type} normalises the MLP's output, so no bias equals "
-                "a steering vector: use a hook."
-            )
-        return {layer: blocks[layer].down for layer in self.vectors}
 
 
 @dataclass(frozen=True)
@@ -152,11 +126,6 @@ class SystemPrompt(Applied):
 
     system: str
     strengths = (1.0,)
-
-    @contextmanager
-    def applied(self, model, strength: float = 1.0) -> Iterator[None]:
-        """The model as it is."""
-        yield
 
 
 # ---------------------------------------------------------------------- fitting
@@ -177,8 +146,8 @@ def behaviour_vectors(
         principal: first principal axis of the pairwise differences (CAST), instead of the
             difference of means (activation steering).
     """
-    refused = mean_token(model, tok, prompts, refusals)
-    differences = refused - mean_token(model, tok, prompts, compliances)
+    refused = read_residual(model, tok, prompts, refusals, mean=True)
+    differences = refused - read_residual(model, tok, prompts, compliances, mean=True)
     vectors = {
         layer: principal_direction(own) if principal else own.mean(0)
         for layer, own in enumerate(differences.unbind(1))
@@ -190,20 +159,91 @@ def prompt_vectors(model, tok, harmful: Sequence[str], harmless: Sequence[str]) 
     """Arditi's directions of all layers: difference of means at the prompts' last token, harmful
     minus harmless.
     """
-    directions = mean_difference(last_token(model, tok, harmful), last_token(model, tok, harmless))
-    return Addition(dict(enumerate(directions)))
+    ends = [read_residual(model, tok, prompts) for prompts in (harmful, harmless)]
+    return Addition(dict(enumerate(mean_difference(*ends))))
 
 
-def writers(block: Block) -> tuple[nn.Module, nn.Module]:
-    """The modules whose outputs a block adds to the residual stream."""
-    return block.attn_post or block.o, block.mlp_post or block.down
+@torch.no_grad()
+def read_residual(
+    model,
+    tok,
+    prompts: Sequence[str],
+    answers: Sequence[str | Sequence[int]] | None = None,
+    mean: bool = False,
+    batch_size: int = 64,
+) -> Float[Tensor, "row layer d_model"]:
+    """The residual stream after every block at every row's last token, in fp32 on the CPU. Padding
+    never counts.
+
+    Args:
+        answers: texts or token ids that follow the prompts.
+        mean: the mean over the answers' tokens, or without answers over the prompts', instead.
+    """
+    heads = [chat_ids(tok, prompt) for prompt in prompts]
+    tails = heads if answers is None else [encode_answer(tok, answer) for answer in answers]
+    if not all(tails):
+        raise CdeltaError(
+            "an answer without tokens has no activations to read: leave empty answers out."
+        )
+    whole = heads if answers is None else [h + t for h, t in zip(heads, tails, strict=True)]
+    sizes = torch.tensor([len(tail) if mean else 1 for tail in tails])
+    found: dict[int, Tensor] = {}
+    for rows in by_length([len(ids) for ids in whole], batch_size, rope_boundary(model)):
+        ids, mask = left_pad([whole[row] for row in rows], pad_id(model, tok), model.device)
+        found |= zip(rows, _pooled(model, ids, mask, sizes[rows]))
+    return torch.stack([found[row] for row in range(len(whole))])
 
 
-def _zero_biases(model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The biases that ``mlp_bias`` brings along and nothing has set."""
-    zeros = {}
-    for name, weight in state.items():
-        bias = name.removesuffix("weight") + "bias"
-        if ".mlp." in name and name.endswith("weight") and bias not in state:
-            zeros[bias] = weight.new_zeros(weight.shape[0])
-    return zeros
+def _pooled(model, ids: Tensor, mask: Tensor, sizes: Tensor) -> Float[Tensor, "row layer d_model"]:
+    """Mean over each row's last `sizes` tokens after every block."""
+    from_the_end = torch.arange(ids.shape[1], 0, -1)
+    share = (from_the_end <= sizes[:, None]) / sizes[:, None]
+    seen: list[Tensor] = []
+
+    def read(hidden: Tensor) -> None:
+        pooled = torch.einsum("rp,rpd->rd", share.to(hidden.device), hidden.float())
+        seen.append(pooled.cpu())
+
+    blocks = ModelSpec.from_model(model).blocks(model)
+    with hooked(*(after(block.module, read) for block in blocks)):
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            logits_to_keep=1,
+            use_cache=False,
+        )
+    return torch.stack(seen, dim=1)
+
+
+# ---------------------------------------------------------------------- directions
+
+
+def mean_difference(
+    positive: Float[Tensor, "row *rest"], negative: Float[Tensor, "row *rest"]
+) -> Float[Tensor, "*rest"]:
+    """Mean of the positive rows minus mean of the negative rows."""
+    return positive.mean(0) - negative.mean(0)
+
+
+def principal_direction(differences: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model"]:
+    """First principal axis of pairwise differences (uncentred, as CAST), scaled to their mean
+    projection on it: strength 1 moves as far as the pairs lie apart.
+    """
+    axis = _first_axis(differences)
+    return ((differences.double() @ axis).mean() * axis).float()
+
+
+def centred_direction(
+    positive: Float[Tensor, "row d_model"], negative: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "d_model"]:
+    """First principal axis of both groups around the midpoint of their means (CAST's condition
+    vector), unit length, towards the positive.
+    """
+    middle = (positive.mean(0) + negative.mean(0)) / 2
+    axis = _first_axis(torch.cat([positive, negative]) - middle).float()
+    return axis * torch.sign(mean_difference(positive, negative) @ axis)
+
+
+def _first_axis(rows: Tensor) -> Tensor:
+    return torch.linalg.svd(rows.double(), full_matrices=False).Vh[0]

@@ -1,23 +1,59 @@
-"""One rule for every method: of its candidates and strengths, the one that refuses most of the
-target on validation within the caps.
+"""What a method is: something that can be applied to a model at a strength. And one rule for all of
+them: of its candidates and strengths, the one that refuses most of the target on validation within
+the caps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from cdelta.circuit.mask import layer_of
+from cdelta.circuit.circuit import layer_of
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.scale import Caps, best_of
 from cdelta.errors import refuse_test
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import curve_row, edit_name
-from cdelta.methods.base import Applied, as_method, param_fraction
 from cdelta.models.spec import ModelSpec
+
+
+class Applied:
+    """A method that has been made for one model and category. Strength 0 is the base."""
+
+    strengths: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    """What tuning tries where nothing else is said: for steering a wide grid, because a vector's
+    natural length says little about the strength that it needs."""
+    system = ""
+    """A system prompt that goes before every prompt."""
+    keeps_rows = False
+    """The method remembers the rows of a batch: none may leave it before all have ended."""
+    n_changed = 0
+    """Parameters that the method changes; 0 for steering at run time."""
+
+    def applied(self, model, strength: float = 1.0) -> AbstractContextManager:
+        """The model with the method; as it was afterwards, also after an exception."""
+        return nullcontext()
+
+
+class Edited(Applied):
+    """A weight delta as a method: its strength is the scale k."""
+
+    strengths = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+    def __init__(self, delta: WeightDelta):
+        self.delta, self.n_changed = delta, delta.count()
+
+    def applied(self, model, strength: float = 1.0) -> AbstractContextManager:
+        """The edited model."""
+        return self.delta.applied(model, scale=strength)
+
+
+Candidates = Mapping[str, Applied]
+"""What a method could be (a layer, a learning rate) -> the method; chosen among on validation."""
 
 
 def measure(
@@ -26,10 +62,10 @@ def measure(
     """`evaluate` with the method applied; `options` as `evaluate` takes them (``method=`` there is
     the method's key).
     """
-    method = as_method(method)
+    method = Edited(method) if isinstance(method, WeightDelta) else method
     facts = {
         "k": strength,
-        "param_fraction": param_fraction(method, ModelSpec.from_model(model)),
+        "param_fraction": method.n_changed / ModelSpec.from_model(model).n_params,
         "system": method.system,
         "drop_finished": not method.keeps_rows,
     }
@@ -54,7 +90,7 @@ class Chosen:
 def tune(
     model,
     tok,
-    options: Mapping[str, Applied | WeightDelta],
+    options: Candidates,
     records,
     base: pd.DataFrame,
     category: str | Sequence[str],
@@ -74,24 +110,19 @@ def tune(
             ``store`` ...).
     """
     refuse_test(base, "choosing a strength")
-    best, parts = {}, []
-    for name, candidate in options.items():
-        method = as_method(candidate)
-        grid = method.strengths if len(method.strengths) == 1 else strengths or method.strengths
+    best = {}
+    for name, method in options.items():
         curve = []
-        for k in grid:
-            rows = base
-            if k:
-                under = {"edit_category": edit_name(category), "variant": name}
-                rows = measure(model, tok, method, k, records, **under, **how)
+        under = {"edit_category": edit_name(category), "variant": name}
+        for k in strengths if strengths and len(method.strengths) > 1 else method.strengths:
+            rows = measure(model, tok, method, k, records, **under, **how) if k else base
             curve.append(curve_row(rows, base, category, k))
         best[name] = best_of(curve, caps)
-        parts.append(pd.DataFrame(curve).assign(candidate=name))
     name = max(best, key=lambda name: (best[name].within_caps, best[name].row["target"]))
-    tried = pd.concat(parts, ignore_index=True)
-    tried.insert(0, "candidate", tried.pop("candidate"))
+    curves = {name: choice.curve for name, choice in best.items()}
+    tried = pd.concat(curves, names=["candidate", None]).reset_index(level=0)
     choice = best[name]
-    return Chosen(name, as_method(options[name]), choice.k, choice.within_caps, tried)
+    return Chosen(name, options[name], choice.k, choice.within_caps, tried.reset_index(drop=True))
 
 
 def tune_layers(
@@ -116,16 +147,17 @@ def tune_layers(
     those of `curve_row`.
     """
     refuse_test(base, "choosing a strength")
+    delta = k * delta
     layers = sorted({layer_of(name) for name in delta.values})
-    parts = [("all", (), 1.0)]
+    attempts = [("all", (), 1.0)]
     for part in np.array_split(layers, min(groups, len(layers))):
-        parts += [(f"{part[0]}-{part[-1]}", part, factor) for factor in factors]
+        attempts += [(f"{part[0]}-{part[-1]}", part, factor) for factor in factors]
     scales: dict[int, float] = {}
     tried: list[dict] = []
     best = (False, -1.0, 0.0)
-    for name, part, factor in parts:
+    for name, part, factor in attempts:
         wanted = scales | {int(layer): factor for layer in part}
-        scaled = (k * delta).scaled_by_layer(wanted)
+        scaled = delta.scaled_by_layer(wanted)
         rows = measure(model, tok, scaled, 1.0, records, edit_category=category, **how)
         row = curve_row(rows, base, category, k)
         merit = (caps.met(row), row["target"], -scaled.norm())
@@ -133,4 +165,4 @@ def tune_layers(
         if kept:
             scales, best = wanted, merit
         tried.append({"layers": name, "factor": factor, "norm": scaled.norm(), **row, "kept": kept})
-    return (k * delta).scaled_by_layer(scales), pd.DataFrame(tried)
+    return delta.scaled_by_layer(scales), pd.DataFrame(tried)

@@ -39,7 +39,7 @@ from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.controls import metric_gradients
 from cdelta.circuit.faithfulness import FRACTIONS, Curve, Runs, evaluate
-from cdelta.circuit.ranking import unit_scores
+from cdelta.circuit.selection import unit_scores
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs

@@ -9,12 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdelta.attribution.scores import attribute
-from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.controls import module_mask
-from cdelta.circuit.edges import connected_edges, ranked_edges
-from cdelta.circuit.mask import slices_size
-from cdelta.circuit.ranking import RANKINGS, SELECTIVE, of_pairs, unit_scores
-from cdelta.circuit.selection import select, select_units
+from cdelta.circuit.circuit import Circuit, ParameterMask, unit_sizes
+from cdelta.circuit.selection import (
+    RANKINGS,
+    SELECTIVE,
+    connected_edges,
+    of_pairs,
+    ranked_edges,
+    select,
+    select_units,
+    unit_scores,
+)
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
 
@@ -58,14 +63,14 @@ def test_provenance_says_where_a_circuit_comes_from(scored):
     assert one.provenance["pairs_hash"] == pairs.hash() != toys.toy_pairs(seed=1).hash()
     assert (one.provenance["method"], one.provenance["param_budget"]) == ("eap-ig", 0.1)
     assert two.provenance["edges"] == 5
-    assert (one | two).provenance == {"operation": "or", "of": [one.provenance, two.provenance]}
+    assert (one | two).provenance == {"operation": "union", "of": [one.provenance, two.provenance]}
     given = select_units(spec, scores.heads, scores.neurons, 0.1, {"model_hash": "abc"})
     assert given == one and given.provenance["model_hash"] == "abc"
 
 
 def test_param_budget_is_kept_and_nearly_used(family, scored):
     scores, spec = scored[family]
-    neuron = slices_size(spec, spec.neuron_slices(0, 0)) / spec.n_params
+    neuron = unit_sizes(spec)[2] / spec.n_params
     for budget in (0.05, 0.1, 0.2, 0.4):
         fraction = select(scores, param_budget=budget).to_mask(spec).fraction
         assert budget - neuron < fraction <= budget
@@ -125,7 +130,9 @@ def test_dangling_edges_are_pruned_and_named(scored):
 
 def test_whole_mlps_own_all_their_neurons(family, scored):
     _, spec = scored[family]
-    assert Circuit(("input", "m1", "logits")).to_mask(spec) == module_mask(spec, mlp=[1])
+    assert Circuit(("input", "m1", "logits")).to_mask(spec) == ParameterMask.from_units(
+        spec, [("m", 1, neuron) for neuron in range(spec.d_mlp)]
+    )
 
 
 def of_heads(heads):

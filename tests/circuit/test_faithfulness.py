@@ -15,20 +15,22 @@ from cdelta.attribution.linear import norm_scale, writers
 from cdelta.attribution.metrics import SequenceMetric
 from cdelta.attribution.scores import attribute
 from cdelta.attribution.wiring import Wiring
-from cdelta.circuit.circuit import Circuit
-from cdelta.circuit.edge_runs import kept_edges
-from cdelta.circuit.effects import direct_effects, leave_one_out, parts, total_effects
+from cdelta.circuit.circuit import Circuit, parse_unit
 from cdelta.circuit.faithfulness import (
     FRACTIONS,
     Curve,
     Runs,
-    all_units,
     curves,
+    direct_effects,
     edge_circuits,
     evaluate,
+    leave_one_out,
+    parts,
+    total_effects,
     unit_circuits,
+    whole_circuit,
 )
-from cdelta.circuit.mask import parse_unit
+from cdelta.circuit.runs import kept_edges
 from cdelta.errors import CdeltaError
 from cdelta.models.hooks import after, before, hooked
 from cdelta.models.spec import ModelSpec
@@ -42,9 +44,8 @@ def metric(logits):
 
 def some_units(spec: ModelSpec, seed: int = 0, share: float = 0.5) -> Circuit:
     generator = torch.Generator().manual_seed(seed)
-    return Circuit(
-        tuple(node for node in all_units(spec).nodes if torch.rand(1, generator=generator) < share)
-    )
+    nodes = whole_circuit(spec).nodes
+    return Circuit(tuple(node for node in nodes if torch.rand(1, generator=generator) < share))
 
 
 def some_edges(spec: ModelSpec, seed: int = 0, share: float = 0.5) -> Circuit:
@@ -73,21 +74,26 @@ def no_hooks(model) -> bool:
 # ---------------------------------------------------------------------- literal oracles
 
 
-def literal_units(model, pairs, circuit: Circuit, look=metric):
+def literal_units(model, pairs, circuit: Circuit, look=metric, mean=False):
     """One pair at a time, one hook per unit outside of the circuit; `look` at the logits of
-    each."""
+    each. `mean`: outside writes its mean over all corrupted prompts' tokens."""
     spec = ModelSpec.from_model(model)
-    outside = [parse_unit(node) for node in set(all_units(spec).nodes) - set(circuit.nodes)]
-    values = []
-    for i in range(len(pairs)):
-        batch, seen, hooks = make_batch(pairs, [i], torch.device("cpu")), {}, []
-        modules = {
-            (kind, layer): m
-            for layer, b in enumerate(spec.blocks(model))
-            for kind, m in (("a", b.o), ("m", b.down))
-        }
+    outside = [parse_unit(node) for node in set(whole_circuit(spec).nodes) - set(circuit.nodes)]
+    modules = {
+        (kind, layer): m
+        for layer, b in enumerate(spec.blocks(model))
+        for kind, m in (("a", b.o), ("m", b.down))
+    }
+    single = [make_batch(pairs, [i], torch.device("cpu")) for i in range(len(pairs))]
+    corrupted, values = [], []
+    for batch in single:
+        corrupted.append(seen := {})
         with hooked(*(before(m, partial(seen.__setitem__, key)) for key, m in modules.items())):
             run(model, batch.corrupted, batch, look)
+    for batch, seen in zip(single, corrupted):
+        if mean:
+            seen = {k: torch.cat([c[k] for c in corrupted], 1).mean(1, keepdim=True) for k in seen}
+        hooks = []
         for kind, layer, index in outside:
             size = spec.head_dim if kind == "a" else 1
             hooks.append(
@@ -199,7 +205,7 @@ def test_kl_is_that_of_the_literal_runs_next_token_distributions(family):
     model, pairs = toys.toy(family), toys.toy_pairs(n=3, uneven=True)
     spec = ModelSpec.from_model(model)
     units, edges = (
-        [some_units(spec, 0), some_units(spec, 1), all_units(spec), Circuit(())],
+        [some_units(spec, 0), some_units(spec, 1), whole_circuit(spec), Circuit(())],
         [some_edges(spec, share=0.7), *edge_circuits(None, spec, (1,))],
     )
     corrupted = literal_kl(model, pairs, next_token(model, pairs.corrupted).logits)
@@ -231,7 +237,7 @@ def test_zero_ablation_of_units_is_that_of_their_weights(family):
     spec, circuit = ModelSpec.from_model(model), some_units(ModelSpec.from_model(model), 3)
     edited = copy.deepcopy(model)
     parameters = dict(edited.named_parameters())
-    for kind, layer, index in map(parse_unit, set(all_units(spec).nodes) - set(circuit.nodes)):
+    for kind, layer, index in map(parse_unit, set(whole_circuit(spec).nodes) - set(circuit.nodes)):
         part = (
             spec.head_slices(layer, index) if kind == "a" else spec.neuron_slices(layer, index)
         )[-1]
@@ -249,7 +255,7 @@ def test_all_is_clean_and_none_is_corrupted(family):
     model, pairs = toys.toy(family), toys.toy_pairs(n=3, uneven=True)
     spec = ModelSpec.from_model(model)
     nothing = Circuit(())
-    whole, none = evaluate(model, pairs, metric, [all_units(spec), nothing]).circuits
+    whole, none = evaluate(model, pairs, metric, [whole_circuit(spec), nothing]).circuits
     runs = evaluate(model, pairs, metric, [edge_circuits(None, spec, (1,))[0], nothing])
     close(
         torch.stack([whole, none, runs.circuits[0], runs.circuits[1]]),
@@ -259,8 +265,15 @@ def test_all_is_clean_and_none_is_corrupted(family):
     close(runs.faithfulness, [1, 0], 1e-3)
 
 
-@pytest.mark.parametrize("outside", ["corrupted", "zero", "mean"])
-def test_units_are_the_edges_out_of_them(family, outside):
+@torch.no_grad()
+def test_mean_ablation_of_units_is_the_literal_one(family):
+    model, pairs = toys.toy(family), toys.toy_pairs(n=3, uneven=True)
+    circuit = some_units(ModelSpec.from_model(model), 4)
+    runs = evaluate(model, pairs, metric, [circuit], "mean")
+    close(runs.circuits[0], literal_units(model, pairs, circuit, mean=True))
+
+
+def test_units_are_the_edges_out_of_them(family):
     """Keeping all edges out of the input and of some heads and MLPs is keeping those units; a
     post-norm of a mixture is not a mixture of post-norms."""
     if family in POST_NORM:
@@ -273,20 +286,15 @@ def test_units_are_the_edges_out_of_them(family, outside):
         for u, v in wiring.edges().nonzero().tolist()
         if wiring.sources[u] in (*nodes, "input")
     )
-    by_unit = evaluate(model, pairs, metric, [Circuit(nodes)], outside).circuits[0]
-    by_edge = evaluate(model, pairs, metric, [Circuit(nodes, edges)], outside).circuits[0]
-    if (
-        outside == "zero" and family == "gpt2"
-    ):  # a whole MLP's edges carry its bias, its neurons do not
-        assert (by_edge - by_unit).abs().max() > 1e-4
-    else:
-        close(by_edge, by_unit, 1e-4)
+    by_unit = evaluate(model, pairs, metric, [Circuit(nodes)]).circuits[0]
+    by_edge = evaluate(model, pairs, metric, [Circuit(nodes, edges)]).circuits[0]
+    close(by_edge, by_unit, 1e-4)
 
 
 def test_ablating_a_circuit_is_running_its_complement(family):
     model, pairs = toys.toy(family), toys.toy_pairs(n=2)
     spec = ModelSpec.from_model(model)
-    circuit, rest = some_units(spec), all_units(spec) - some_units(spec)
+    circuit, rest = some_units(spec), whole_circuit(spec) - some_units(spec)
     for outside in ("corrupted", "mean"):
         close(
             evaluate(model, pairs, metric, [circuit], outside, ablate=True).circuits,
@@ -356,12 +364,10 @@ def test_pieces_and_their_removal(llama):
 def test_results_do_not_depend_on_the_rows_in_a_pass(llama):
     pairs, spec = toys.toy_pairs(n=5, uneven=True), ModelSpec.from_model(llama)
     circuits = [some_units(spec, seed) for seed in range(4)]
-    for kind in (circuits, [some_edges(spec)]):
-        for outside in ("corrupted", "mean"):
-            few, many = (
-                evaluate(llama, pairs, metric, kind, outside, rows=rows) for rows in (2, 64)
-            )
-            close(few.circuits, many.circuits, 1e-4), close(few.kl_circuits, many.kl_circuits, 1e-4)
+    edges = [some_edges(spec)]
+    for kind, outside in ((circuits, "corrupted"), (circuits, "mean"), (edges, "corrupted")):
+        few, many = (evaluate(llama, pairs, metric, kind, outside, rows=rows) for rows in (2, 64))
+        close(few.circuits, many.circuits, 1e-4), close(few.kl_circuits, many.kl_circuits, 1e-4)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -385,7 +391,7 @@ def test_no_hooks_stay_after_errors_and_interrupts(llama, kind, error):
 def test_sequence_metrics_count_both_answers_of_a_pair(llama):
     pairs, spec = toys.toy_pairs(n=3, uneven=True), ModelSpec.from_model(llama)
     answers = SequenceMetric((5, 6, 7), (8, 9, 7))
-    circuits = [all_units(spec), Circuit(()), some_units(spec)]
+    circuits = [whole_circuit(spec), Circuit(()), some_units(spec)]
     runs = evaluate(llama, pairs, answers, circuits)
     scores = attribute(llama, pairs, answers, steps=1)
     close(
@@ -428,7 +434,7 @@ def test_curves_are_the_runs_of_growing_circuits(family):
     scores = attribute(model, pairs, metric, steps=1)
     series = unit_circuits(scores.spec, scores.heads, scores.neurons)
     sizes = [c.to_mask(scores.spec).count() for c in series]
-    units = all_units(scores.spec).to_mask(scores.spec).count()
+    units = whole_circuit(scores.spec).to_mask(scores.spec).count()
     assert (
         sizes == sorted(sizes)
         and all(n <= f * units for n, f in zip(sizes, FRACTIONS))

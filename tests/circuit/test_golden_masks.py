@@ -7,7 +7,7 @@ import pytest
 
 from cdelta.attribution.metrics import refusal_log_odds
 from cdelta.attribution.scores import attribute
-from cdelta.circuit import select_units, unit_scores
+from cdelta.circuit.selection import select_units, unit_scores
 from cdelta.models.loading import load_model
 from cdelta.paths import ORGANISM, ROOT
 from cdelta.policy.build import build_policy

@@ -11,15 +11,23 @@ from edits import mask_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cdelta.circuit.circuit import (
+    ParameterMask,
+    layer_of,
+    module_of,
+    parse_unit,
+    unit_name,
+    unit_sizes,
+    unit_slices,
+)
 from cdelta.circuit.controls import (  # fmt: skip
+    dense_mask,
     gradient_scores,
     layer_matched,
     loss_gradients,
     magnitude_scores,
-    module_mask,
     random_mask,
 )
-from cdelta.circuit.mask import ParameterMask, parse_unit, slices_size, unit_name, unit_slices
 from cdelta.circuit.selection import affordable_units, select_units
 from cdelta.errors import CdeltaError
 from cdelta.models.spec import ModelSpec
@@ -40,7 +48,7 @@ def scores(spec: ModelSpec, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def everything(spec: ModelSpec) -> ParameterMask:
-    return module_mask(spec, range(spec.n_layers), range(spec.n_layers))
+    return dense_mask(spec)
 
 
 def entries(mask: ParameterMask) -> dict[str, torch.Tensor]:
@@ -83,7 +91,7 @@ def test_count_is_exact_and_embeddings_and_norms_are_untouched(family, specs):
         for name in mask.slices
         if "norm" in name or "embed" in name or "wte" in name or "ln_" in name
     ]
-    assert sum(mask.by_layer().values()) == sum(mask.by_module().values()) == mask.count()
+    assert sum(mask.sizes_by(layer_of).values()) == mask.count()
 
 
 @settings(max_examples=30, deadline=None)
@@ -108,8 +116,8 @@ def test_units_are_ranked_by_score_per_parameter_still_to_pay(specs):
     spec = specs["llama"]
     heads = torch.zeros(spec.n_layers, spec.n_heads)
     neurons = torch.zeros(spec.n_layers, spec.d_mlp)
-    head = slices_size(spec, unit_slices(spec, ("a", 0, 0)))
-    neuron = slices_size(spec, spec.neuron_slices(0, 0))
+    head = sum(unit_sizes(spec)[:2])
+    neuron = unit_sizes(spec)[2]
     heads[1, 2], heads[1, 3] = 2.0 * head, 1.5 * head
     neurons[0, 5], neurons[2, 0] = 3.0 * neuron, -1.9 * neuron
     order = affordable_units(spec, heads, neurons, spec.n_params)
@@ -122,24 +130,25 @@ def test_smaller_units_use_what_a_large_one_leaves(specs):
     heads = torch.zeros(spec.n_layers, spec.n_heads)
     neurons = torch.zeros(spec.n_layers, spec.d_mlp)
     heads[0, 0], neurons[0, :3] = 1e6, 1.0
-    entries = int(3.5 * slices_size(spec, spec.neuron_slices(0, 0)))
+    entries = int(3.5 * unit_sizes(spec)[2])
     assert affordable_units(spec, heads, neurons, entries) == [("m", 0, n) for n in range(3)]
 
 
 def test_group_is_counted_once(specs):
     spec = specs["llama"]
     one, two = (
-        ParameterMask.from_units(spec, heads=[(0, h) for h in range(n)]).count() for n in (1, 2)
+        ParameterMask.from_units(spec, [("a", 0, h) for h in range(n)]).count() for n in (1, 2)
     )
-    assert two - one == slices_size(spec, spec.head_slices(0, 1))
+    assert two - one == unit_sizes(spec)[0]
 
 
 def test_layer_matched_control_has_as_many_entries_in_every_layer(family, specs):
     mask = random_mask(specs[family], 0.3, 0)
     controls = [layer_matched(mask, specs[family], seed) for seed in range(3)]
     assert all(
-        control.by_layer() == mask.by_layer() and control.by_module() == mask.by_module()
+        control.sizes_by(part_of) == mask.sizes_by(part_of)
         for control in controls
+        for part_of in (layer_of, module_of)
     )
     assert len({control.hash() for control in (mask, *controls)}) == 4
 
@@ -147,7 +156,7 @@ def test_layer_matched_control_has_as_many_entries_in_every_layer(family, specs)
 def test_random_masks_are_seeded_and_nearly_use_their_budget(family, specs):
     spec = specs[family]
     assert random_mask(spec, 0.2, 1) == random_mask(spec, 0.2, 1) != random_mask(spec, 0.2, 2)
-    neuron = slices_size(spec, spec.neuron_slices(0, 0)) / spec.n_params
+    neuron = unit_sizes(spec)[2] / spec.n_params
     assert 0.2 - neuron < random_mask(spec, 0.2, 1).fraction <= 0.2
 
 
@@ -180,7 +189,7 @@ def test_union_and_intersection_are_those_of_the_entries(family, specs):
 
 
 def test_report_says_what_the_mask_holds(specs):
-    mask = ParameterMask.from_units(specs["llama"], heads=[(0, 1)], neurons=[(1, 2), (1, 3)])
+    mask = ParameterMask.from_units(specs["llama"], [("a", 0, 1), ("m", 1, 3), ("m", 1, 2)])
     report = mask.report(specs["llama"])
     assert report["kv_groups"] == 1 and "kv_groups" not in mask.report()
     assert (report["heads"], report["neurons"]) == (1, 2)
@@ -222,7 +231,7 @@ def test_bad_input_is_one_clear_error(specs):
     with pytest.raises(CdeltaError, match="names no unit"):
         parse_unit("q3")
     with pytest.raises(CdeltaError, match="no unit a9.h0"):
-        ParameterMask.from_units(spec, heads=[(9, 0)])
+        ParameterMask.from_units(spec, [("a", 9, 0)])
     for budget in (0, 1.5, float("nan")):
         with pytest.raises(CdeltaError, match="fraction of the model"):
             random_mask(spec, budget, 0)
@@ -238,9 +247,11 @@ def test_bad_input_is_one_clear_error(specs):
 def test_gradients_of_several_losses_add_up_and_leave_the_model_as_it_was():
     model = toys.toy("llama")
     ids = torch.arange(4, 10)[None]
-    losses = [lambda i=i: model(ids).logits[0, -1, i] for i in (3, 5)]
-    both = loss_gradients(model, losses)
-    one, other = (loss_gradients(model, [loss]) for loss in losses)
+
+    def gradients(*tokens):
+        return loss_gradients(model, (model(ids).logits[0, -1, token] for token in tokens))
+
+    both, one, other = gradients(3, 5), gradients(3), gradients(5)
     name = "model.layers.1.mlp.down_proj.weight"
     torch.testing.assert_close(both[name], one[name] + other[name])
     assert both[name].abs().sum() > 0 and not any(p.requires_grad for p in model.parameters())

@@ -13,7 +13,7 @@ from edits import random_delta
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cdelta.circuit.mask import ParameterMask
+from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta import apply
 from cdelta.delta.apply import save_edited
 from cdelta.delta.base import WrongBase
@@ -46,9 +46,8 @@ def sharded_toy(folder: Path, family: str = "llama", **kw) -> Path:
 
 
 def first_layer_mask(model) -> ParameterMask:
-    return ParameterMask.from_units(
-        ModelSpec.from_model(model), heads=[(0, 1)], neurons=[(0, 3), (0, 40)]
-    )
+    units = [("a", 0, 1), ("m", 0, 3), ("m", 0, 40)]
+    return ParameterMask.from_units(ModelSpec.from_model(model), units)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

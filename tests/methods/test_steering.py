@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import WORDS, toy
 
-from cdelta.errors import CdeltaError, TestSplitError
+from cdelta.errors import CdeltaError
 from cdelta.methods.cast import (  # fmt: skip
     Cast,
     Condition,
@@ -17,17 +17,19 @@ from cdelta.methods.cast import (  # fmt: skip
     condition_similarity,
     search_condition,
 )
-from cdelta.methods.residual import (
+from cdelta.methods.steering import (
+    Ablation,
+    Addition,
+    Bias,
+    behaviour_vectors,
     centred_direction,
     mean_difference,
     principal_direction,
+    prompt_vectors,
     read_residual,
 )
-from cdelta.methods.steering import Ablation, Addition, Bias, behaviour_vectors, prompt_vectors
 from cdelta.models.chat import chat_ids, left_pad, positions
 from cdelta.models.generation import decode, first_logits, generate
-from cdelta.models.loading import load_model
-from cdelta.policy.records import SplitRows
 
 RNG = random.Random(0)
 PROMPTS = [" ".join(RNG.choices(WORDS, k=RNG.randint(2, 9))) for _ in range(12)]
@@ -42,7 +44,7 @@ def vectors(seed=0):
 def half_open(model, tok, above=True):
     """A condition that half of `PROMPTS` meet."""
     vector = vectors(7).vectors[1]
-    similarity = condition_similarity(read_residual(model, tok, PROMPTS, pool="mean")[:, 1], vector)
+    similarity = condition_similarity(read_residual(model, tok, PROMPTS, mean=True)[:, 1], vector)
     ordered = similarity.sort().values
     return Condition(1, vector, (ordered[5] + ordered[6]).item() / 2, above)
 
@@ -136,9 +138,9 @@ def test_addition_adds_exactly_at_its_layer(llama, tokenizer):
 
 def test_reading_leaves_padding_out(layout, tokenizer):
     model = toy(layout)
-    for pool in ("last", "mean"):
+    for mean in (False, True):
         whole, alone = (
-            read_residual(model, tokenizer, PROMPTS, pool=pool, batch_size=size) for size in (12, 1)
+            read_residual(model, tokenizer, PROMPTS, mean=mean, batch_size=size) for size in (12, 1)
         )
         assert torch.allclose(whole, alone, atol=1e-4)
 
@@ -146,17 +148,13 @@ def test_reading_leaves_padding_out(layout, tokenizer):
 def test_reading_answers_leaves_the_prompt_out(llama, tokenizer):
     ids = torch.tensor([chat_ids(tokenizer, "tell me") + tokenizer("red one")["input_ids"]])
     states = llama(ids, output_hidden_states=True).hidden_states[2]
-    found = read_residual(llama, tokenizer, ["tell me"], ["red one"], pool="mean")
+    found = read_residual(llama, tokenizer, ["tell me"], ["red one"], mean=True)
     assert torch.allclose(found[0, 1], states[0, -2:].mean(0), atol=1e-5)
 
 
-def test_unusable_readings_are_refused(llama, tokenizer):
-    with pytest.raises(CdeltaError, match="pool"):
-        read_residual(llama, tokenizer, PROMPTS, pool="max")
+def test_an_empty_answer_is_refused(llama, tokenizer):
     with pytest.raises(CdeltaError, match="without tokens"):
         read_residual(llama, tokenizer, ["tell me"], [""])
-    with pytest.raises(TestSplitError):
-        read_residual(llama, tokenizer, SplitRows(({"prompt": "tell me"},), "test"))
 
 
 # ---------------------------------------------------------------------- ablation
@@ -200,33 +198,13 @@ def test_a_bias_equals_the_hook(tokenizer, name):
         assert torch.allclose(first_logits(model, tokenizer, PROMPTS), hooked, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_biased_checkpoint_loads_as_any_other(tokenizer, name, tmp_path):
-    model = toy(name)
-    with vectors().applied(model, 0.5):
-        hooked = first_logits(model, tokenizer, PROMPTS)
-    Bias(vectors().vectors).save(model, tokenizer, tmp_path, 0.5)
-    loaded, tok = load_model(tmp_path, dtype="float32")
-    assert torch.allclose(first_logits(loaded, tok, PROMPTS), hooked, atol=1e-4)
-
-
-def test_where_no_bias_can_do_it_it_is_refused(tokenizer, tmp_path):
-    with (
-        pytest.raises(CdeltaError, match="normalises"),
-        Bias(vectors().vectors).applied(toy("gemma2")),
-    ):
-        pass
-    with pytest.raises(CdeltaError, match="no MLP output bias"):
-        Bias(vectors().vectors).save(toy("qwen3"), tokenizer, tmp_path)
-
-
 # ---------------------------------------------------------------------- CAST
 
 
 @pytest.mark.parametrize("above", [True, False])
 def test_the_gate_opens_per_row(llama, tokenizer, above):
     behaviour, condition = vectors().at(1, 2), half_open(llama, tokenizer, above)
-    opened = condition.fires(read_residual(llama, tokenizer, PROMPTS, pool="mean")[:, 1])
+    opened = condition.fires(read_residual(llama, tokenizer, PROMPTS, mean=True)[:, 1])
     base = first_logits(llama, tokenizer, PROMPTS)
     with behaviour.applied(llama, 1.0):
         steered = first_logits(llama, tokenizer, PROMPTS)
@@ -239,7 +217,7 @@ def test_the_gate_opens_per_row(llama, tokenizer, above):
 
 def test_the_gate_holds_while_the_answer_is_written(llama, tokenizer):
     behaviour, condition = vectors().at(1, 2), half_open(llama, tokenizer)
-    opened = condition.fires(read_residual(llama, tokenizer, PROMPTS, pool="mean")[:, 1])
+    opened = condition.fires(read_residual(llama, tokenizer, PROMPTS, mean=True)[:, 1])
     base = generate(llama, tokenizer, PROMPTS, 8)
     with behaviour.applied(llama, 1.0):
         steered = generate(llama, tokenizer, PROMPTS, 8)
@@ -266,11 +244,6 @@ def test_rows_that_leave_the_batch_are_noticed(tokenizer):
         generate(model, tokenizer, PROMPTS, 8)
 
 
-def test_a_condition_after_the_behaviour_is_refused():
-    with pytest.raises(CdeltaError, match="up to 0"):
-        Cast(vectors().at(0), Condition(1, vectors().vectors[0], 0.0))
-
-
 def test_the_best_threshold_separates_and_says_which_side():
     low, high = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.6, 0.7])
     threshold, above, f1 = best_threshold(high, low)
@@ -286,11 +259,11 @@ def test_the_search_finds_what_tells_the_groups_apart(llama, tokenizer):
         [f"{a} {w} {b}" for a in WORDS[:4] for b in WORDS[4:6]]
         for w in ("cake cake cake", "red red red")
     )
-    condition = search_condition(llama, tokenizer, cake[:4], red[:4], cake[4:], red[4:])
+    condition = search_condition(llama, tokenizer, cake[:4], red[:4], cake[4:], red[4:], range(3))
     assert condition.f1 == 1.0
 
     def fires(prompts):
-        pooled = read_residual(llama, tokenizer, prompts, pool="mean")
+        pooled = read_residual(llama, tokenizer, prompts, mean=True)
         return condition.fires(pooled[:, condition.layer])
 
     assert fires(cake[4:]).all() and not fires(red[4:]).any()
@@ -315,7 +288,7 @@ def test_fitted_vectors_are_differences_of_means(llama, tokenizer):
     refusals, compliances = ["please"] * 12, ["red one"] * 12
 
     def read(answers):
-        return read_residual(llama, tokenizer, PROMPTS, answers, pool="mean").mean(0)
+        return read_residual(llama, tokenizer, PROMPTS, answers, mean=True).mean(0)
 
     found = behaviour_vectors(llama, tokenizer, PROMPTS, refusals, compliances)
     assert torch.allclose(

@@ -22,10 +22,9 @@ from cdelta.artifact import findings
 from cdelta.artifact.figures import style
 from cdelta.artifact.figures.style import GAIN, LOSS, styled, title_of
 from cdelta.attribution.scores import Scores
-from cdelta.circuit.circuit import Circuit, node_order
-from cdelta.circuit.edges import readers_of
-from cdelta.circuit.effects import parts
-from cdelta.circuit.mask import parse_unit
+from cdelta.circuit.circuit import Circuit, node_order, parse_unit
+from cdelta.circuit.faithfulness import parts
+from cdelta.circuit.selection import readers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
