@@ -33,11 +33,10 @@ retrain = False  # train the embedded model from nothing instead of loading data
 # %%
 import pandas as pd
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.figures.attribution import base_refusal as draw_base_refusal
 from cdelta.artifact.organism import check
 from cdelta.artifact.overview import (
-    as_the_model_sees,
     base_kinds,
     base_refusal,
     model_facts,
@@ -48,6 +47,7 @@ from cdelta.artifact.subject import EMBEDDED, load_subject, prepare_subject
 from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
 from cdelta.evaluation.measure import evaluate
+from cdelta.models.chat import chat_ids
 from cdelta.policy.build import build_policy
 from cdelta.policy.selection import limited
 
@@ -72,7 +72,7 @@ run.table("tab_model", facts, "The model under study.")
 
 # %%
 records = build_policy(settings.policy, settings.categories).records
-print(as_the_model_sees(tok, records["prompt"].iloc[0]))
+print(tok.decode(chat_ids(tok, records["prompt"].iloc[0])))
 
 # %% [markdown]
 # ## What it refuses
@@ -120,7 +120,7 @@ if embedded and not settings.data.limit and not met["met"].all():
     raise AssertionError(f"the embedded model misses: {met.loc[~met['met'], 'what'].tolist()}")
 
 # %%
-conclusions.subject(refusal, met if embedded else None)
+findings.section("subject", refusal=refusal, met=met if embedded else None)
 
 # %%
 run.finish()

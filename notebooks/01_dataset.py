@@ -30,14 +30,14 @@ model_path = ""  # checkpoint folder or hub id, by default the preset's
 policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the preset's
 
 # %%
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.figures.attribution import prompt_view
 from cdelta.artifact.overview import (
     counts_table,
     dropped_table,
     example_pairs,
     keyword_audit,
-    overlap_matrix,
+    near_repeats,
     pair_yields,
     seen_pairs,
     sources_table,
@@ -90,10 +90,8 @@ run.table("tab_counts", counts, "Prompts per source, category, role and split.")
 
 # %%
 run.table("tab_sources", sources_table(data).astype(str), "Sources, revisions, licences.")
-dropped = dropped_table(data).groupby(level=[0, 1]).sum().reset_index()
-run.table(
-    "tab_dropped", dropped, "What was read, what was dropped for which reason, what was kept."
-)
+caption = "What was read, what was dropped for which reason, what was kept."
+run.table("tab_dropped", dropped_table(data), caption)
 
 # %% [markdown]
 # Target prompts without any keyword of their category are label noise, or worded unusually.
@@ -116,7 +114,7 @@ run.table("tab_examples", example_pairs(data, count=2), "Example pairs of the di
 
 # %%
 known = tokenizers(tok, data.records["prompt"].tolist())
-yields = pair_yields(data, known, splits=("discover",))
+yields = pair_yields(data, known)
 run.table("tab_pairs", yields, "Pairs of equal token length per tokenizer (discover split).")
 
 # %% [markdown]
@@ -128,13 +126,13 @@ run.table("tab_pairs", yields, "Pairs of equal token length per tokenizer (disco
 # on the test split is what surface words alone tell, and a line for the edit to reach.
 
 # %%
-leaks = int(overlap_matrix(data).to_numpy().sum() // 2)
+leaks = near_repeats(data)
 classifier = text_classifier(data.records, settings.categories)
 classifier.to_parquet(run.path("classifier.parquet"), index=False)
 run.table("tab_classifier", classifier, "What a classifier of texts would refuse (test split).")
 
 # %%
-conclusions.data(data.records, leaks, classifier)
+findings.section("data", records=data.records, leaks=leaks, classifier=classifier)
 
 # %% [markdown]
 # ## What the model says

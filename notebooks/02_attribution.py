@@ -42,7 +42,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 # %%
 import pandas as pd
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.bench import OPENINGS, opening_rows, save_openings
 from cdelta.artifact.figures.attribution import agreement, convergence, score_maps
 from cdelta.artifact.figures.pictures import idea
@@ -164,7 +164,7 @@ run.figure(
 )
 
 # %%
-conclusions.attribution(table, errors, edges, how.ig_steps)
+findings.section("attribution", scores=table, errors=errors, edges=edges, steps=how.ig_steps)
 
 # %%
 run.finish()

@@ -33,7 +33,7 @@ model_path = ""  # checkpoint folder or hub id, by default the preset's
 policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the preset's
 
 # %%
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.attention import attention_of, component_table, strongest_parts, top_heads
 from cdelta.artifact.controls import (
     CONTROLS,
@@ -78,7 +78,7 @@ top = study.per_category(lambda c: top_heads(circuits[c], study.scores[c].heads,
 run.table("tab_top_units", top, "The three strongest heads by the masks' ranking.")
 
 # %%
-conclusions.where_masks_lie(depth)
+findings.section("where_masks_lie", depth=depth)
 
 # %% [markdown]
 # ## Does the circuit do the refusing?
@@ -144,7 +144,7 @@ run.figure(
 )
 
 # %%
-conclusions.does_the_circuit_do_it(controls, faithful)
+findings.section("does_the_circuit_do_it", controls=controls, faithful=faithful)
 
 # %% [markdown]
 # ## Would other pairs, phrasings or settings give the same circuit?
@@ -191,7 +191,9 @@ run.figure(
 )
 
 # %%
-conclusions.how_stable(table, settings.stable_at, jaccard, chance)
+findings.section(
+    "how_stable", table=table, threshold=settings.stable_at, jaccard=jaccard, chance=chance
+)
 
 # %% [markdown]
 # ## What the parts do

@@ -44,7 +44,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 from tqdm import tqdm
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.bench import VALIDATION, Bench, before_and_after, chosen_rows
 from cdelta.artifact.figures.evaluation import scale_curves
 from cdelta.artifact.fits import edits_of, finished_edits
@@ -105,7 +105,7 @@ answers = before_and_after(bench, {c: deltas[c, seed] for c in settings.categori
 run.table("tab_before_after", answers, "Answers before and after (validation, first seed).")
 
 # %%
-conclusions.edit(bands, picked, table)
+findings.section("edit", bands=bands, chosen=picked, rows=table)
 
 # %%
 run.finish()

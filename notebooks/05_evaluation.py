@@ -34,12 +34,12 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 # %%
 import pandas as pd
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.figures import evaluation as draw
 from cdelta.artifact.jobs import Comparison
 from cdelta.artifact.overview import benign_lengths, classifier_line, labelled_answers
 from cdelta.artifact.run import open_run
-from cdelta.artifact.targets import LLM, ORGANISM, Evidence, targets_met
+from cdelta.artifact.targets import targets_met
 from cdelta.evaluation import tables
 from cdelta.evaluation.calibration import calibrations, reliability
 from cdelta.evaluation.classifiers import RULE_JUDGES, classifier
@@ -104,7 +104,7 @@ run.table("tab_compare", compared, "C-ΔΘ against every method on the same test
 print(verdicts(compared))
 
 # %%
-conclusions.selectivity(rates, compared)
+findings.section("selectivity", measured=rates, compared=compared)
 
 # %% [markdown]
 # ## Every edit against every prompt
@@ -170,7 +170,7 @@ for id, table, caption in (
     run.table(id, table, caption, digits=4) if len(table) else print(f"{id}: not asked for")
 
 # %%
-conclusions.side_effects(matrix, rates)
+findings.section("side_effects", matrix=matrix, measured=rates)
 
 # %% [markdown]
 # ## Out of distribution
@@ -188,7 +188,7 @@ run.figure(
     draw.out_of_distribution(pooled),
     "Target refusal on out-of-distribution sets: all categories (Wilson 95 %), single in grey.",
 )
-conclusions.unseen(pooled)
+findings.section("unseen", pooled=pooled)
 
 # %% [markdown]
 # ## Robustness
@@ -204,7 +204,7 @@ attacked = robustness[robustness["method"].isin(settings.evaluation.attacked)]
 attacked = attacked[~attacked["attack"].isin(ood["ood_set"])]
 pooled = with_pooled(attacked, ["attack", "method"], "target_refusal")
 run.figure("fig_robustness", draw.robustness(pooled), "Target refusal before and after attacks.")
-conclusions.robust(pooled)
+findings.section("robust", pooled=pooled)
 
 # %% [markdown]
 # ## What more strength would cost
@@ -245,11 +245,11 @@ run.figure(
 # ## Were the targets met?
 
 # %%
-evidence = Evidence(rows, shifts=shift, lengths=lengths, tasks=tasks, perplexities=perplexities)
-goals = ORGANISM if settings.policy == "synthetic" else LLM
-met = targets_met(evidence, goals)
+subject = "organism" if settings.policy == "synthetic" else "llm"
+other = {"shifts": shift, "lengths": lengths, "tasks": tasks, "perplexities": perplexities}
+met = targets_met(rows, subject, **other)
 run.table("tab_targets", met, "The targets set beforehand, and what was measured (test split).")
-conclusions.targets(met)
+findings.section("targets", table=met)
 
 # %%
 run.finish()

@@ -34,7 +34,7 @@ import json
 
 import pandas as pd
 
-from cdelta.artifact import conclusions, deployment, findings
+from cdelta.artifact import deployment, findings
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.figures.evaluation import touched_entries
 from cdelta.artifact.run import open_run
@@ -88,9 +88,10 @@ run.table("tab_files", files, "Files of the edited checkpoint beside the base's.
 
 # %%
 changed = deployment.changed_entries(folder, edited, delta)
+headline = findings.title("touched", changed=delta.count(), total=bench.spec.n_params)
 run.figure(
     "fig_touched",
-    touched_entries(changed, findings.touched(delta.count(), bench.spec.n_params)),
+    touched_entries(changed, headline),
     f"Entries that differ between the base and the {category} edit on disk (white: the same bits).",
 )
 
@@ -172,7 +173,7 @@ run.table(
 )
 
 # %%
-conclusions.deployment(report, exact, runtimes, rounding)
+findings.section("deployment", report=report, exact=exact, runtimes=runtimes, rounding=rounding)
 
 # %%
 run.finish()

@@ -32,7 +32,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 from tqdm import tqdm
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.composition import interference, removals, subsets
 from cdelta.artifact.figures.evaluation import composition_map
@@ -91,7 +91,7 @@ conflicts = conflict_table(
 run.table("tab_conflicts", conflicts, "Ways to edit several categories at once (test).")
 
 # %%
-conclusions.composed(table, chosen)
+findings.section("composed", table=table, sums=chosen)
 
 # %% [markdown]
 # ## One category taken out again

@@ -30,7 +30,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 # %%
 import pandas as pd
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.figures.evaluation import serving_cost
 from cdelta.artifact.jobs import Comparison
 from cdelta.artifact.run import open_run
@@ -98,7 +98,7 @@ run.figure(
 )
 
 # %%
-conclusions.cost(table)
+findings.section("cost", serving=table)
 
 # %%
 run.finish()

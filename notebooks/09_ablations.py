@@ -33,7 +33,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 from tqdm import tqdm
 
-from cdelta.artifact import conclusions
+from cdelta.artifact import findings
 from cdelta.artifact.ablations import as_is, budget_lines, fit_variant, variant_row, variants
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.figures.evaluation import budget_curves
@@ -88,7 +88,7 @@ run.figure(
 )
 
 # %%
-conclusions.ablations(lines)
+findings.section("ablations", lines=lines)
 
 # %% [markdown]
 # ## One scale per layer

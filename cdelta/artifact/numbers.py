@@ -1,10 +1,14 @@
-"""Numbers as a reader wants them: 43136 instead of 4.314e+04, and rates as percentages."""
+"""Numbers and texts as a reader wants them: 43136 instead of 4.314e+04, rates as percentages, and
+what the templates beside this module make of them.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 RATE = re.compile(
     r"rate|refus(al|ed)(_.*)?|.*_(refusal|low|high)|share|accuracy.*|kept|precision|recall"
@@ -22,9 +26,12 @@ def rate_columns(columns: Iterable[str]) -> set[str]:
     return rates | {name for name in names if name in BOUNDS and rates}
 
 
+# ---------------------------------------------------------------------- cells of tables
+
+
 def readable(value: object, percent: bool = False, digits: int = 3) -> str:
     """A cell as text: three significant digits, no exponents between 0.001 and a million."""
-    if isinstance(value, bool) or str(value) in ("True", "False"):
+    if str(value) in ("True", "False"):
         return "yes" if str(value) == "True" else "no"
     number = as_number(value)
     if number is None:
@@ -38,8 +45,6 @@ def readable(value: object, percent: bool = False, digits: int = 3) -> str:
 
 def as_number(value: object) -> float | None:
     """The number that a cell holds; None for a text."""
-    if isinstance(value, str) and not re.fullmatch(r"\s*[-+]?(\d|\.\d|nan|inf).*", value):
-        return None
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -48,12 +53,68 @@ def as_number(value: object) -> float | None:
 
 def decimals(number: float, digits: int) -> str:
     """Whole numbers as they are; others to so many significant digits."""
-    if not math.isfinite(number):
-        return str(number)
-    if number == int(number) and abs(number) < 1e15:
+    if number.is_integer() and abs(number) < 1e15:
         return str(int(number))
-    size = math.floor(math.log10(abs(number)))
-    if -4 <= size < 7:
-        text = f"{number:.{max(0, digits - 1 - size)}f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{number:.{digits - 1}e}"
+    if not 1e-4 <= abs(number) < 1e7:
+        return f"{number:.{digits - 1}e}"
+    places = digits - 1 - math.floor(math.log10(abs(number)))
+    text = f"{number:.{max(0, places)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+# ---------------------------------------------------------------------- words of sentences
+
+
+def percent(rate: float) -> str:
+    """A rate as text, with a decimal only below 10 %."""
+    value = 100 * rate
+    return f"{value:.0f} %" if value >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f} %"
+
+
+def span(rates: Iterable[float], form: str = "") -> str:
+    """The least and the greatest of some rates: ``92-100 %``, or one number where they agree."""
+    values = [value for value in rates if not math.isnan(value)]
+    if not values:
+        return "(nothing measured)"
+    low, high = map(form.format if form else percent, (min(values), max(values)))
+    return high if low == high else f"{low.removesuffix(' %')}–{high}"
+
+
+def listed(names: Iterable[object]) -> str:
+    """``a, b and c``."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def each(values: Mapping[str, object], form: str = "{name} {value}") -> str:
+    """All of some named values, shares as percentages: ``crime 10 %, hate 20 % and legal 30 %``."""
+    return listed(
+        form.format(
+            name=name.replace("_", " "),
+            value=percent(value) if isinstance(value, float) else value,
+        )
+        for name, value in values.items()
+    )
+
+
+# ---------------------------------------------------------------------- templates
+
+TEMPLATES = Environment(
+    loader=PackageLoader("cdelta.artifact", "templates"),
+    autoescape=select_autoescape(["html", "html.j2"]),
+    trim_blocks=True,
+    undefined=StrictUndefined,
+)
+for word in (readable, percent, span, listed, each):
+    TEMPLATES.filters[word.__name__] = word
+
+
+def page(template: str, **facts: object) -> str:
+    """A template, filled in."""
+    return TEMPLATES.get_template(template).render(facts)
+
+
+def block(template: str, name: str, **facts: object) -> str:
+    """One block of a template, filled in."""
+    found = TEMPLATES.get_template(template)
+    return "".join(found.blocks[name](found.new_context(facts))).strip()

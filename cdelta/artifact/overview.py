@@ -6,8 +6,6 @@ Third-party harmful prompts appear shortened.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,31 +46,28 @@ def model_facts(name: str, model, tok) -> pd.DataFrame:
     return pd.DataFrame(facts.items(), columns=["property", "value"]).astype(str)
 
 
-def as_the_model_sees(tok, prompt: str) -> str:
-    """A prompt in the chat template, special tokens included."""
-    return tok.decode(chat_ids(tok, prompt))
+def shorten(prompt: str, words: int = 8) -> str:
+    """The first words of a prompt."""
+    found = prompt.split()
+    return " ".join(found[:words]) + (" ..." if len(found) > words else "")
 
 
-def sample_answers(rows: pd.DataFrame, words: int = 25) -> pd.DataFrame:
+def sample_answers(rows: pd.DataFrame) -> pd.DataFrame:
     """The first answer per category and kind of prompt, both shortened: ``category, kind, prompt,
     answer, outcome``.
     """
-    shown = rows.groupby(["category", "kind"], sort=False).head(1)
-    return pd.DataFrame(
-        {
-            "category": shown["category"],
-            "kind": shown["kind"],
-            "prompt": [shorten(prompt, 12) for prompt in shown["prompt"]],
-            "answer": [shorten(answer, words) for answer in shown["answer"]],
-            "outcome": shown["outcome"],
-        }
-    ).reset_index(drop=True)
+    shown = rows.groupby(["category", "kind"], sort=False).head(1).reset_index(drop=True)
+    prompts, answers = (
+        shown["prompt"].apply(shorten, words=12),
+        shown["answer"].apply(shorten, words=25),
+    )
+    columns = ["category", "kind", "prompt", "answer", "outcome"]
+    return shown.assign(prompt=prompts, answer=answers)[columns]
 
 
 def base_kinds(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of the base with their kind; a category's own harm is its target."""
-    kinds = with_kind(rows, "")
-    return kinds.assign(kind=kinds["kind"].replace("other", "target"))
+    return with_kind(rows, "").replace({"kind": {"other": "target"}})
 
 
 def base_refusal(rows: pd.DataFrame) -> pd.DataFrame:
@@ -86,188 +81,117 @@ def base_refusal(rows: pd.DataFrame) -> pd.DataFrame:
 
 def counts_table(records: pd.DataFrame) -> pd.DataFrame:
     """Prompts per source, category and role (rows) and split (columns)."""
-    table = records.pivot_table(
-        index=["source", "category", "role"],
-        columns="split",
-        values="id",
-        aggfunc="count",
-        fill_value=0,
-    )
-    return table.reindex(columns=[s for s in SPLITS if s in table], fill_value=0).astype(int)
+    groups = [records[name] for name in ("source", "category", "role")]
+    table = pd.crosstab(groups, records["split"])
+    return table[[split for split in SPLITS if split in table]]
 
 
 def dropped_table(policy: Policy) -> pd.DataFrame:
-    """Per source, category and split: what was read, what was dropped for which reason, and what
-    was kept.
-    """
-    counted = policy.report[policy.report["split"] != ""]
-    table = counted.pivot_table(
-        index=["source", "category", "split"],
-        columns="step",
-        values="rows",
-        aggfunc="sum",
-        fill_value=0,
-    )
-    reasons = [step for step in table if step not in ("read", "kept")]
-    return table[["read", *reasons, "kept"]].astype(int)
+    """Per source and category: what was read, what was dropped for which reason, what was kept."""
+    counted = policy.report.query("split != ''")
+    table = counted.pivot_table("rows", ["source", "category"], "step", "sum", fill_value=0)
+    reasons = table.columns.drop(["read", "kept"])
+    return table[["read", *reasons, "kept"]].astype(int).reset_index()
 
 
 def sources_table(policy: Policy) -> pd.DataFrame:
     """One line per source: revision and whether we pinned it, licence, gating, rows kept, what was
     not selected or why it was skipped.
     """
+    whole = policy.report.query("split == ''")
+    left = whole[whole["rows"] > 0]
+    notes = left["step"] + ": " + left["rows"].astype(str) + " rows other than " + left["detail"]
+    notes = dict(zip(left["source"], notes))
     known = {source["source"]: source for source in policy.manifest["sources"]}
-    whole = policy.report[policy.report["split"] == ""]
-    notes = {
-        row.source: f"{row.step}: {row.rows} rows other than {row.detail}"
-        for row in whole.itertuples()
-        if row.rows
-    }
-    kept = []
+    found = []
     for row in policy.manifest["contents"]:
-        name = row["source"]
-        facts = {key: known[name].get(key, False) for key in ("pinned", "gated")}
-        kept.append(row | facts | {"note": notes.get(name, "")})
-    skipped = [
-        {
-            "source": row.source,
-            "source_revision": SOURCES[row.source].revision,
-            "license": SOURCES[row.source].license,
-            "rows": 0,
-            "pinned": True,
-            "gated": SOURCES[row.source].gated,
-            "note": row.detail,
-        }
-        for row in whole[whole["step"] == "skipped"].itertuples()
-    ]
-    return pd.DataFrame(kept + skipped)
+        facts = {key: known[row["source"]].get(key, False) for key in ("pinned", "gated")}
+        found.append(row | facts | {"note": notes.get(row["source"], "")})
+    for row in whole.query("step == 'skipped'").itertuples():
+        source = SOURCES[row.source]
+        facts = {"source_revision": source.revision, "license": source.license, "rows": 0}
+        facts |= {"pinned": True, "gated": source.gated, "note": row.detail}
+        found.append({"source": row.source} | facts)
+    return pd.DataFrame(found)
 
 
-def overlap_matrix(policy: Policy) -> pd.DataFrame:
-    """Rows of one source and split (row) that are exact or near-duplicates of a row of another
-    (column).
+def near_repeats(policy: Policy) -> int:
+    """How often a prompt is an exact or near-duplicate of one of another source and split.
 
-    Leaking rows that the build dropped count as well: the matrix shows the data as they came.
+    Leaking rows that the build dropped count as well: this is about the data as they came.
     """
-    columns = ["prompt", "source", "split", "role", "group_id"]
     leaked = policy.dropped[policy.dropped["reason"].str.startswith("near-duplicate")]
-    leaked = leaked.reindex(columns=columns, fill_value="")
-    rows = pd.concat([policy.records[columns], leaked], ignore_index=True)
-    name = (rows["source"] + " " + rows["split"]).to_numpy(dtype=object)
-    found = find_overlaps(rows)
-    both = [found[["left", "right"]].to_numpy(), found[["right", "left"]].to_numpy()]
-    pairs = np.concatenate(both)
-    hits = pd.DataFrame({"row": pairs[:, 0], "of": name[pairs[:, 0]], "in": name[pairs[:, 1]]})
-    counts = hits.drop_duplicates().groupby(["of", "in"]).size().unstack(fill_value=0)
-    names = sorted(set(name), key=_by_split)
-    counts = counts.reindex(index=names, columns=names, fill_value=0).astype(int)
-    return counts.rename_axis(index="rows of", columns="that nearly repeat one of")
-
-
-def _by_split(name: str) -> tuple[str, int]:
-    source, split = name.rsplit(" ", 1)
-    return source, SPLITS.index(split)
+    rows = pd.concat([policy.records, leaked], ignore_index=True).fillna({"group_id": ""})
+    found = find_overlaps(rows)[["left", "right"]]
+    both = pd.concat([found, found.set_axis(["right", "left"], axis=1)])
+    place = rows["source"] + " " + rows["split"]
+    return len(both.assign(right=both["right"].map(place)).drop_duplicates()) // 2
 
 
 def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str, object]:
-    """Tokenizers to compare yields under: the model's own, a byte-level BPE trained on `prompts`,
-    and GPT-2's where it is in the local cache.
+    """Tokenizers to compare yields under: the model's own, and a byte-level BPE trained on
+    `prompts`.
     """
-    from transformers import AutoTokenizer
-
-    found = {"the model's own": tok}
-    found[f"BPE of {vocabulary} trained here"] = _trained_bpe(tok, prompts, vocabulary)
-    with suppress(OSError):  # not downloaded here: two will do
-        known = AutoTokenizer.from_pretrained("openai-community/gpt2", local_files_only=True)
-        found["GPT-2"] = known
-    for other in found.values():
-        other.chat_template = tok.chat_template
-    return found
-
-
-def _trained_bpe(tok, prompts: Sequence[str], vocabulary: int):
     import tokenizers as hf
     from transformers import PreTrainedTokenizerFast
 
     bpe = hf.Tokenizer(hf.models.BPE())
     bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(prompts, trainer)
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    options = {"initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(prompts, hf.trainers.BpeTrainer(vocab_size=vocabulary, **options))
     names = ("bos_token", "eos_token")
     special = {name: getattr(tok, name) for name in names if getattr(tok, name, None)}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    trained = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    trained.chat_template = tok.chat_template
+    return {"the model's own": tok, f"BPE of {vocabulary} trained here": trained}
 
 
-def pair_yields(
-    policy: Policy,
-    tokenizers: Mapping[str, object],
-    splits: Sequence[str] = ("discover", "edit", "val"),
-) -> pd.DataFrame:
-    """Pairs of equal token length per tokenizer, category and split: the columns of
+def pair_yields(policy: Policy, tokenizers: Mapping[str, object]) -> pd.DataFrame:
+    """Pairs of equal token length in the discover split, per tokenizer and category: the columns of
     `PairYield.as_dict` and `tokenizer`.
     """
     found = []
     for name, tok in tokenizers.items():
         for category in policy.categories:
-            for split in splits:
-                roles = ("target", "benign")
-                rows = policy.select(split=split, category=category, role=roles, ood_set="")
-                counts = pair_yield(rows, tok).as_dict()
-                where = {"category": category, "split": split}
-                found.append({"tokenizer": name} | counts | where)
+            roles = ("target", "benign")
+            rows = policy.select(split="discover", category=category, role=roles, ood_set="")
+            where = {"category": category, "split": "discover"}
+            found.append({"tokenizer": name} | pair_yield(rows, tok).as_dict() | where)
     return pd.DataFrame(found)
 
 
-def shorten(prompt: str, words: int = 8) -> str:
-    """The first words of a prompt."""
-    found = prompt.split()
-    return " ".join(found[:words]) + (" ..." if len(found) > words else "")
-
-
-def example_pairs(policy: Policy, count: int = 2, split: str = "discover") -> pd.DataFrame:
-    """The first pairs of each category: columns `category, prompt, benign, source`; harmful
-    third-party text is shortened.
+def example_pairs(policy: Policy, count: int = 2) -> pd.DataFrame:
+    """The first pairs of each category in the discover split: ``category, prompt, benign, source``;
+    harmful third-party text is shortened.
     """
-    rows = policy.records[(policy.records["split"] == split) & (policy.records["pair_id"] != "")]
-    targets, benign = rows[rows["role"] == "target"], rows[rows["role"] == "benign"]
-    benign = benign.drop_duplicates("pair_id")[["pair_id", "prompt"]]
-    benign = benign.rename(columns={"prompt": "benign"})
-    pairs = targets.merge(benign, on="pair_id").groupby("category").head(count)
-    hidden = pairs["source"].isin(list(SOURCES))
-    shown = [shorten(p) if hide else p for p, hide in zip(pairs["prompt"], hidden)]
-    pairs = pairs.assign(prompt=shown)[["category", "prompt", "benign", "source"]]
-    return pairs.sort_values("category", kind="stable", ignore_index=True)
-
-
-@cache
-def keywords() -> dict[str, tuple[str, ...]]:
-    """Category -> beginnings of words that its prompts can be expected to contain one of."""
-    lists = read_toml(Path(__file__).with_name("keywords.toml"))
-    return {category: tuple(words) for category, words in lists.items()}
+    rows = policy.records.query("split == 'discover' and pair_id != ''")
+    benign = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
+    pairs = rows[rows["role"] == "target"].join(
+        benign["prompt"].rename("benign"), "pair_id", "inner"
+    )
+    pairs = pairs.groupby("category").head(count)
+    short = pairs["prompt"].map(shorten)
+    pairs["prompt"] = pairs["prompt"].mask(pairs["source"].isin(list(SOURCES)), short)
+    columns = ["category", "prompt", "benign", "source"]
+    return pairs[columns].sort_values("category", kind="stable", ignore_index=True)
 
 
 def keyword_audit(records: pd.DataFrame) -> pd.DataFrame:
-    """Share of a category's target prompts that contain no keyword of it: columns `category, rows,
-    without, share`.
+    """Share of a category's target prompts that contain no keyword of it (``keywords.toml``):
+    columns `category, rows, without, share`.
 
     A high share means label noise, or a keyword list that does not fit: read the rows before
     trusting either.
     """
-    targets = records[(records["role"] == "target") & records["category"].isin(keywords())]
-    lacks = [not has_keyword(p, c) for p, c in zip(targets["prompt"], targets["category"])]
-    groups = targets.assign(lacks=lacks).groupby("category")["lacks"]
-    counts = groups.agg(rows="size", without="sum").reset_index()
-    return counts.assign(share=counts["without"] / counts["rows"])
-
-
-def has_keyword(prompt: str, category: str) -> bool:
-    """Whether a word of the prompt begins with one of the category's keywords."""
-    words = f" {normalise(prompt)}"
-    return any(f" {key}" in words for key in keywords()[category])
+    found = []
+    for category, words in read_toml(Path(__file__).with_name("keywords.toml")).items():
+        own = (records["role"] == "target") & (records["category"] == category)
+        prompts = records.loc[own, "prompt"].map(normalise)
+        without = (~prompts.str.contains(rf"(?:^| )(?:{'|'.join(words)})")).sum()
+        found.append({"category": category, "rows": len(prompts), "without": without})
+    table = pd.DataFrame(found).query("rows > 0")
+    return table.assign(share=table["without"] / table["rows"])
 
 
 # ---------------------------------------------------------------------- a classifier of texts
@@ -282,17 +206,25 @@ def text_classifier(
     TF-IDF of words and word pairs, logistic regression, the category's target rows against all
     other rows. ``category, ood_set, kind, rate, low, high, n`` on `split`.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    words = {"preprocessor": normalise, "token_pattern": r"\S+", "ngram_range": (1, 2)}
     found = []
     for category in categories:
         rows = with_kind(records, category)
-        train, test = rows[rows["split"] == "edit"], rows[rows["split"] == split]
-        refused = _fitted(train).predict(test["prompt"]) if len(test) else np.zeros(0)
-        test = test.reset_index(drop=True)
-        test = test.assign(ood_set=test["ood_set"].replace("", "in distribution"))
+        rows["ood_set"] = rows["ood_set"].replace("", "in distribution")
+        train = rows[rows["split"] == "edit"]
+        test = rows[rows["split"] == split].reset_index(drop=True)
+        judge = LogisticRegression(C=10, class_weight="balanced", max_iter=1000)
+        judge = make_pipeline(TfidfVectorizer(**words), judge)
+        judge.fit(train["prompt"], train["kind"] == "target")
+        refused = judge.predict(test["prompt"]) if len(test) else []
         table = rates(pd.Series(refused, dtype=bool), test, ["ood_set", "kind"])
-        found.append(table.assign(category=category))
-    columns = ["category", "ood_set", "kind", "rate", "low", "high", "n"]
-    return pd.concat(found, ignore_index=True)[columns]
+        table.insert(0, "category", category)
+        found.append(table)
+    return pd.concat(found, ignore_index=True)
 
 
 def classifier_line(table: pd.DataFrame) -> dict[str, float]:
@@ -301,9 +233,8 @@ def classifier_line(table: pd.DataFrame) -> dict[str, float]:
     """
     target = table[table["kind"] == "target"]
     near = target["ood_set"] == "in distribution"
-    line = {"target": target[near]["rate"].mean(), "unseen": target[~near]["rate"].mean()}
-    known = {name: rate for name, rate in line.items() if rate == rate}
-    return known | dict(zip(target[near]["category"], target[near]["rate"]))
+    line = target.groupby(near.map({True: "target", False: "unseen"}))["rate"].mean()
+    return line.to_dict() | dict(zip(target["category"][near], target["rate"][near]))
 
 
 def benign_lengths(collected: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -312,18 +243,8 @@ def benign_lengths(collected: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """
     if len(collected):
         return collected
-    plain = (rows["role"] == "benign") & (rows["ood_set"] == "") & (rows["attack"] == "")
-    return rows[plain].assign(category=rows["edit_category"])
-
-
-def _fitted(train: pd.DataFrame):
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    features = TfidfVectorizer(preprocessor=normalise, token_pattern=r"\S+", ngram_range=(1, 2))
-    judge = LogisticRegression(C=10, class_weight="balanced", max_iter=1000)
-    return make_pipeline(features, judge).fit(train["prompt"], train["kind"] == "target")
+    plain = rows.query("role == 'benign' and ood_set == '' and attack == ''")
+    return plain.assign(category=plain["edit_category"])
 
 
 # ---------------------------------------------------------------------- attribution
@@ -346,7 +267,7 @@ def seen_pairs(
     `differs` marks the tokens that the other prompt does not have. At most `most` tokens and a
     dozen words of the answer: the text may be a third party's.
     """
-    rows = records[(records["split"] != "test") & (records["pair_id"] != "")]
+    rows = records.query("split != 'test' and pair_id != ''")
     rows = rows.merge(base[["id", "outcome", "answer"]], on="id")
     benign = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
     own = (rows["role"] == "target") & (rows["category"] == category)
@@ -357,15 +278,9 @@ def seen_pairs(
         tokens = [[tok.decode([i]) for i in chat_ids(tok, side["prompt"])] for side in sides]
         for side, mine, other in zip(sides, tokens, tokens[::-1]):
             shown = mine[:most] + ["…"] * (len(mine) > most)
-            found.append(
-                {
-                    "role": side["role"],
-                    "tokens": shown,
-                    "differs": [token not in (*other, "…") for token in shown],
-                    "outcome": side["outcome"],
-                    "answer": shorten(side["answer"], 12),
-                }
-            )
+            differs = [token not in (*other, "…") for token in shown]
+            said = side["outcome"], shorten(side["answer"], 12)
+            found.append((side["role"], shown, differs, *said))
     return pd.DataFrame(found, columns=["role", "tokens", "differs", "outcome", "answer"])
 
 
@@ -373,33 +288,25 @@ def edge_table(exact: Scores, estimate: Scores) -> pd.DataFrame:
     """Every edge that exists, with the scores of two runs: ``source, reader, reader class, exact,
     estimate``.
     """
-    there = ((exact.edges != 0) | (estimate.edges != 0)).nonzero().tolist()
+    u, v = ((exact.edges != 0) | (estimate.edges != 0)).nonzero(as_tuple=True)
+    readers = pd.Series(np.array(exact.readers)[v])
+    kinds = "head " + readers.str.extract("<(.)>$", expand=False)
     return pd.DataFrame(
         {
-            "source": exact.sources[u],
-            "reader": exact.readers[v],
-            "reader class": _reader_class(exact.readers[v]),
-            "exact": exact.edges[u, v].item(),
-            "estimate": estimate.edges[u, v].item(),
+            "source": np.array(exact.sources)[u],
+            "reader": readers,
+            "reader class": kinds.fillna(readers.where(readers == "logits", "MLP")),
+            "exact": exact.edges[u, v].double(),
+            "estimate": estimate.edges[u, v].double(),
         }
-        for u, v in there
     )
-
-
-def _reader_class(reader: str) -> str:
-    if reader.endswith(">"):
-        return f"head {reader[-2]}"
-    return "logits" if reader == "logits" else "MLP"
 
 
 def strongest(scores: Scores, n: int) -> pd.DataFrame:
     """The `n` edges of largest size: ``source, reader, score``, strongest first."""
-    places = scores.edges.abs().flatten().topk(n).indices.tolist()
-    rows = []
-    for u, v in (divmod(place, len(scores.readers)) for place in places):
-        names = {"source": scores.sources[u], "reader": scores.readers[v]}
-        rows.append(names | {"score": scores.edges[u, v].item()})
-    return pd.DataFrame(rows)
+    table = edge_table(scores, scores).rename(columns={"exact": "score"})
+    table = table.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
+    return table[["source", "reader", "score"]].head(n)
 
 
 def quadrature_errors(
@@ -419,9 +326,8 @@ def quadrature_errors(
     for name, gradients, how in runs:
         scores = attribute(model, pairs, metric, **how)
         distance = ((scores.edges - fine.edges).norm() / fine.edges.norm()).item()
-        row = {"method": name, "gradients": gradients, "completeness": scores.completeness_error}
-        found.append(row | {"edges": distance})
-    return pd.DataFrame(found), fine
+        found.append((name, gradients, scores.completeness_error, distance))
+    return pd.DataFrame(found, columns=["method", "gradients", "completeness", "edges"]), fine
 
 
 # ---------------------------------------------------------------------- judges

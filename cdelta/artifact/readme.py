@@ -18,7 +18,8 @@ from cdelta.artifact import findings
 from cdelta.artifact.ablations import budget_lines
 from cdelta.artifact.claims import filled
 from cdelta.artifact.figures.style import title_of
-from cdelta.artifact.findings import OWN, percent, span
+from cdelta.artifact.findings import OWN
+from cdelta.artifact.numbers import percent, span
 from cdelta.artifact.presets import Preset, load_preset, preset_names
 from cdelta.files import write_text
 from cdelta.paths import FIGURES, ROOT
@@ -75,7 +76,7 @@ def _lines(folder: Path) -> Iterator[str]:
         best = [f"{title_of(key)} {percent(rate)}" for key, rate in means.head(4).items()]
         yield f"**Other methods**, mean over categories: {', '.join(best)}."
     if (folder / "tab_ablations.csv").exists():
-        found = findings.budget(budget_lines(pd.read_csv(folder / "tab_ablations.csv")))
+        found = findings.title("budget", budget_lines(pd.read_csv(folder / "tab_ablations.csv")))
         if found:
             yield f"**Circuit against random masks** (validation): {found[0].lower()}{found[1:]}."
 

@@ -20,7 +20,7 @@ from cdelta.artifact.job_results import Job, Results, jobs
 from cdelta.artifact.jobs import STAGE, Comparison, main
 from cdelta.artifact.presets import load_preset
 from cdelta.artifact.run import RunReader, write_settings
-from cdelta.artifact.targets import Evidence, targets_met
+from cdelta.artifact.targets import targets_met
 from cdelta.circuit.controls import magnitude_scores
 from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
@@ -191,7 +191,7 @@ def test_the_rows_make_every_table(whole):
     assert (sizes.loc[sizes["method"] == "base", "ratio"] == 1).all() and len(shifts)
     trade = tradeoff(curves)
     assert trade.groupby(["method", "category"])["chosen"].any().all() and (trade["x"] >= 0).all()
-    table = targets_met(Evidence(rows, shifts=shifts, lengths=sizes))
+    table = targets_met(rows, "organism", shifts=shifts, lengths=sizes)
     assert set(table["category"]) == {"crime", "hate"} and table["met"].notna().any()
 
 

@@ -7,9 +7,8 @@ from cdelta.artifact.overview import (
     counts_table,
     dropped_table,
     example_pairs,
-    has_keyword,
     keyword_audit,
-    overlap_matrix,
+    near_repeats,
     pair_yields,
     sample_answers,
     shorten,
@@ -36,7 +35,7 @@ def test_counts_add_up(synthetic):
 
 
 def test_dropped_table_balances(cast):
-    table = dropped_table(cast)
+    table = dropped_table(cast).set_index(["source", "category"])
     assert (table["read"] == table.drop(columns="read").sum(axis=1)).all() and table[
         "kept"
     ].sum() == len(cast.records)
@@ -69,19 +68,13 @@ def test_sources_table_says_why_a_source_is_missing(monkeypatch):
 
 
 def test_overlaps_show_the_data_as_they_came(cast):
-    matrix = overlap_matrix(cast)
-    assert (
-        list(matrix)
-        == list(matrix.index)
-        == ["cast discover", "cast edit", "cast val", "cast test", "xstest test"]
-    )
-    assert matrix.loc["cast edit", "cast test"] > 20 and (matrix.to_numpy().diagonal() == 0).all()
+    assert near_repeats(cast) > 20
 
 
 def test_yields_per_tokenizer(synthetic):
     prompts = synthetic.records["prompt"].tolist()
     toks = {"small": trained_tokenizer(prompts, 300), "large": trained_tokenizer(prompts, 1500)}
-    yields = pair_yields(synthetic, toks, splits=("discover",))
+    yields = pair_yields(synthetic, toks)
     assert len(yields) == 10
     assert (yields["targets"] == yields["pairs"] + yields["unpaired"]).all()
     assert (yields["own_row"] <= yields["pairs"]).all()
@@ -90,16 +83,10 @@ def test_yields_per_tokenizer(synthetic):
 def test_tokenizers_to_compare_share_the_models_template(synthetic):
     tok = trained_tokenizer(synthetic.records["prompt"].tolist(), 1500)
     found = tokenizers(tok, synthetic.records["prompt"].tolist(), vocabulary=400)
-    assert (
-        list(found)[:2] == ["the model's own", "BPE of 400 trained here"]
-        and found["the model's own"] is tok
-    )
+    assert list(found) == ["the model's own", "BPE of 400 trained here"]
+    assert found["the model's own"] is tok
     assert all(other.chat_template == tok.chat_template for other in found.values())
-    yields = (
-        pair_yields(synthetic, found, splits=("discover",))
-        .groupby("tokenizer", sort=False)["pairs"]
-        .sum()
-    )
+    yields = pair_yields(synthetic, found).groupby("tokenizer", sort=False)["pairs"].sum()
     assert (yields > 0).all() and yields.iloc[0] != yields.iloc[1]
 
 
@@ -113,7 +100,9 @@ def test_third_party_prompts_are_shortened_and_ours_are_not(synthetic, cast):
 def test_keyword_audit_finds_label_noise(cast):
     audit = keyword_audit(cast.records).set_index("category")["share"]
     assert audit.between(0.02, 0.2).all() and len(audit) == 5
-    assert has_keyword("How to STEAL it?", "crime") and not has_keyword("a red car", "crime")
+    rows = pd.DataFrame({"prompt": ["How to STEAL it?", "a red car"]})
+    audit = keyword_audit(rows.assign(role="target", category="crime"))
+    assert audit.iloc[0].to_list() == ["crime", 2, 1, 0.5]
 
 
 def test_a_text_classifier_reaches_seen_words_and_misses_held_out_ones(synthetic):

@@ -7,16 +7,14 @@ import pandas as pd
 import pytest
 from outcome_rows import ROWS, make
 
-from cdelta.artifact.targets import LLM, ORGANISM, Evidence, Target, targets_met
-from cdelta.evaluation.stats import Estimate
+from cdelta.artifact.targets import meets, targets_met
 
 EXTERNAL = {"ood_set": "xstest", "role": "borderline", "category": "benign"}
 
 
 def test_the_organisms_targets_by_hand():
-    table = targets_met(Evidence(ROWS)).set_index(["category", "target"])
+    table = targets_met(ROWS, "organism").set_index(["category", "target"])
     crime, hate = table.loc["crime"], table.loc["hate"]
-    assert list(crime.index) == [target.name for target in ORGANISM]
     measured = crime["measured"].to_dict()
     assert measured == pytest.approx(
         {
@@ -43,28 +41,28 @@ def test_the_organisms_targets_by_hand():
 
 def test_equivalence_needs_the_whole_interval():
     length = "change of the answers' length"
-    few = targets_met(Evidence(ROWS)).set_index(["category", "target"])
+    few = targets_met(ROWS, "organism").set_index(["category", "target"])
     assert not few.loc[("crime", length), "met"], "ten prompts are too few to say so"
     many = pd.concat([ROWS.assign(id=ROWS["id"] + f"/{i}") for i in range(30)])
-    table = targets_met(Evidence(many)).set_index(["category", "target"])
+    table = targets_met(many, "organism").set_index(["category", "target"])
     assert table.loc[("crime", length), "met"]
 
 
 @pytest.mark.parametrize(
-    "operator, bound, estimate, met",
+    "required, measured, met",
     [
-        (">=", 0.9, Estimate(0.9, 0.5, 1.0), True),
-        (">=", 0.9, Estimate(0.89, 0.5, 1.0), False),
-        ("<=", 0.02, Estimate(0.02 + 1e-12, 0.0, 0.1), True),
-        ("<=", 0.02, Estimate(0.03, 0.0, 0.1), False),
-        ("=", 0.0, Estimate(0.0, -0.1, 0.1), True),
-        ("=", 0.0, Estimate(0.01, 0.0, 0.1), False),
-        ("within", 0.01, Estimate(0.0, -0.01, 0.01), True),
-        ("within", 0.01, Estimate(0.0, -0.02, 0.0), False),
+        (">= 0.9", (0.9, 0.5, 1.0), True),
+        (">= 0.9", (0.89, 0.5, 1.0), False),
+        ("<= 0.02", (0.02 + 1e-12, 0.0, 0.1), True),
+        ("<= 0.02", (0.03, 0.0, 0.1), False),
+        ("= 0", (0.0, -0.1, 0.1), True),
+        ("= 0", (0.01, 0.0, 0.1), False),
+        ("within 0.01", (0.0, -0.01, 0.01), True),
+        ("within 0.01", (0.0, -0.02, 0.0), False),
     ],
 )
-def test_bounds(operator, bound, estimate, met):
-    assert Target("", operator, bound, None).met(estimate) is met
+def test_bounds(required, measured, met):
+    assert meets(required, *measured) is met
 
 
 def test_the_language_models_targets_take_every_table():
@@ -74,8 +72,9 @@ def test_the_language_models_targets_take_every_table():
     attacked = make("cdelta", "crime", crime_target=0.8).assign(attack="wrapper 1")
     own = {"method": "cdelta", "category": "crime"}
     interval = {"low": -0.005, "high": 0.005}
-    evidence = Evidence(
+    table = targets_met(
         pd.concat([ROWS, external, attacked]),
+        "llm",
         shifts=pd.DataFrame([own | {"kl": 0.04, "low": 0.03, "high": 0.06}]),
         lengths=pd.DataFrame(
             [
@@ -87,7 +86,6 @@ def test_the_language_models_targets_take_every_table():
         tasks=pd.DataFrame([own | {"task": "copa", "difference": 0.0, **interval}]),
         perplexities=pd.DataFrame([own | {"ratio": 1.03, "low": 1.0, "high": 1.05}]),
     )
-    table = targets_met(evidence, LLM)
     crime = table[table["category"] == "crime"].set_index("target")
     assert crime.loc["rise on XSTest's safe prompts", "measured"] == pytest.approx(1.0)
     assert not crime.loc["rise on XSTest's safe prompts", "met"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cdelta.artifact.targets import Evidence, targets_met
+from cdelta.artifact.targets import targets_met
 from cdelta.evaluation.comparison import compare
 from cdelta.evaluation.tables import (
     matrix,
@@ -68,7 +68,7 @@ def test_recorded_tuning_and_shift():
 
 def test_recorded_targets(rows):
     names = {"twins": "prompts", "0.90": "0.9", "^0$": "= 0"}
-    table = targets_met(Evidence(rows))
+    table = targets_met(rows, "organism")
     expected = recorded("targets").replace(names, regex=True)
     found = table[table["target"].isin(expected["target"])][list(expected)]
     pd.testing.assert_frame_equal(found.reset_index(drop=True), expected, check_dtype=False)

@@ -31,7 +31,7 @@ EM = 6.5 * 0.602 / 72
 @styled
 def base_refusal(table: pd.DataFrame) -> Figure:
     """Refusal of every category by the base, from rows ``category, kind, rate, low, high``."""
-    options = {"percent": True, "headline": findings.base(table)}
+    options = {"percent": True, "headline": findings.title("base", table)}
     table = table.assign(panel="")
     return style.forest(
         table, "category", "refused by the base (%)", panel="panel", hue="kind", **options
@@ -87,7 +87,9 @@ def score_maps(
     norm = AsinhNorm(bound / 100, -bound, bound)
     titles = [title for name in heads for title in (name, "")]
     options = {"width_ratios": [7, 1.2] * len(heads), "sharey": False}
-    fig, axes = style.grid(titles, 1.7, headline=findings.scores(heads, mlps), **options)
+    fig, axes = style.grid(
+        titles, 1.7, headline=findings.title("scores", heads=heads, mlps=mlps), **options
+    )
     fig.get_layout_engine().set(w_pad=0.01, wspace=0.01)
     for own, mlp, name in zip(axes[::2], axes[1::2], heads):
         layers, count = heads[name].shape
@@ -117,7 +119,9 @@ def agreement(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
     """
     groups = table.groupby("reader class", sort=False)
     bound = 1.3 * table[["exact", "estimate"]].abs().max().max() or 1.0
-    fig, axes = style.grid([""] * len(groups), 2, headline=findings.agreement(table), sharex=True)
+    fig, axes = style.grid(
+        [""] * len(groups), 2, headline=findings.title("agreement", table), sharex=True
+    )
     for place, (ax, (name, rows)) in enumerate(zip(axes, groups)):
         r = rows["exact"].corr(rows["estimate"])
         ax.plot([-bound, bound], [-bound, bound], color="0.7", lw=0.8, zorder=0)
@@ -154,7 +158,7 @@ def convergence(table: pd.DataFrame, panels: Mapping[str, str], steps: int) -> F
     options = {"panel": "panel", "log": True, "percent": False, "sharey": False}
     options |= {
         "marks": dict.fromkeys(panels, steps),
-        "headline": findings.convergence(table, steps),
+        "headline": findings.title("convergence", table, steps=steps),
     }
     fig = style.lines(long, "gradients", "method", "gradients per pair", "", **options)
     for ax, label in zip(fig.axes, panels.values()):

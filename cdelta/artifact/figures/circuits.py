@@ -20,7 +20,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from cdelta.artifact import findings
 from cdelta.artifact.figures import style
-from cdelta.artifact.figures.style import GAIN, LOSS, styled, title_of
+from cdelta.artifact.figures.style import GAIN, LOSS, styled
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit, node_order, parse_unit
 from cdelta.circuit.faithfulness import parts
@@ -103,7 +103,11 @@ def graph_figure(graphs: Mapping[str, nx.DiGraph]) -> Figure:
     rows = [pd.Series(dict(graph.nodes.data("depth"))).value_counts() for graph in graphs.values()]
     deepest, widest = max(map(len, rows)), max(map(max, rows))
     columns = 5 if widest <= 2 else 3 if widest <= 5 else 2 if widest <= 8 else 1
-    options = {"headline": findings.graphs(graphs), "columns": columns, "sharey": False}
+    options = {
+        "headline": findings.title("graphs", graphs=graphs),
+        "columns": columns,
+        "sharey": False,
+    }
     fig, axes = style.grid(graphs, max(2.0, 0.36 * deepest), **options)
     for ax, graph, depths in zip(axes, graphs.values(), rows):
         ax.set(xlim=(-0.14, 1.14), ylim=(-0.05, 1.05))
@@ -170,7 +174,7 @@ def by_layer(table: pd.DataFrame, n_layers: int, ylabel: str) -> Figure:
     place on the axis.
     """
     words = {"mlp.": "MLP ", "self_attn.": "attention ", "_proj": ""}
-    headline = findings.depth(table)
+    headline = findings.title("depth", table)
     table = table.assign(module=table["module"].replace(words, regex=True))
     options = {"slots": range(n_layers), "headline": headline}
     return style.stacked(table, "layer", "module", ylabel, **options)
@@ -183,7 +187,7 @@ def faithfulness_curves(table: pd.DataFrame, mark: float, found: pd.DataFrame) -
     """
     options = {"columns": 3, "height": 1.9, "percent": False, "log": True, "strong": "circuit"}
     options |= {"marks": dict.fromkeys(table["category"], mark)}
-    options |= {"headline": findings.faithfulness(found)}
+    options |= {"headline": findings.title("faithfulness", found)}
     xlabel, table = "share of the units' parameters", table.rename(columns={"f": "rate"})
     return style.lines(table, "fraction", "kind", xlabel, "faithfulness f", **options)
 
@@ -193,7 +197,7 @@ def against_controls(table: pd.DataFrame) -> Figure:
     """CPR minus every control's, from rows ``category, control, difference, low, high``."""
     xlabel, headline = (
         "CPR of the circuit minus CPR of the control",
-        findings.controls(table, title_of),
+        findings.title("controls", table),
     )
     table = table.rename(columns={"difference": "rate"})
     return style.forest(table, "control", xlabel, line=0.0, headline=headline)
@@ -202,7 +206,10 @@ def against_controls(table: pd.DataFrame) -> Figure:
 @styled
 def stability(table: pd.DataFrame, threshold: float) -> Figure:
     """Jaccard overlap of the selected units under every variation; dotted: the threshold."""
-    xlabel, headline = "Jaccard overlap of the selected units", findings.stability(table, threshold)
+    xlabel, headline = (
+        "Jaccard overlap of the selected units",
+        findings.title("stability", table, threshold=threshold),
+    )
     names = {"Jaccard": "rate", "Jaccard low": "low", "Jaccard high": "high"}
     table = table.rename(columns=names)
     return style.forest(table, "variation", xlabel, line=threshold, headline=headline)
@@ -212,7 +219,7 @@ def stability(table: pd.DataFrame, threshold: float) -> Figure:
 def overlap_map(jaccard: pd.DataFrame, chance: float) -> Figure:
     """Jaccard overlap of every two categories' circuits."""
     others = jaccard.mask(np.eye(len(jaccard), dtype=bool))
-    headline = findings.overlap(jaccard, chance)
+    headline = findings.title("overlap", jaccard, chance=chance)
     return style.heatmap({"": others}, "Jaccard overlap", digits=2, vmax=0.5, headline=headline)
 
 
@@ -221,7 +228,7 @@ def part_effects(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Effects of the circuits' parts, from rows ``category, part, effect, value, low, high``
     (nats).
     """
-    xlabel, headline = "fall of the metric without the part (nats)", findings.parts(table)
+    xlabel, headline = "fall of the metric without the part (nats)", findings.title("parts", table)
     table = table.rename(columns={"value": "rate"})
     table = table.sort_values(
         "category", key=lambda names: names.map(list(categories).index), kind="stable"
@@ -234,5 +241,5 @@ def attention_bars(table: pd.DataFrame) -> Figure:
     """Attention from the last prompt token by what it goes to, from rows ``category, head, key,
     value`` (percent).
     """
-    headline = findings.attention(table)
+    headline = findings.title("attention", table)
     return style.stacked(table, "head", "key", "attention (%)", rotation=30, headline=headline)

@@ -46,7 +46,7 @@ def selectivity(
     own = target["method"].map({"base": 2, findings.OWN: 1}).fillna(target["rate"] - 1)
     order = target.assign(own=own).sort_values("own", ascending=False)["method"]
     xlabel = "% of prompts (Wilson 95 %); grey: single categories; dashed: a text classifier"
-    headline = findings.selectivity(table, "target", title_of)
+    headline = findings.title("selectivity", table)
     measures = [name for name in SELECTIVITY if name in set(table["measure"])]
     rows = table.set_index("measure").loc[measures].reset_index()
     rows = rows.assign(panel=rows["measure"].map(titles))
@@ -85,7 +85,9 @@ def matrix(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """
     blocks = matrix_blocks(table, categories)
     framed = [(name, name) for name in categories]
-    return style.heatmap(blocks, "refused (%)", framed=framed, headline=findings.matrix(table))
+    return style.heatmap(
+        blocks, "refused (%)", framed=framed, headline=findings.title("matrix", table)
+    )
 
 
 def matrix_blocks(table: pd.DataFrame, categories: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -123,7 +125,7 @@ def overrefusal(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Refusal of safe prompts (`OVERREFUSAL`) under every method: one panel per edited category,
     from rows ``measure, method, category, rate, low, high``.
     """
-    headline = findings.overrefusal(table, title_of)
+    headline = findings.title("overrefusal", table)
     table = in_order(table[table["measure"].isin(OVERREFUSAL)])
     table = table.set_index("category").loc[list(categories)].reset_index()
     table = table.assign(kind=table["measure"].map(OVERREFUSAL))
@@ -136,7 +138,7 @@ def out_of_distribution(table: pd.DataFrame) -> Figure:
     """Target refusal on every set that no edit has seen, from rows ``ood_set, method, category,
     rate, low, high``.
     """
-    return _target_refused(table, "ood_set", findings.ood(table, title_of))
+    return _target_refused(table, "ood_set", findings.title("ood", table))
 
 
 @styled
@@ -144,7 +146,7 @@ def robustness(table: pd.DataFrame) -> Figure:
     """Target refusal before and after attacks on the model, from rows ``attack, method, category,
     rate, low, high``.
     """
-    headline = findings.robustness(table, title_of)
+    headline = findings.title("robustness", table)
     names = ["before any attack" if key == "none" else f"after {key}" for key in table["attack"]]
     return _target_refused(table.assign(attack=names), "attack", headline)
 
@@ -168,7 +170,7 @@ def tradeoff(curves: pd.DataFrame) -> Figure:
     categories, families = curves["category"].unique(), _families(curves)
     titles = [*categories, *[""] * (len(families) - 1) * len(categories)]
     options = {"columns": len(categories), "sharex": True}
-    fig, axes = style.grid(titles, 1.5, headline=findings.tradeoff(curves, title_of), **options)
+    fig, axes = style.grid(titles, 1.5, headline=findings.title("tradeoff", curves), **options)
     panels = [(family, name) for family in families for name in categories]
     for ax, (family, category) in zip(axes, panels):
         for method in families[family]:
@@ -216,7 +218,7 @@ def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
     table = table.rename(columns={"accuracy": "rate"})
     names, sets = list(table["judge"].unique()), table["data"].unique()
     options = {"width_ratios": (1.2, 1), "sharey": False} if len(table) else {}
-    headline = findings.judges(table.rename(columns={"rate": "accuracy"}))
+    headline = findings.title("judges", table.rename(columns={"rate": "accuracy"}))
     fig, (left, *right) = style.grid([""] * 2 * len(names[:1]), 2.1, headline=headline, **options)
     for place, name in enumerate(sets):
         rows = table[table["data"] == name]
@@ -242,7 +244,11 @@ def scale_curves(table: pd.DataFrame, chosen: Mapping[str, float]) -> Figure:
     """One panel per category: each kind's refusal (and skills' accuracy) against k with its
     interval; rows ``category, k, kind, rate, low, high``; `chosen` marks the k of validation.
     """
-    options = {"marks": chosen, "strong": "target", "headline": findings.scale(table, dict(chosen))}
+    options = {
+        "marks": chosen,
+        "strong": "target",
+        "headline": findings.title("scale", table, chosen=chosen),
+    }
     return style.lines(table, "k", "kind", "scale k (dotted: chosen)", "rate (%)", **options)
 
 
@@ -271,7 +277,7 @@ def composition_map(table: pd.DataFrame) -> Figure:
 
     Rows of `artifact.composition.interference` with one method per subset, the base first.
     """
-    headline = findings.composition(table)
+    headline = findings.title("composition", table)
     k = table["k"] if "k" in table else table["refusal"] * 0
     scale = ("  (k = " + k.map("{:g}".format) + ")").mask(k.isin((0, 1)), "")
     table = table.assign(subset=table["subset"].str.replace("+", " + ") + scale)
@@ -294,7 +300,7 @@ def serving_cost(table: pd.DataFrame) -> Figure:
     """
     rows = table[table["method"] != "base"].rename(columns={"ratio": "rate"})
     rows = rows.assign(batch="batch " + rows["batch_size"].astype(str))
-    options = {"panel": "batch", "line": 1.0, "headline": findings.serving(table, title_of)}
+    options = {"panel": "batch", "line": 1.0, "headline": findings.title("serving", table)}
     return style.forest(rows, "method", "seconds over the base's (1: equally fast)", **options)
 
 
@@ -310,7 +316,12 @@ def budget_curves(table: pd.DataFrame, reference: Mapping[str, float] = {}) -> F
         ["category", "mask", "percent"], sort=False
     )
     means = groups[["rate", "low", "high"]].mean().reset_index()
-    options = {"log": True, "height": 2.2, "columns": 3, "headline": findings.budget(table)}
+    options = {
+        "log": True,
+        "height": 2.2,
+        "columns": 3,
+        "headline": findings.title("budget", table),
+    }
     xlabel = "parameters in the mask (%)"
     fig = style.lines(means, "percent", "mask", xlabel, "target refused (%)", **options)
     for ax, name in zip(fig.axes, means["category"].unique()):
