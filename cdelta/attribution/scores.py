@@ -39,7 +39,7 @@ from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.files import read_json
-from cdelta.models.hooks import frozen
+from cdelta.models.hooks import requires_grad
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
@@ -118,9 +118,7 @@ class Scores:
         facts = {
             name: value for name, value in vars(self).items() if name not in (*TENSORS, "spec")
         }
-        (folder / "scores.json").write_text(
-            json.dumps(facts | {"spec": vars(self.spec)}, indent=1)
-        )
+        (folder / "scores.json").write_text(json.dumps(facts | {"spec": vars(self.spec)}, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> Scores:
@@ -179,7 +177,7 @@ def attribute(
     totals = Totals(model, spec, len(pairs), len(rows), per_pair, frozen_norms=method == "gim")
     bar = tqdm(total=len(todo), disable=not progress, desc=method, unit="batch")
     backward = modified_gradients(model, spec) if method == "gim" else nullcontext()
-    with frozen(model), fused_activations(model), backward, bar:
+    with requires_grad(model, on=False), fused_activations(model), backward, bar:
         for batch in todo:
             totals.add(model, batch, metric, schedule)
             bar.update()
@@ -232,7 +230,7 @@ def estimate_cost(
 
 def batch_seconds(model, totals: Totals, batch: Batch, metric, schedule: Schedule) -> float:
     """Seconds of a micro-batch, after one to warm up."""
-    with frozen(model), fused_activations(model):
+    with requires_grad(model, on=False), fused_activations(model):
         for _ in range(2):
             start = time.perf_counter()
             totals.add(model, batch, metric, schedule)

@@ -24,7 +24,7 @@ from cdelta.circuit.circuit import (
 )
 from cdelta.circuit.selection import UnitScores, select_units
 from cdelta.errors import CdeltaError
-from cdelta.models.hooks import trainable
+from cdelta.models.hooks import requires_grad
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
 
@@ -99,7 +99,7 @@ def loss_gradients(model, losses: Iterable[Tensor]) -> dict[str, Tensor]:
     Losses are scalars that an iterator computes, each when the one before has been let go. The
     model is left as it was.
     """
-    with trainable(model) as parameters:
+    with requires_grad(model, on=True) as parameters:
         total = {name: torch.zeros_like(wide(p)) for name, p in parameters.items()}
         for loss in losses:
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -21,7 +21,7 @@ from cdelta.edit.slices import SliceHooks
 from cdelta.edit.training import Training
 from cdelta.edit.verdict import Stop, Verdict
 from cdelta.errors import CdeltaError
-from cdelta.models.hooks import frozen
+from cdelta.models.hooks import requires_grad
 from cdelta.models.templates import template_facts
 from cdelta.settings import changed
 
@@ -81,7 +81,7 @@ def train(
             "call model.eval() first."
         )
     facts = {**_facts(model, mask, how), **_prompt_facts(tok), **(metadata or {})}
-    with frozen(model), SliceHooks(model, mask.slices) as hooks:
+    with requires_grad(model, on=False), SliceHooks(model, mask.slices) as hooks:
         for attempt in range(how.attempts):
             again = replace(how, seed=how.seed + OTHER_BATCHES * attempt)
             data = Data.build(model, tok, rows, again)

@@ -47,10 +47,11 @@ from cdelta.files import (
     write_json,
 )
 from cdelta.memory import peak_memory
-from cdelta.models.chat import FALLBACK_TEMPLATE, rope_boundary
+from cdelta.models.chat import rope_boundary
 from cdelta.models.checkpoint import Checkpoint, local_folder
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
+from cdelta.models.templates import FALLBACK_TEMPLATE
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.selection import limited
 

@@ -9,9 +9,10 @@ the same place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from cdelta.errors import CdeltaError, first_line
 from cdelta.models.hooks import read_end
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-FALLBACK_TEMPLATE = "User: {prompt}\nAssistant:"
-"""Used, and said so by the caller, for a tokenizer that has no chat template."""
 NO_LABEL = -100
 
 
@@ -37,7 +36,7 @@ def chat_ids(tok, prompt: str, system: str = "", **template_args: Any) -> list[i
             user's words where the template has no such turn.
         template_args: keywords for the template, beside those of `bind_template`.
     """
-    return _encode(tok, _prompt_text(tok, prompt, system, template_args))
+    return _encode(tok, written(tok, prompt, system, **template_args))
 
 
 def example_ids(
@@ -47,7 +46,6 @@ def example_ids(
     stops: Sequence[int],
     finished: bool = True,
     system: str = "",
-    **template_args: Any,
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the answer that follows it.
 
@@ -61,56 +59,35 @@ def example_ids(
 
     Raises `CdeltaError` on an answer without any token.
     """
-    start = chat_ids(tok, prompt, system, **template_args)
+    start = chat_ids(tok, prompt, system)
     if isinstance(answer, str):
-        ids = _text_ids(tok, prompt, answer, start, finished, system, template_args)
+        ids = _text_ids(tok, prompt, answer, start, finished, system)
     else:
         ids = [int(token) for token in answer]
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    if not finished and not end:
-        raise CdeltaError(
-            f"the answer to {prompt[:40]!r} is empty: give answers of at least one token."
-        )
-    last = ids[end : end + 1] or [end_id(tok, stops, **template_args)]
-    return start, ids[:end] + (last if finished else [])
+    if not finished:
+        if not end:
+            raise CdeltaError(
+                f"the answer to {prompt[:40]!r} is empty: give answers of at least one token."
+            )
+        return start, ids[:end]
+    own = _template_end(tok)  # an answer without an end token gets the template's, or the first
+    return start, ids[: end + 1] if end < len(ids) else [*ids, own if own in stops else stops[0]]
 
 
 def _text_ids(
-    tok,
-    prompt: str,
-    answer: str,
-    start: list[int],
-    finished: bool,
-    system: str,
-    template_args: Mapping[str, Any],
+    tok, prompt: str, answer: str, start: list[int], finished: bool, system: str
 ) -> list[int]:
     """Ids of an answer as the template writes it; its plain tokens where the template does not
     continue the prompt's own ids.
     """
-    head = _prompt_text(tok, prompt, system, template_args)
-    whole = _answered_text(tok, prompt, answer, system, template_args)
-    if not finished and answer in whole[len(head) :]:
+    whole = written(tok, prompt, system, answer)
+    if not finished and answer in whole[len(written(tok, prompt, system)) :]:
         whole = whole[: whole.rfind(answer) + len(answer)]
     ids = _encode(tok, whole)
     if ids[: len(start)] == start and len(ids) > len(start):
         return ids[len(start) :]
     return tok(answer, add_special_tokens=False)["input_ids"]
-
-
-def _prompt_text(tok, prompt: str, system: str, template_args: Mapping[str, Any]) -> str:
-    system = system or getattr(tok, "cdelta_system", "")
-    if tok.chat_template is None:
-        return FALLBACK_TEMPLATE.format(prompt=f"{system}\n\n{prompt}" if system else prompt)
-    return written(tok, prompt, system, template_args)
-
-
-def _answered_text(
-    tok, prompt: str, answer: str, system: str, template_args: Mapping[str, Any]
-) -> str:
-    if tok.chat_template is None:
-        return f"{_prompt_text(tok, prompt, system, template_args)} {answer}"
-    system = system or getattr(tok, "cdelta_system", "")
-    return written(tok, prompt, system, template_args, answer)
 
 
 def _encode(tok, text: str) -> list[int]:
@@ -137,39 +114,28 @@ def stop_ids(model, tok) -> list[int]:
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    named = [tok.eos_token_id, *ids, _template_end(tok)]
-    found = [token for token in dict.fromkeys(map(_checked_id, named)) if token is not None]
+    named = (tok.eos_token_id, *ids, _template_end(tok))
+    found = [token for token in named if token is not None]
+    for token in found:
+        if type(token) is not int:
+            raise CdeltaError(
+                f"generation_config.json says eos_token_id={token!r}, which is no token id: mend "
+                "or remove it."
+            )
     if not found:
         raise CdeltaError(
             "the tokenizer has no end-of-sequence token: set tok.eos_token, or no answer ends."
         )
-    return found
+    return list(dict.fromkeys(found))
 
 
-def _checked_id(token: Any) -> int | None:
-    if token is None or type(token) is int:
-        return token
-    raise CdeltaError(
-        f"generation_config.json says eos_token_id={token!r}, which is no token id: mend or remove "
-        "it."
-    )
-
-
-def end_id(tok, stops: Sequence[int], **template_args: Any) -> int:
-    """The end token of a finished answer: the template's own where it writes one, else the first of
-    `stops`.
-    """
-    own = _template_end(tok, **template_args)
-    return own if own is not None and own in stops else stops[0]
-
-
-def _template_end(tok, **template_args: Any) -> int | None:
+def _template_end(tok) -> int | None:
     """The special token that the template writes right after an answer, if it writes one."""
     if tok.chat_template is None:
         return None
-    after = tok(template_facts(tok, **template_args).end.lstrip(), add_special_tokens=False)
+    after = tok(template_facts(tok).end.lstrip(), add_special_tokens=False)["input_ids"]
     special = {*tok.all_special_ids, *getattr(tok, "added_tokens_decoder", {})}
-    return next((token for token in after["input_ids"][:1] if token in special), None)
+    return after[0] if after and after[0] in special else None
 
 
 def pad_id(model, tok) -> int:
@@ -276,10 +242,14 @@ def left_pad(
     rows: Sequence[Sequence[int]], pad: int, device="cpu"
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Ids and attention mask; every row ends in the last column."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    ids, mask = (
+        pad_sequence(padded, batch_first=True, padding_value=value, padding_side="left")
+        for padded, value in (
+            ([torch.tensor(row) for row in rows], pad),
+            ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
+        )
+    )
+    return ids.to(device), mask.to(device)
 
 
 def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
@@ -305,15 +275,13 @@ def collate(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Tensors of (prompt ids, answer ids) rows. The answer's last token is only ever a label."""
-    width, n_answer = max(len(p) for p, _ in rows), max(len(a) for _, a in rows)
-    ids, seen, labels = [], [], []
-    for prompt, answer in rows:
-        left, right = width - len(prompt), n_answer - len(answer)
-        ids.append([pad] * left + [*prompt, *answer[:-1]] + [pad] * right)
-        seen.append([0] * left + [1] * (len(prompt) + len(answer) - 1) + [0] * right)
-        labels.append([*answer] + [NO_LABEL] * right)
-    mask = torch.tensor(seen)
-    tensors = torch.tensor(ids), mask, positions(mask), torch.tensor(labels)
+    prompts, mask = left_pad([prompt for prompt, _ in rows], pad)
+    answers = [torch.tensor(answer) for _, answer in rows]
+    labels = pad_sequence(answers, batch_first=True, padding_value=NO_LABEL)
+    seen = labels[:, 1:] != NO_LABEL
+    ids = torch.cat([prompts, labels[:, :-1].where(seen, pad)], dim=1)
+    mask = torch.cat([mask, seen.long()], dim=1)
+    tensors = ids, mask, positions(mask), labels
     return Batch(*(tensor.to(device) for tensor in tensors))
 
 

@@ -58,31 +58,32 @@ class Checkpoint:
         return {key: file for file, keys in self.shards.items() for key in keys}
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name in the model -> shape as config.json has it; sorted, tied ones once."""
-        parameters = meta_model(read_config(self.folder)).named_parameters()
-        return dict(sorted((name, tuple(parameter.shape)) for name, parameter in parameters))
-
-    @cached_property
     def key_of(self) -> dict[str, str]:
         """Parameter name in the model -> tensor on disk: of that name, or with its wrappers at
-        other places.
+        other places. Sorted, tied parameters once.
         """
+        parameters = sorted(meta_model(read_config(self.folder)).named_parameters())
         meant = {_meaning(key): key for key in self.file_of}
-        found = {n: n if n in self.file_of else meant.get(_meaning(n)) for n in self.shapes}
-        for name, key in found.items():
+        found = {}
+        for name, parameter in parameters:
+            key = name if name in self.file_of else meant.get(_meaning(name))
             if key is None:
                 raise CdeltaError(
                     f"{self.folder} does not hold the parameter {name}: weights and config.json "
                     "disagree."
                 )
-            stored = tuple(self.view(key).get_shape())
-            if stored != self.shapes[name]:
+            if self.shape(key) != tuple(parameter.shape):
                 raise CdeltaError(
-                    f"{self.folder}: {key} has shape {stored}, but config.json says "
-                    f"{self.shapes[name]}."
+                    f"{self.folder}: {key} has shape {self.shape(key)}, but config.json says "
+                    f"{tuple(parameter.shape)}."
                 )
+            found[name] = key
         return found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name in the model -> shape."""
+        return {name: self.shape(key) for name, key in self.key_of.items()}
 
     @property
     def stored_dtype(self) -> str:
@@ -128,6 +129,10 @@ class Checkpoint:
     def view(self, key: str):
         """A tensor by its name on disk, of which nothing but what is sliced is read."""
         return self.open(self.file_of[key]).get_slice(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self.view(key).get_shape())
 
     def get(self, key: str) -> Tensor:
         """One tensor, by its name on disk."""

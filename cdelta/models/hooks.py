@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Iterator
 
 from torch import Tensor, nn
@@ -16,14 +16,10 @@ def hooked(*registrations: Registration) -> Iterator[None]:
     """Make the hooks that `registrations` register, and remove every one of them on exit, however
     it is left.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for register in registrations:
-            handles.append(register())
+            stack.callback(register().remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def before(module: nn.Module, look: Callable) -> Registration:
@@ -86,8 +82,10 @@ def loaded(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _gradients(model: nn.Module, on: bool) -> Iterator[dict[str, Tensor]]:
-    """All parameters with gradients on or off inside; each is as before on exit."""
+def requires_grad(model: nn.Module, on: bool) -> Iterator[dict[str, Tensor]]:
+    """All parameters by name, with gradients on or off inside; each is as before on exit, however
+    it is left.
+    """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     old = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
@@ -96,19 +94,3 @@ def _gradients(model: nn.Module, on: bool) -> Iterator[dict[str, Tensor]]:
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(old[name])
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model requires a gradient inside; each is as before on exit, however it
-    is left.
-    """
-    with _gradients(model, on=False):
-        yield
-
-
-@contextmanager
-def trainable(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The model's parameters by name, with gradients on; how they were comes back."""
-    with _gradients(model, on=True) as parameters:
-        yield parameters

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
@@ -22,10 +21,10 @@ from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import bind_template, template_facts
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-_QUESTION = "Which colour has snow?"
+GIB = 2**30
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
 def load_model(
@@ -51,11 +50,12 @@ def load_model(
     such checkpoint, when its parts do not belong together, or when the device is not there.
     """
     read_config(path_or_id, revision)
-    kind, place = torch_dtype(dtype), None if "device_map" in kw else resolve_device(device)
+    check_dtype(dtype)
+    place = None if "device_map" in kw else resolve_device(device)
     source: dict[str, Any] = dict(revision=revision, trust_remote_code=False)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path_or_id), dtype=kind, output_loading_info=True, **source, **kw
+            str(path_or_id), dtype=dtype, output_loading_info=True, **source, **kw
         )
         model, found = loaded
         if place is not None:
@@ -105,35 +105,25 @@ def _check_loaded(model: PreTrainedModel, found: Mapping[str, Any], source: str 
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings
     if tied and outside is not None and outside.weight is not inside.weight:
-        raise CdeltaError(_TIED.format(folder=source))
+        raise CdeltaError(
+            f"{source}: config.json ties the unembedding to the embedding, but the weights hold "
+            "another one: set tie_word_embeddings to false in config.json."
+        )
 
 
-_TIED = (
-    "{folder}: config.json ties the unembedding to the embedding, but the weights hold another "
-    "one: set tie_word_embeddings to false in config.json."
-)
-
-
-def torch_dtype(name: str) -> torch.dtype | str:
-    """The torch dtype called `name`; "auto" stays. Raises `CdeltaError` on other words."""
-    if name == "auto":
-        return name
+def check_dtype(name: str) -> None:
+    """Raise `CdeltaError` unless weights can be loaded in the dtype of that name."""
     if name not in DTYPES:
         raise CdeltaError(f"unknown dtype {name!r}: use float32, bfloat16, float16 or auto.")
-    return getattr(torch, name)
-
-
-def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is `default_device`. Raises `CdeltaError` if there is
-    none.
+    """The device called `name`; "auto" is the GPU where there is one, else the CPU. Raises
+    `CdeltaError` if there is none.
     """
     try:
-        device = torch.device(default_device() if name == "auto" else name)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(default if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -158,67 +148,61 @@ class Finding:
     text: str
 
 
-def check_model(
-    path_or_id: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: str = "bfloat16",
-    device: str = "auto",
-    prompts: Sequence[str] = (),
-    max_new_tokens: int = 0,
-    out: str | Path = "",
-    system: str = "",
-    template_args: Mapping[str, Any] | None = None,
-) -> list[Finding]:
+def check_model(path_or_id: str | Path, **options: Any) -> list[Finding]:
     """Everything about a checkpoint that would stop or surprise an edit, in seconds: no weight is
     loaded.
 
     Args:
         path_or_id: a checkpoint folder; of a hub id only configuration and tokenizer are looked at.
-        prompts, max_new_tokens: what would be asked, and how long answers may get.
-        out: where the edited checkpoint would be written.
-
-    Returns problems first, then warnings, then facts.
+        options: other fields of `ModelCheck`.
     """
-    found: list[Finding] = []
-    check = _Checker(found, path_or_id, revision)
-    if check.attempt("model", check.read_model):
-        check.attempt("weights", check.weights)
-        check.attempt("device", lambda: check.memory(dtype, device))
-        check.attempt("disk", lambda: check.disk(out))
-        read = partial(check.read_tokenizer, system, template_args or {})
-        if check.attempt("tokenizer", read) and check.attempt("template", check.template):
-            check.attempt("tokens", check.special_tokens)
-            check.attempt("context", lambda: check.context(prompts, max_new_tokens))
-        check.attempt("answers", check.penalties)
-    order = ("problem", "warning", "fact")
-    return sorted(found, key=lambda each: order.index(each.level))
+    return ModelCheck(path_or_id, **options).findings()
 
 
-class _Checker:
-    """Collects findings; every step may raise `CdeltaError`, which becomes a problem."""
+@dataclass
+class ModelCheck:
+    """The steps of `check_model`: each yields (level, text) or raises `CdeltaError`, a problem."""
 
-    config: PretrainedConfig
-    model: PreTrainedModel
-    """On the meta device: shapes without numbers."""
+    source: str | Path
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    prompts: Sequence[str] = ()
+    """What would be asked,"""
+    max_new_tokens: int = 0
+    """and how long answers may get."""
+    out: str | Path = ""
+    """Where the edited checkpoint would be written."""
+    system: str = ""
+    template_args: Mapping[str, Any] | None = None
 
-    def __init__(self, found: list[Finding], path_or_id: str | Path, revision: str | None):
-        self.found, self.source, self.revision = found, path_or_id, revision
-        self.folder = Path(path_or_id) if Path(path_or_id).is_dir() else None
+    def findings(self) -> list[Finding]:
+        """What the steps found; a step is left out where one that it needs found a problem."""
+        found: list[Finding] = []
+        for topic, needed in STEPS.items():
+            if any(each.level == "problem" and each.topic in needed for each in found):
+                continue
+            try:
+                for level, text in getattr(self, f"_{topic}")():
+                    found.append(Finding(level, topic, text))
+            except CdeltaError as error:
+                found.append(Finding("problem", topic, str(error)))
+        return found
 
-    def attempt(self, topic: str, step) -> bool:
-        """Run a step that yields (level, text); whether it went through."""
-        try:
-            for level, text in step():
-                self.found.append(Finding(level, topic, text))
-        except CdeltaError as error:
-            self.found.append(Finding("problem", topic, str(error)))
-        return all(each.level != "problem" for each in self.found if each.topic == topic)
-
-    def read_model(self) -> Iterator[tuple[str, str]]:
+    def _model(self) -> Iterator[tuple[str, str]]:
         self.config = read_config(self.source, self.revision)
+        self.checkpoint = Checkpoint(self.source) if Path(self.source).is_dir() else None
         self.model = meta_model(self.config)
-        self.model.generation_config = self._generation_config()
+        try:
+            self.model.generation_config = GenerationConfig.from_pretrained(
+                str(self.source), revision=self.revision or "main"
+            )
+        except OSError:  # there is none
+            pass
+        except Exception as error:  # its validation raises several types
+            raise CdeltaError(
+                f"generation_config.json cannot be read ({first_line(error)}): remove or mend it."
+            ) from error
         spec = ModelSpec.from_model(self.model)
         yield (
             "fact",
@@ -226,63 +210,51 @@ class _Checker:
             f"{spec.n_heads} heads ({spec.n_kv} key-value groups) and {spec.d_mlp} neurons",
         )
 
-    def _generation_config(self) -> GenerationConfig:
-        try:
-            revision = self.revision or "main"
-            return GenerationConfig.from_pretrained(str(self.source), revision=revision)
-        except OSError:  # there is none
-            return self.model.generation_config
-        except Exception as error:  # its validation raises several types
-            raise CdeltaError(
-                f"generation_config.json cannot be read ({first_line(error)}): remove or mend it."
-            ) from error
-
-    def weights(self) -> Iterator[tuple[str, str]]:
-        if self.folder is None:
+    def _weights(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint is None:
             yield "fact", "a hub id: its weights are checked after the download"
             return
-        checkpoint = Checkpoint(self.folder).check()
-        yield "fact", f"{checkpoint.n_bytes / 2**30:.2f} GiB of {checkpoint.stored_dtype} weights"
+        size, stored = self.checkpoint.check().n_bytes, self.checkpoint.stored_dtype
+        yield "fact", f"{size / GIB:.2f} GiB of {stored} weights"
+        if self.dtype not in ("auto", stored, "float32"):
+            yield (
+                "warning",
+                f"the weights are stored as {stored} and would be rounded to {self.dtype}: the "
+                "edit is fitted to the rounded model.",
+            )
 
-    def memory(self, dtype: str, device: str) -> Iterator[tuple[str, str]]:
-        kind, place = torch_dtype(dtype), resolve_device(device)
-        size = 2 if kind in (torch.bfloat16, torch.float16) else 4
-        needed = size * sum(parameter.numel() for parameter in self.model.parameters())
-        free = free_memory(place)
-        yield "fact", f"{place}, {dtype}: the weights take {needed / 2**30:.2f} GiB"
+    def _device(self) -> Iterator[tuple[str, str]]:
+        check_dtype(self.dtype)
+        place = resolve_device(self.device)
+        size = 2 if self.dtype in ("bfloat16", "float16") else 4
+        needed, free = size * self.model.num_parameters(), free_memory(place)
+        yield "fact", f"{place}, {self.dtype}: the weights take {needed / GIB:.2f} GiB"
         if free is not None and needed > free:
             yield (
                 "problem",
-                f"{place} has {free / 2**30:.2f} GiB left and the weights alone take "
-                f"{needed / 2**30:.2f}: use a smaller model, another dtype or another device.",
-            )
-        stored = Checkpoint(self.folder).stored_dtype if self.folder else dtype
-        if dtype not in ("auto", stored, "float32"):
-            yield (
-                "warning",
-                f"the weights are stored as {stored} and would be rounded to {dtype}: the edit is "
-                "fitted to the rounded model.",
+                f"{place} has {free / GIB:.2f} GiB left and the weights alone take "
+                f"{needed / GIB:.2f}: use a smaller model, another dtype or another device.",
             )
 
-    def disk(self, out: str | Path) -> Iterator[tuple[str, str]]:
-        if not out or self.folder is None:
+    def _disk(self) -> Iterator[tuple[str, str]]:
+        if not self.out or self.checkpoint is None:
             return
-        place = Path(out).absolute()
-        while not place.exists():
-            place = place.parent
-        needed, free = Checkpoint(self.folder).n_bytes, shutil.disk_usage(place).free
+        out = Path(self.out).absolute()
+        place = next(folder for folder in (out, *out.parents) if folder.exists())
+        needed, free = self.checkpoint.n_bytes, shutil.disk_usage(place).free
         if needed > free:
             yield (
                 "problem",
-                f"{place} has {free / 2**30:.2f} GiB left and an edited checkpoint takes "
-                f"{needed / 2**30:.2f}: choose another output folder.",
+                f"{place} has {free / GIB:.2f} GiB left and an edited checkpoint takes "
+                f"{needed / GIB:.2f}: choose another output folder.",
             )
 
-    def read_tokenizer(self, system: str, arguments: Mapping[str, Any]) -> Iterator:
-        self.tok = bind_template(load_tokenizer(self.source, self.revision), system, **arguments)
-        yield "fact", f"{len(self.tok):,} tokens"
+    def _tokenizer(self) -> Iterator[tuple[str, str]]:
+        tok = load_tokenizer(self.source, self.revision)
+        self.tok = bind_template(tok, self.system, **(self.template_args or {}))
+        yield "fact", f"{len(tok):,} tokens"
 
-    def template(self) -> Iterator[tuple[str, str]]:
+    def _template(self) -> Iterator[tuple[str, str]]:
         if self.tok.chat_template is None:
             yield "warning", "no chat template: prompts are written as 'User: ... Assistant:'"
             return
@@ -297,10 +269,9 @@ class _Checker:
         if facts.date:
             yield "fact", f"the template writes the date: always {facts.date} here"
 
-    def special_tokens(self) -> Iterator[tuple[str, str]]:
-        embedding: Any = self.model.get_input_embeddings()
-        rows = embedding.weight.shape[0]
-        used = {*chat_ids(self.tok, _QUESTION), *stop_ids(self.model, self.tok)}
+    def _tokens(self) -> Iterator[tuple[str, str]]:
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        used = {*chat_ids(self.tok, "Which colour has snow?"), *stop_ids(self.model, self.tok)}
         outside = sorted(token for token in used if token >= rows)
         if outside:
             yield (
@@ -308,33 +279,45 @@ class _Checker:
                 f"the tokenizer writes the ids {outside[:3]}, but the embedding has {rows} rows: "
                 "use the tokenizer that belongs to the model.",
             )
-        if self.tok.pad_token_id is not None and self.tok.pad_token_id >= rows:
+        if (self.tok.pad_token_id or 0) >= rows:
             yield "fact", "the padding token has no embedding: rows are padded with an end token"
 
-    def context(self, prompts: Sequence[str], growth: int) -> Iterator[tuple[str, str]]:
-        most = max((len(chat_ids(self.tok, prompt)) for prompt in prompts), default=0)
-        context = getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 0
-        if context and most + growth > context:
+    def _context(self) -> Iterator[tuple[str, str]]:
+        most = max((len(chat_ids(self.tok, prompt)) for prompt in self.prompts), default=0)
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", 0)
+        if context and most + self.max_new_tokens > context:
             yield (
                 "problem",
-                f"the longest prompt has {most} tokens and {growth} more for its answer exceed the "
-                f"context of {context}: shorten prompts or answers.",
+                f"the longest prompt has {most} tokens and {self.max_new_tokens} more for its "
+                f"answer exceed the context of {context}: shorten prompts or answers.",
             )
         boundary = rope_boundary(self.model)
-        if boundary and most + growth > boundary:
+        if boundary and most + self.max_new_tokens > boundary:
             yield "warning", f"prompts beyond {boundary} tokens use the long rotary factors"
 
-    def penalties(self) -> Iterator[tuple[str, str]]:
-        named = checkpoint_penalties(self.model)
-        if named:
+    def _answers(self) -> Iterator[tuple[str, str]]:
+        if named := checkpoint_penalties(self.model):
             yield (
                 "warning",
                 f"generation_config.json sets {named}, which other runtimes apply and plain greedy "
                 "answers do not: measure both.",
             )
-        if unsupported_penalties(self.model):
+        if unknown := unsupported_penalties(self.model):
             yield (
                 "warning",
-                f"generation_config.json sets {unsupported_penalties(self.model)}, which answers "
-                "here never apply.",
+                f"generation_config.json sets {unknown}, which answers here never apply.",
             )
+
+
+STEPS = {
+    "model": (),
+    "weights": ("model",),
+    "device": ("model",),
+    "disk": ("model",),
+    "tokenizer": ("model",),
+    "template": ("model", "tokenizer"),
+    "tokens": ("model", "tokenizer", "template"),
+    "context": ("model", "tokenizer", "template"),
+    "answers": ("model",),
+}
+"""Steps of `ModelCheck`, and those whose problems leave nothing to check."""

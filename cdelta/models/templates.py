@@ -12,6 +12,8 @@ from typing import Any, Mapping, Sequence
 
 from cdelta.errors import CdeltaError, first_line
 
+FALLBACK_TEMPLATE = "User: {prompt}\nAssistant:"
+"""Used, and said so by the caller, for a tokenizer that has no chat template."""
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """What "today" is in every template that writes the date: prompts of two days must be the same
 prompts."""
@@ -19,7 +21,7 @@ _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _OPEN_REASONING = re.compile(r"([<\[])((?:think|reason|thought)\w*)([>\]])\s*$", re.IGNORECASE)
 _REASONING_ARGUMENT = re.compile(r"think|reason", re.IGNORECASE)
 _OFF = (False, None, 0, "", "false", "off", "none", "no")
-_QUESTION, _ANSWER = "Which colour has snow?", "White zebra."
+_QUESTION, _ANSWER, _SYSTEM = "Which colour has snow?", "White zebra.", "Answer in five words."
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,6 @@ class TemplateFacts:
     """The template lets the model reason before it answers; `prefix` then closes the reasoning."""
     date: str
     """The date that the template writes, frozen at `TEMPLATE_DATE`; empty if it writes none."""
-
-
-def template_facts(tok, **template_args: Any) -> TemplateFacts:
-    """How the tokenizer's chat template behaves under the given keywords, beside those of
-    `bind_template`.
-
-    Raises `CdeltaError` if the tokenizer has no chat template, or one that cannot write a user turn
-    and its answer.
-    """
-    arguments = _arguments(tok, template_args)
-    return _facts(tok, _template(tok), json.dumps(arguments, sort_keys=True, default=str))
 
 
 def bind_template(tok, system: str = "", **template_args: Any):
@@ -75,6 +66,67 @@ def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def written(
+    tok, prompt: str, system: str = "", answer: str | None = None, **template_args: Any
+) -> str:
+    """What the template writes of a conversation: up to where the assistant's answer starts, or
+    with a finished answer.
+
+    `system` and `template_args` are as `bind_template` gave them, unless given here.
+    """
+    system = system or getattr(tok, "cdelta_system", "")
+    plain = tok.chat_template is None
+    facts = None if plain else template_facts(tok, **template_args)
+    if system and not (facts and facts.takes_system):
+        prompt, system = f"{system}\n\n{prompt}", ""
+    if facts is None:
+        asked = FALLBACK_TEMPLATE.format(prompt=prompt)
+        return asked if answer is None else f"{asked} {answer}"
+    arguments = _arguments(tok, template_args)
+    text = _render(tok, _template(tok), arguments, prompt, system, answer)
+    return text + facts.prefix if answer is None else text
+
+
+def template_facts(tok, **template_args: Any) -> TemplateFacts:
+    """How the tokenizer's chat template behaves under the given keywords, beside those of
+    `bind_template`.
+
+    Raises `CdeltaError` if the tokenizer has no chat template, or one that cannot write a user turn
+    and its answer.
+    """
+    arguments = _arguments(tok, template_args)
+    return _facts(tok, _template(tok), json.dumps(arguments, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=64)
+def _facts(tok, template: str, arguments: str) -> TemplateFacts:
+    """Render a question and its answer, and compare."""
+    given = json.loads(arguments)
+    asked = _render(tok, template, given, _QUESTION)
+    whole = _render(tok, template, given, _QUESTION, answer=_ANSWER)
+    if _QUESTION not in asked:
+        raise CdeltaError(
+            "the chat template does not write the user's words: use another template."
+        )
+    start, opened = whole.rfind(_ANSWER), _OPEN_REASONING.search(asked)
+    between = whole[len(asked) : start] if start >= 0 and whole.startswith(asked) else ""
+    if opened and not between.strip():
+        between = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
+    try:
+        takes_system = _SYSTEM in _render(tok, template, given, _QUESTION, _SYSTEM)
+    except CdeltaError:  # the template rejects the role
+        takes_system = False
+    formats = {"%d %b %Y", *(call[1] for call in _DATE_CALL.findall(tok.get_chat_template()))}
+    dates = sorted(map(TEMPLATE_DATE.strftime, formats))
+    return TemplateFacts(
+        takes_system=takes_system,
+        prefix=between if between.strip() else "",
+        end=whole[start + len(_ANSWER) :] if start >= 0 else "",
+        reasons=bool(opened or _OPEN_REASONING.search(between.split("/")[0].rstrip("<[\n "))),
+        date=max((date for date in dates if date in asked), key=len, default=""),
+    )
+
+
 def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
     """Bound and given keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
     arguments = {**getattr(tok, "cdelta_template_args", {}), **template_args}
@@ -96,86 +148,30 @@ def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
 def _template(tok) -> str:
     """The template's source with the date frozen."""
     try:
-        return _with_date(tok.get_chat_template())
+        return _DATE_CALL.sub(
+            lambda call: repr(TEMPLATE_DATE.strftime(call[2])), tok.get_chat_template()
+        )
     except Exception as error:  # several templates and no default, or one that is no text
         raise CdeltaError(
             f"the tokenizer has no usable chat template: {first_line(error)}"
         ) from error
 
 
-@lru_cache(maxsize=64)
-def _with_date(template: str) -> str:
-    return _DATE_CALL.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
-
-
-@lru_cache(maxsize=64)
-def _facts(tok, template: str, arguments: str) -> TemplateFacts:
-    """Render a question and its answer, and compare."""
-    given = json.loads(arguments)
-    asked = _render(tok, template, _turns(_QUESTION), True, given)
-    whole = _render(tok, template, _turns(_QUESTION, answer=_ANSWER), False, given)
-    if _QUESTION not in asked:
-        raise CdeltaError(
-            "the chat template does not write the user's words: use another template."
-        )
-    start, opened = whole.rfind(_ANSWER), _OPEN_REASONING.search(asked)
-    between = whole[len(asked) : start] if start >= 0 and whole.startswith(asked) else ""
-    if opened and not between.strip():
-        between = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
-    return TemplateFacts(
-        takes_system=_takes_system(tok, template, given),
-        prefix=between if between.strip() else "",
-        end=whole[start + len(_ANSWER) :] if start >= 0 else "",
-        reasons=bool(opened or _OPEN_REASONING.search(between.split("/")[0].rstrip("<[\n "))),
-        date=_date_written(tok, template, asked),
-    )
-
-
-def _takes_system(tok, template: str, arguments: Mapping[str, Any]) -> bool:
-    system = "Answer in five words."
-    try:
-        return system in _render(tok, template, _turns(_QUESTION, system), True, arguments)
-    except CdeltaError:  # the template rejects the role
-        return False
-
-
-def _date_written(tok, template: str, asked: str) -> str:
-    source = tok.get_chat_template()
-    formats = {call[1] for call in _DATE_CALL.findall(source)} | {"%d %b %Y"}
-    found = sorted({TEMPLATE_DATE.strftime(each) for each in formats}, key=len)
-    return next((date for date in reversed(found) if date in asked), "")
-
-
-def written(
-    tok, prompt: str, system: str, template_args: Mapping[str, Any], answer: str | None = None
-) -> str:
-    """What the template writes of a conversation: up to where the assistant's answer starts, or
-    with a finished answer.
-    """
-    facts = template_facts(tok, **template_args)
-    turns = _turns(prompt, system, answer, facts.takes_system)
-    text = _render(tok, _template(tok), turns, answer is None, _arguments(tok, template_args))
-    return text + facts.prefix if answer is None else text
-
-
-def _turns(
-    prompt: str, system: str = "", answer: str | None = None, takes_system: bool = True
-) -> list[dict[str, str]]:
-    if system and not takes_system:
-        prompt, system = f"{system}\n\n{prompt}", ""
-    said: dict[str, Any] = {"system": system, "user": prompt, "assistant": answer}
-    kept = {"user", *(["system"] if system else []), *(["assistant"] if answer is not None else [])}
-    return [{"role": role, "content": words} for role, words in said.items() if role in kept]
-
-
 def _render(
-    tok, template: str, turns: Sequence[dict], to_be_continued: bool, arguments: Mapping[str, Any]
+    tok,
+    template: str,
+    arguments: Mapping[str, Any],
+    prompt: str,
+    system: str = "",
+    answer: str | None = None,
 ) -> str:
+    said = {"system": system or None, "user": prompt, "assistant": answer}
+    turns = [{"role": role, "content": words} for role, words in said.items() if words is not None]
     try:
         return tok.apply_chat_template(
             turns,
             chat_template=template,
-            add_generation_prompt=to_be_continued,
+            add_generation_prompt=answer is None,
             tokenize=False,
             **arguments,
         )

@@ -13,7 +13,7 @@ from cdelta.edit.recipe import EditRecipe
 from cdelta.edit.rows import TrainingRows
 from cdelta.edit.slices import SliceHooks
 from cdelta.edit.training import Training
-from cdelta.models.hooks import frozen
+from cdelta.models.hooks import requires_grad
 from cdelta.models.spec import ModelSpec
 
 WORDS = ("alpha", "beta", "gamma", "delta")
@@ -38,7 +38,7 @@ def test_padded_steps_equal_packed_steps(how):
     mask = random_mask(ModelSpec.from_model(model), 0.2, 0)
     values = []
     for fixed in (False, True):
-        with frozen(model), SliceHooks(model, mask.slices) as hooks:
+        with requires_grad(model, on=False), SliceHooks(model, mask.slices) as hooks:
             data = Data.build(model, tok, ROWS, how)
             training = Training(model, hooks, mask, data, how)
             if fixed:

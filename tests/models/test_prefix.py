@@ -11,7 +11,7 @@ from cdelta.edit.forward import predictions, prompt_logits
 from cdelta.models import prefix
 from cdelta.models.chat import collate, left_pad
 from cdelta.models.generation import decode
-from cdelta.models.hooks import trainable
+from cdelta.models.hooks import requires_grad
 from cdelta.policy.pairs import PromptPairs
 
 BEGIN = torch.randint(2, VOCAB, (20,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -75,7 +75,7 @@ def test_answers_are_those_of_whole_rows(family, whole):
 
 
 def gradients(model, read, batch):
-    with trainable(model) as parameters, torch.enable_grad():
+    with requires_grad(model, on=True) as parameters, torch.enable_grad():
         loss = read(model, batch).pow(2).sum()
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return [grad for grad in found if grad is not None]
