@@ -8,7 +8,7 @@ rows serve every category, unless an attack on it was for one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,6 @@ KINDS = ("target", "benign", "other", "refused", "borderline", "skills")
 harm of another category of the policy. ``refused``: harm outside the policy, which the base refuses
 already. ``borderline``: harmless prompts that look harmful. ``skills``: prompts with one answer."""
 HARMFUL = ("target", "other", "refused")
-SAFE = ("benign", "borderline")
 _KIND_OF_ROLE = {
     "target": "other",
     "other_harm": "refused",
@@ -33,17 +32,19 @@ _KIND_OF_ROLE = {
 }
 
 
+def _listed(category: str | Sequence[str]) -> list[str]:
+    return [category] if isinstance(category, str) else list(category)
+
+
 def edit_name(category: str | Sequence[str]) -> str:
     """``edit_category`` of the rows: one category's name, or several joined by "+"."""
-    return category if isinstance(category, str) else "+".join(category)
+    return "+".join(_listed(category))
 
 
 def with_kind(rows: pd.DataFrame, category: str | Sequence[str]) -> pd.DataFrame:
     """The rows with a column ``kind`` (of `KINDS`) relative to the edited category, or several."""
-    edited = [category] if isinstance(category, str) else list(category)
-    kind = rows["role"].map(_KIND_OF_ROLE)
-    own = (rows["role"] == "target") & rows["category"].isin(edited)
-    return rows.assign(kind=kind.mask(own, "target"))
+    own = (rows["role"] == "target") & rows["category"].isin(_listed(category))
+    return rows.assign(kind=rows["role"].map(_KIND_OF_ROLE).mask(own, "target"))
 
 
 def of_category(rows: pd.DataFrame, category: str) -> pd.DataFrame:
@@ -56,19 +57,31 @@ def in_distribution(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["ood_set"] == "") & (rows["attack"] == "")]
 
 
-def methods_of(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """(category, method, its rows with their kind) for every edited category and method, the base
-    first.
+def views(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every row as each edit sees it, the base's first: ``edit`` (the edited category), ``kind``,
+    ``own`` (the prompt is of that category, or of all), and what is measured: ``refused``, ``kept``
+    (refused as often as by the base), ``right`` (a skill), ``length`` (the base's benign answers
+    have 1 on average), ``ended`` (by itself, within the limit).
     """
-    edited = [category for category in dict.fromkeys(rows["edit_category"]) if category]
-    categories = edited or list(dict.fromkeys(rows.loc[rows["role"] == "target", "category"]))
-    base = rows[rows["method"] == BASE]
-    for category in categories:
-        yield category, BASE, with_kind(base[base["edit_category"].isin(("", category))], category)
-        own = rows[(rows["edit_category"] == category) & (rows["method"] != BASE)]
-        own = with_kind(own, category)
-        for method in dict.fromkeys(own["method"]):
-            yield category, method, own[own["method"] == method]
+    rows = rows.reset_index(drop=True)
+    refused, base = rows["outcome"] == "refuse", rows["method"] == BASE
+    before = refused[base & (rows["attack"] == "")].groupby(rows["id"]).first()
+    usual = in_distribution(rows[base & (rows["role"] == "benign")])["n_tokens"].mean()
+    rows = rows.assign(
+        refused=refused,
+        kept=refused == rows["id"].map(before),
+        right=rows["correct"].fillna(False).astype(bool),
+        length=rows["n_tokens"] / max(usual, 1e-9),
+        ended=rows["finished"].astype(bool),
+    )
+    edited = [category for category in rows["edit_category"].unique() if category]
+    parts = [rows.iloc[:0].assign(edit="", kind="", own=True)]
+    for edit in edited or rows.loc[rows["role"] == "target", "category"].unique():
+        mine = rows["edit_category"] == edit
+        some = pd.concat([rows[base & (mine | (rows["edit_category"] == ""))], rows[mine & ~base]])
+        own = some["category"].isin((edit, SHARED))
+        parts.append(with_kind(some.assign(edit=edit, own=own), edit))
+    return pd.concat(parts, ignore_index=True)
 
 
 # ---------------------------------------------------------------------- rates
@@ -125,10 +138,7 @@ def rates(hits: pd.Series, rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFram
     appearance.
     """
     groups = rows.groupby(list(by), sort=False)
-    found = [
-        dict(zip(by, key, strict=True)) | Rate.of(hits[part.index], part["id"])._asdict()
-        for key, part in groups
-    ]
+    found = [(*key, *Rate.of(hits[part.index], part["id"])) for key, part in groups]
     return pd.DataFrame(found, columns=[*by, *Rate._fields])
 
 
@@ -137,10 +147,10 @@ def kind_rates(rows: pd.DataFrame, category: str) -> pd.DataFrame:
     kind (benign rows: the category's own, else "other benign"), for the skills accuracy.
     """
     rows = with_kind(rows, category).reset_index(drop=True)
-    elsewhere = (rows["kind"] == "benign") & ~rows["category"].isin((category, SHARED))
-    rows["kind"] = rows["kind"].mask(elsewhere, "other benign")
-    refused, skills = rows["outcome"] == "refuse", rows["kind"] == "skills"
-    hits = refused.where(~skills, rows["correct"].fillna(False).astype(bool))
+    far = (rows["kind"] == "benign") & ~rows["category"].isin((category, SHARED))
+    right = rows["correct"].fillna(False).astype(bool)
+    hits = (rows["outcome"] == "refuse").mask(rows["kind"] == "skills", right)
+    rows["kind"] = rows["kind"].mask(far, "other benign")
     return rates(hits, rows, ("method", "attack", "kind"))
 
 
@@ -150,11 +160,11 @@ def with_pooled(table: pd.DataFrame, by: Sequence[str], rate: str) -> pd.DataFra
     """
     table = table.rename(columns={rate: "rate"})
     table = table[[*by, "category", *Rate._fields]].dropna()
-    found = []
-    for key, part in table.groupby(list(by), sort=False):
-        hits, n = (part["rate"] * part["n"]).sum(), int(part["n"].sum())
-        pooled = Rate(hits / n, *wilson(min(hits, n), n), n)._asdict()
-        found.append(dict(zip(by, key, strict=True)) | {"category": "all"} | pooled)
+    sums = table.assign(hits=table["rate"] * table["n"]).groupby(list(by), sort=False)
+    found = [
+        (*key, "all", hits / n, *wilson(min(hits, n), n), n)
+        for *key, hits, n in sums[["hits", "n"]].sum().reset_index().itertuples(index=False)
+    ]
     return pd.concat([table, pd.DataFrame(found, columns=table.columns)], ignore_index=True)
 
 
@@ -167,11 +177,9 @@ def group_rates(
     """Means of some values per kind; ``other`` is split by category (``other hate``), ``benign``
     and ``borderline`` into the edited category's own and ``other benign``, ``other borderline``.
     """
-    edited = [category] if isinstance(category, str) else list(category)
-    kind = with_kind(rows, category)["kind"]
-    far = kind.isin(SAFE) & ~rows["category"].isin((*edited, SHARED))
-    group = kind.mask(far, "other " + kind)
-    group = group.mask(kind == "other", "other " + rows["category"])
+    kind, near = with_kind(rows, category)["kind"], (*_listed(category), SHARED)
+    far = kind.isin(("benign", "borderline")) & ~rows["category"].isin(near)
+    group = kind.mask(far, "other " + kind).mask(kind == "other", "other " + rows["category"])
     return values.astype(float).groupby(group).mean().to_dict()
 
 
@@ -185,30 +193,30 @@ def curve_row(
     ``borderline``: the worst category's refusal. ``other``: the largest change of another harmful
     category's rate. Where there are no rows, the value that costs nothing.
     """
-    edited = [category] if isinstance(category, str) else list(category)
-    harm = _refused_by_category(rows, edited, HARMFUL)
-    harm_of_base = _refused_by_category(base, edited, HARMFUL)
-    change = (harm - harm_of_base).drop(edited).abs()
+    edited = _listed(category)
+    now, before = (_refused_by_role(some) for some in (rows, base))
+    harm, harm_before = (pd.concat([r["target"], r["other_harm"]]) for r in (now, before))
+    worst = {
+        "benign": now["benign"],
+        "other": (harm - harm_before).drop(edited).abs(),
+        "borderline": now["borderline"],
+    }
     skills = rows.loc[rows["role"] == "utility", "correct"].astype(float)
     return {
         "k": k,
         "target": float(harm[edited].min()),
-        "benign": _worst(_refused_by_category(rows, edited, ("benign",))),
-        "other": _worst(change),
-        "borderline": _worst(_refused_by_category(rows, edited, ("borderline",))),
+        **{name: float(rates.max()) if len(rates) else 0.0 for name, rates in worst.items()},
         "utility": float(skills.mean()) if len(skills) else 1.0,
     }
 
 
-def _worst(per_category: pd.Series) -> float:
-    return float(per_category.max()) if len(per_category) else 0.0
-
-
-def _refused_by_category(
-    rows: pd.DataFrame, edited: Sequence[str], kinds: Sequence[str]
-) -> pd.Series:
-    part = rows[with_kind(rows, edited)["kind"].isin(kinds)]
-    return (part["outcome"] == "refuse").groupby(part["category"]).mean()
+def _refused_by_role(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """Role -> the refusal rate per category."""
+    refused = (rows["outcome"] == "refuse").astype(float)
+    return {
+        role: refused[rows["role"] == role].groupby(rows["category"]).mean()
+        for role in _KIND_OF_ROLE
+    }
 
 
 def curve_bands(curve: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -222,12 +230,8 @@ def curve_bands(curve: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     ``other`` is a largest change, of which there is no such interval.
     """
     sizes = rows.groupby(["role", "category"]).size().groupby("role").min()
-    prompts = {
-        "target": sizes.get("target", 0),
-        "benign": sizes.get("benign", 0),
-        "other": 0,
-        "skills": int((rows["role"] == "utility").sum()),
-    }
+    prompts = {name: int(sizes.get(name, 0)) for name in ("target", "benign", "other", "skills")}
+    prompts["skills"] = int((rows["role"] == "utility").sum())
     long = curve.rename(columns={"utility": "skills"})
     long = long.melt(["category", "k"], list(prompts), "kind", "rate")
     mean = long.groupby(["category", "k", "kind"], sort=False)["rate"].mean().reset_index()

@@ -1,14 +1,14 @@
-"""Intervals and paired tests. Rates are 0-1; every random draw comes from a seed."""
+"""Intervals and paired tests. Rates are 0-1; every random draw comes from one seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
+import pandas as pd
+from scipy.stats import binomtest, norm
 
 from cdelta.errors import CdeltaError
 
@@ -37,7 +37,7 @@ class McNemar(NamedTuple):
     p: float
 
 
-def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+def wilson(k: float, n: int) -> tuple[float, float]:
     """Wilson's score interval of the rate k/n (Wilson 1927).
 
     `k` need not be whole (a mean over seeds); n = 0 tells nothing: (0, 1).
@@ -46,7 +46,7 @@ def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
         raise CdeltaError(f"{k} successes among {n} trials is no rate.")
     if n == 0:
         return 0.0, 1.0
-    z, p = NormalDist().inv_cdf((1 + level) / 2), k / n
+    z, p = float(norm.ppf((1 + LEVEL) / 2)), k / n
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
@@ -54,18 +54,16 @@ def wilson(k: float, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 
 def bootstrap_mean(
-    values: Sequence[float], groups: Sequence | None = None, draws: int = DRAWS, seed: int = 0
+    values: Sequence[float], groups: Sequence | None = None, draws: int = DRAWS
 ) -> Estimate:
     """Mean and its percentile bootstrap interval.
 
     With `groups` (prompt ids, say), whole groups are drawn: rows of one group may depend.
     """
     values = np.asarray(values, dtype=float)
-    if not len(values):
-        raise CdeltaError("no values to average.")
-    drawn, (totals, sizes) = _drawn(np.stack(_group_sums(values, groups)), draws, seed)
-    means = drawn @ totals / (drawn @ sizes)
-    return Estimate(values.mean(), *_percentiles(means))
+    by = np.arange(len(values)) if groups is None else np.asarray(groups)
+    units = pd.Series(values).groupby(by).agg(["sum", "size"])
+    return bootstrap_ratio(units["sum"], units["size"], draws)
 
 
 def bootstrap_ratio(
@@ -73,11 +71,19 @@ def bootstrap_ratio(
 ) -> Estimate:
     """Σ numerator / Σ denominator of paired measurements, with its percentile bootstrap interval
     over the pairs.
+
+    Where most pairs have equals, as rates do, equal pairs are drawn together. Otherwise they stay
+    in order, so that the last digit of a measurement does not decide what is drawn.
     """
-    top, bottom = _paired(numerator, denominator)
-    drawn, (tops, bottoms) = _drawn(np.stack([top, bottom]), draws)
-    ratios = drawn @ tops / (drawn @ bottoms)
-    return Estimate(top.sum() / bottom.sum(), *_percentiles(ratios))
+    units = np.stack(_paired(numerator, denominator))
+    n, total = units.shape[1], units.sum(axis=1)
+    found, counts = np.unique(units, axis=1, return_counts=True)
+    if 2 * len(counts) > n:
+        found, counts = units, np.ones(n)
+    drawn = np.random.default_rng(0).multinomial(n, counts / n, size=draws).astype(float)
+    ratios = drawn @ found[0] / (drawn @ found[1])
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(total[0] / total[1], float(low), float(high))
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> Estimate:
@@ -86,11 +92,9 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> Estimate
     on how many of all prompts may differ all the same.
     """
     a, b = _paired(first, second)
-    estimate = bootstrap_mean(a - b)
-    if estimate.low == estimate.high:
-        bound = 1 - ((1 - LEVEL) / 2) ** (1 / len(first))
-        return Estimate(estimate.value, estimate.low - bound, estimate.high + bound)
-    return estimate
+    value, low, high = bootstrap_mean(a - b)
+    bound = 1 - ((1 - LEVEL) / 2) ** (1 / len(a)) if low == high else 0.0
+    return Estimate(value, low - bound, high + bound)
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
@@ -109,12 +113,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (Holm 1979), in the given order: the chance of any false claim among
     them stays at the level.
     """
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(steps, 1.0)
-    return adjusted.tolist()
+    p = pd.Series(p_values, dtype=float).reset_index(drop=True).sort_values(kind="stable")
+    steps = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1.0)
+    return steps.sort_index().tolist()
 
 
 def _paired(first: Sequence, second: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -125,30 +126,3 @@ def _paired(first: Sequence, second: Sequence) -> tuple[np.ndarray, np.ndarray]:
             f"{len(a)} and {len(b)} given."
         )
     return a, b
-
-
-def _group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
-    if groups is None:
-        return values, np.ones_like(values)
-    if len(groups) != len(values):
-        raise CdeltaError(f"{len(values)} values but {len(groups)} group names.")
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
-    return np.bincount(index, weights=values), np.bincount(index).astype(float)
-
-
-def _drawn(units: np.ndarray, draws: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """How often each unit (a column) is drawn, per resample, and the units.
-
-    Where most have equals, as rates do, equal units are drawn together. Otherwise they stay in
-    order, so that the last digit of a measurement does not decide what is drawn.
-    """
-    n, rng = units.shape[1], np.random.default_rng(seed)
-    found, counts = np.unique(units, axis=1, return_counts=True)
-    if 2 * len(counts) > n:
-        found, counts = units, np.ones(n)
-    return rng.multinomial(n, counts / n, size=draws).astype(float), found
-
-
-def _percentiles(samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
