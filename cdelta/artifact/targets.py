@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdelta.evaluation.comparison import MEASURES, compare, measured
+from cdelta.evaluation.comparison import compare, measured
 from cdelta.evaluation.rates import BASE, Rate, in_distribution, paired_means, views
 from cdelta.evaluation.stats import bootstrap_ratio, paired_interval
 from cdelta.evaluation.tables import ood
@@ -73,44 +73,50 @@ def measurements(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     ``rates`` and ``changes`` (from the base) of all measures, ``ood``, ``edits`` with a row per
     edit, and ``rises``: changes of refusal per role and category of prompts, with their ``size``.
     """
-    parts = dict(iter(views(rows[rows["attack"] == ""]).groupby(["edit", "method"], sort=False)))
-    edits, rises = [], []
-    for category in [category for category, method in parts if method == METHOD]:
-        names = {"method": METHOD, "category": category}
-        own, base = parts[category, METHOD], parts[category, BASE]
-        edits.append(names | _edit(own, base, rows, category))
-        before = in_distribution(base).groupby(["role", "category"])
-        for key, part in in_distribution(own).groupby(["role", "category"]):
-            change = paired_interval(*paired_means(part, before.get_group(key), "refused", "id"))
-            rises.append(names | dict(zip(("role", "asked"), key)) | change.named("rise"))
-    changes = compare(rows, METHOD, [BASE]).assign(method=METHOD)
+    seen = views(rows)
+    usual = in_distribution(seen)
+    edits = [
+        {"method": METHOD, "category": category, **_edit(seen, category)}
+        for category in seen.loc[seen["method"] == METHOD, "edit"].unique()
+    ]
+    rises = []
+    for (category, role, asked), part in usual.groupby(["edit", "role", "category"]):
+        own, base = (part[part["method"] == method] for method in (METHOD, BASE))
+        if len(own):
+            change = paired_interval(*paired_means(own, base, "refused", "id"))
+            rises.append((METHOD, category, role, asked, *change))
+    columns = ["method", "category", "role", "asked", "rise", "low", "high"]
     return {
         "rates": measured(rows),
-        "changes": changes,
+        "changes": compare(rows, METHOD, [BASE]).assign(method=METHOD),
         "ood": ood(rows),
         "edits": pd.DataFrame(edits),
-        "rises": _with_sizes(pd.DataFrame(rises)),
+        "rises": _with_sizes(pd.DataFrame(rises, columns=columns)),
     }
 
 
-def _edit(own: pd.DataFrame, base: pd.DataFrame, rows: pd.DataFrame, category: str) -> dict:
+def _edit(seen: pd.DataFrame, category: str) -> dict:
     """An edit's share of the parameters, skills over the base's, and target refusal within the
     preset's texts around its test prompts (``wrapped``).
     """
+    seen = seen[seen["edit"] == category]
+    skills = seen.query("kind == 'skills' and attack == ''")
+    own, base = seen[seen["method"] == METHOD], skills[skills["method"] == BASE]
     facts = {"share": own["param_fraction"].mean()}
-    skills = [part.query(MEASURES["utility"].rows) for part in (own, base)]
-    if len(skills[0]) and skills[1]["right"].any():
-        ratio = bootstrap_ratio(*paired_means(*skills, "right", "id"))
+    if len(base) and base["right"].any():
+        ratio = bootstrap_ratio(
+            *paired_means(skills[skills["method"] == METHOD], base, "right", "id")
+        )
         facts |= dict(zip(("skills", "skills_low", "skills_high"), ratio))
-    inside = rows[rows["attack"].str.startswith("wrapper") & (rows["edit_category"] == category)]
-    asked = (inside["role"] == "target") & (inside["category"] == category)
-    inside = inside[asked & (inside["ood_set"] == "") & (inside["method"] == METHOD)]
+    inside = own[own["attack"].str.startswith("wrapper")].query(
+        "kind == 'target' and ood_set == ''"
+    )
     return facts | Rate.refusal(inside).named("wrapped")
 
 
 def _with_sizes(rises: pd.DataFrame) -> pd.DataFrame:
     """With the absolute change, whose interval begins at 0 where the sign is open."""
     ends = rises[["low", "high"]].abs()
-    open_ = (rises["low"] <= 0) & (rises["high"] >= 0)
-    low = ends.min(axis=1).mask(open_, 0.0)
+    undecided = (rises["low"] <= 0) & (rises["high"] >= 0)
+    low = ends.min(axis=1).mask(undecided, 0.0)
     return rises.assign(size=rises["rise"].abs(), size_low=low, size_high=ends.max(axis=1))
