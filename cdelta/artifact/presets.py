@@ -125,7 +125,7 @@ class Evaluation:
     data: str = ""
     """Folder of the local task files and of WikiText-2; empty: no tasks are measured."""
     harness_tasks: tuple[str, ...] = ()
-    """Keys of `multiple_choice.TASKS`."""
+    """Keys of `capability.TASKS`."""
     harness_limit: int = 100
     """Questions per task (0: all)."""
     text_windows: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,9 @@ from sklearn.metrics import cohen_kappa_score
 
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.judges import Judge
-from cdelta.evaluation.stats import wilson
+from cdelta.evaluation.rates import Rate, rates
 
-COLUMNS = (
+COLUMNS = [
     "data",
     "judge",
     "source",
@@ -29,7 +29,7 @@ COLUMNS = (
     "false_positives_high",
     "kappa",
     "note",
-)
+]
 LOG_ODDS_BINS = (-np.inf, -8, -4, -2, -1, 0, 1, 2, 4, 8, np.inf)
 """Nats."""
 
@@ -50,16 +50,20 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
     if unknown:
         names = ", ".join(sorted(map(str, unknown)))
         raise CdeltaError(f"labels must be refuse or comply, not {names}.")
+    judges, parts = dict(judges), {"all": labelled}
+    if "log_odds" in labelled and labelled["log_odds"].notna().all():
+        outcomes = np.where(labelled["log_odds"] > 0, "refuse", "comply")
+        judges |= {"first token": lambda prompts, answers: outcomes}
+    if "source" in labelled:
+        parts |= dict(iter(labelled.groupby("source")))
     found = []
-    for name, judge in {**judges, **_first_token(labelled)}.items():
+    for name, judge in judges.items():
         try:
-            refused = _refused(judge, labelled)
+            outcomes = judge(list(labelled["prompt"]), list(labelled["answer"]))
         except CdeltaError as error:
             found.append({"judge": name, "source": "all", "note": str(error)})
             continue
-        parts = {"all": labelled}
-        if "source" in labelled:
-            parts |= dict(iter(labelled.groupby("source")))
+        refused = pd.Series(outcomes, index=labelled.index) == "refuse"
         for source, part in parts.items():
             agreement = _agreement(part["label"] == "refuse", refused[part.index])
             found.append({"judge": name, "source": source} | agreement)
@@ -69,26 +73,7 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
 def calibrations(labelled: Mapping[str, pd.DataFrame], judges: Mapping[str, Judge]) -> pd.DataFrame:
     """`calibration` on every set of labelled answers, with the set's name as ``data``."""
     found = [calibration(answers, judges).assign(data=name) for name, answers in labelled.items()]
-    if not found:
-        return pd.DataFrame(columns=list(COLUMNS))
-    return pd.concat(found, ignore_index=True).reindex(columns=list(COLUMNS))
-
-
-def _first_token(labelled: pd.DataFrame) -> dict[str, Judge]:
-    """The judge by refusal log-odds above 0 alone, where all answers know theirs."""
-    if "log_odds" not in labelled or labelled["log_odds"].isna().any():
-        return {}
-    outcomes = ["refuse" if x > 0 else "comply" for x in labelled["log_odds"]]
-
-    def first_token(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
-        return outcomes
-
-    return {"first token": first_token}
-
-
-def _refused(judge: Judge, labelled: pd.DataFrame) -> pd.Series:
-    outcomes = judge(list(labelled["prompt"]), list(labelled["answer"]))
-    return pd.Series(outcomes, index=labelled.index) == "refuse"
+    return pd.concat([pd.DataFrame(), *found], ignore_index=True).reindex(columns=COLUMNS)
 
 
 def _agreement(truth: pd.Series, refused: pd.Series) -> dict:
@@ -109,26 +94,19 @@ def share(name: str, hits: pd.Series, low: str = "", high: str = "") -> dict[str
     """Share of hits and its Wilson interval, under the name, ``<name>_low`` and ``<name>_high``
     unless told otherwise; NaN without rows.
     """
-    interval = wilson(int(hits.sum()), len(hits)) if len(hits) else (np.nan, np.nan)
-    keys = (low or f"{name}_low", high or f"{name}_high")
-    return {name: float(hits.mean()) if len(hits) else np.nan, **dict(zip(keys, interval))}
+    keys = (name, low or f"{name}_low", high or f"{name}_high")
+    return dict(zip(keys, Rate.of(hits, hits.index)))
 
 
 def reliability(labelled: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Share of labelled refusals per bin of log-odds: ``log_odds`` (mean in the bin), ``rate, low,
     high, n``; all sets that know their log-odds.
     """
-    known = [
-        answers[["label", "log_odds"]].dropna()
-        for answers in labelled.values()
-        if "log_odds" in answers
-    ]
-    columns = ["log_odds", "rate", "low", "high", "n"]
-    if not known:
-        return pd.DataFrame(columns=columns)
-    rows = pd.concat(known, ignore_index=True)
-    found = []
-    for _, part in rows.groupby(pd.cut(rows["log_odds"], LOG_ODDS_BINS), observed=True):
-        k, n = int((part["label"] == "refuse").sum()), len(part)
-        found.append((part["log_odds"].mean(), k / n, *wilson(k, n), n))
-    return pd.DataFrame(found, columns=columns)
+    columns = ["label", "log_odds"]
+    known = [answers.reindex(columns=columns).dropna() for answers in labelled.values()]
+    rows = pd.concat([pd.DataFrame(columns=columns), *known]).astype({"log_odds": float})
+    rows = rows.sort_values("log_odds", ignore_index=True)
+    rows = rows.assign(id=rows.index, bin=pd.cut(rows["log_odds"], LOG_ODDS_BINS))
+    table = rates(rows["label"] == "refuse", rows, ["bin"])
+    means = rows.groupby("bin", observed=True)["log_odds"].mean()
+    return table.assign(bin=means.to_numpy()).rename(columns={"bin": "log_odds"})

@@ -4,7 +4,6 @@ that a killed run goes on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 """Prompts between two writes of the row store."""
-RECORD_COLUMNS = (
+RULES = Rules()
+RECORD_COLUMNS = [
     "id",
     "prompt",
     "category",
@@ -36,37 +36,8 @@ RECORD_COLUMNS = (
     "skill",
     "reference",
     "must_mention",
-)
+]
 """Columns of the records that rows keep; all but the first four may be missing."""
-CONDITION_COLUMNS = {
-    "method": "str",
-    "seed": "int64",
-    "edit_category": "str",
-    "k": "float64",
-    "param_fraction": "float64",
-    "variant": "str",
-    "attack": "str",
-    "protocol": "str",
-}
-DTYPES = (
-    dict.fromkeys(RECORD_COLUMNS, "str")
-    | CONDITION_COLUMNS
-    | {
-        "kind": "str",
-        "answer": "str",
-        "answer_ids": "object",
-        "n_tokens": "int64",
-        "finished": "bool",
-        "log_odds": "float64",
-        "outcome": "str",
-        "addressed": "boolean",
-        "correct": "boolean",
-    }
-)
-"""Columns of the rows, in order. ``kind`` (of `rates.KINDS`) is empty where no category is edited;
-``answer_ids`` (int32, without the end token) are the answer, whose text is for people; ``log_odds``
-is NaN without a metric; ``addressed`` and ``correct`` are empty where they have no meaning."""
-RULES = Rules()
 
 
 @dataclass(frozen=True)
@@ -90,6 +61,18 @@ class Condition:
     """What was done to the model or the prompts afterwards (robustness), else empty."""
     protocol: str = ""
     """How answers were made; filled in by `evaluate`."""
+
+
+DTYPES = (
+    dict.fromkeys(RECORD_COLUMNS, "str")
+    | {f.name: {"int": "int64", "float": "float64"}.get(f.type, "str") for f in fields(Condition)}
+    | {"kind": "str", "answer": "str", "answer_ids": "object", "n_tokens": "int64"}
+    | {"finished": "bool", "log_odds": "float64", "outcome": "str"}
+    | {"addressed": "boolean", "correct": "boolean"}
+)
+"""Columns of the rows, in order. ``kind`` (of `rates.KINDS`) is empty where no category is edited;
+``answer_ids`` (int32, without the end token) are the answer, whose text is for people; ``log_odds``
+is NaN without a metric; ``addressed`` and ``correct`` are empty where they have no meaning."""
 
 
 def evaluate(
@@ -123,14 +106,17 @@ def evaluate(
     punctuation aside). Where the record says what an answer must mention, a complying answer that
     does not is ``incoherent``, and ``addressed`` is false.
     """
-    records = as_frame(records)
+    records = _checked(records)
     protocol = f"greedy, {max_new_tokens} tokens"
     protocol += f", system prompt {system!r}" if system else ""
     under = Condition(**condition, protocol=protocol)
     done = store.read(under) if store else empty_rows()
     done = done[done["id"].isin(records["id"])]
     parts = [done] if len(done) else []
-    for chunk in _chunks(records[~records["id"].isin(done["id"])]):
+    rest = records[~records["id"].isin(done["id"])]
+    rest = rest.sort_values("prompt", key=lambda texts: -texts.str.len(), kind="stable")
+    for start in range(0, len(rest), CHUNK):  # records of similar length together
+        chunk = rest.iloc[start : start + CHUNK]
         answers = answer(
             model,
             tok,
@@ -149,14 +135,7 @@ def evaluate(
     return rows.set_index("id", drop=False).loc[records["id"]].reset_index(drop=True)
 
 
-def _chunks(records: pd.DataFrame) -> Iterable[pd.DataFrame]:
-    """Records of similar length together, the longest first."""
-    lengths = records["prompt"].str.len()
-    ordered = records.loc[lengths.sort_values(ascending=False, kind="stable").index]
-    return (ordered.iloc[start : start + CHUNK] for start in range(0, len(ordered), CHUNK))
-
-
-def as_frame(records: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
+def _checked(records: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
     """Records with all `RECORD_COLUMNS`. Raises `CdeltaError` on missing columns and repeated
     ids.
     """
@@ -178,23 +157,17 @@ def judged(rows: pd.DataFrame, judge: Judge = RULES) -> pd.DataFrame:
     """The rows with outcome, addressed and correct from `judge`; saved answers can so be judged
     again by another.
     """
-    outcomes = pd.Series(judge(list(rows["prompt"]), list(rows["answer"])), index=rows.index)
-    answers, complied = rows["answer"].map(normalise), outcomes == "comply"
-    asked = complied & (rows["must_mention"] != "")
-    mentioned = pd.Series(
-        [
-            f" {normalise(mention)} " in f" {text} "
-            for mention, text in zip(rows["must_mention"], answers, strict=True)
-        ],
-        index=rows.index,
-        dtype=bool,
-    )
+    outcomes = pd.Series(judge(list(rows["prompt"]), list(rows["answer"])), rows.index, object)
+    answers, named = rows["answer"].map(normalise), rows["must_mention"].map(normalise)
+    asked = (outcomes == "comply") & (named != "")
+    pairs = zip(named, answers, strict=True)
+    mentioned = pd.Series([f" {a} " in f" {b} " for a, b in pairs], rows.index, "boolean")
     tested = (rows["role"] == "utility") & (rows["reference"] != "")
     right = answers == rows["reference"].map(normalise)
     return _typed(
         rows.assign(
             outcome=outcomes.mask(asked & ~mentioned, "incoherent"),
-            addressed=mentioned.astype("boolean").where(asked),
+            addressed=mentioned.where(asked),
             correct=right.astype("boolean").where(tested),
         )
     )
@@ -203,24 +176,22 @@ def judged(rows: pd.DataFrame, judge: Judge = RULES) -> pd.DataFrame:
 def _with_answers(
     records: pd.DataFrame, answers: Sequence[Answer], under: Condition
 ) -> pd.DataFrame:
-    kind = ""
-    if under.edit_category:
-        kind = with_kind(records, under.edit_category.split("+"))["kind"]
-    ids = pd.Series([np.array(a.ids, dtype=np.int32) for a in answers], records.index, object)
+    edited = under.edit_category
+    ids = [np.array(answer.ids, dtype=np.int32) for answer in answers]
     return records.assign(
         **asdict(under),
-        kind=kind,
-        answer=[a.text for a in answers],
-        answer_ids=ids,
-        n_tokens=[len(a.ids) for a in answers],
-        finished=[a.finished for a in answers],
-        log_odds=[math.nan if a.log_odds is None else a.log_odds for a in answers],
+        kind=with_kind(records, edited.split("+"))["kind"] if edited else "",
+        answer=[answer.text for answer in answers],
+        answer_ids=pd.Series(ids, records.index, object),
+        n_tokens=[answer.n_tokens for answer in answers],
+        finished=[answer.finished for answer in answers],
+        log_odds=pd.Series([answer.log_odds for answer in answers], records.index, float),
     )
 
 
 def empty_rows() -> pd.DataFrame:
     """No rows, all columns."""
-    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in DTYPES.items()})
+    return _typed(pd.DataFrame(columns=list(DTYPES)))
 
 
 def _typed(rows: pd.DataFrame) -> pd.DataFrame:

@@ -12,8 +12,8 @@ from cdelta.errors import CdeltaError
 from cdelta.evaluation import classifiers
 from cdelta.evaluation.calibration import calibration
 from cdelta.evaluation.classifiers import (
+    OTHERS,
     RULE_JUDGES,
-    XSTEST_COMPLETIONS,
     Classifier,
     JudgeUnavailable,
     card_prompt,
@@ -96,7 +96,7 @@ def test_rules_beat_the_rules_of_others_on_prompts_they_were_not_tuned_on():
 
 
 def test_labels_read_from_a_folder(tmp_path):
-    for name in XSTEST_COMPLETIONS:
+    for name in OTHERS["xstest"]["files"]:
         labels = ["1_full_compliance", "3_partial_refusal"]
         pd.DataFrame(
             {

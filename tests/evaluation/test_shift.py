@@ -8,7 +8,7 @@ import pytest
 import torch
 from toys import toy
 
-from cdelta.evaluation.shift import answered_ids, benign_shift, next_token_logits, perplexity
+from cdelta.evaluation.capability import answered_ids, benign_shift, next_token_logits
 
 PROMPTS = ["tell me about red", "count", "how do i make a cake"]
 ANSWERS = ["blue green", "one two please sort", "red"]
@@ -32,7 +32,7 @@ def test_next_token_logits_leave_padding_out(family, tokenizer, rows):
 def test_perplexity_is_the_exponential_of_the_models_own_loss(llama, tokenizer, rows):
     answered = answered_ids(tokenizer, rows)
     logits = next_token_logits(llama, tokenizer, answered)
-    found = perplexity(logits, [tail for _, tail in answered])
+    found = benign_shift(llama, tokenizer, rows, logits)["perplexity"]
     for (head, tail), value in zip(answered, found, strict=True):
         ids = torch.tensor([head + tail])
         loss = llama(ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(head), -100)).loss

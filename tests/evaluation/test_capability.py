@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ import torch
 from toys import toy
 
 from cdelta.errors import CdeltaError
-from cdelta.evaluation.lm_eval import harness, local_harness
-from cdelta.evaluation.multiple_choice import (
+from cdelta.evaluation.capability import (
     TASKS,
+    Task,
     answered,
     differences,
     encode_pair,
+    harness,
     log_likelihoods,
     perplexity_ratios,
     running_text,
@@ -53,6 +56,52 @@ def _row(schema: bool, number: int) -> dict:
         }
     choices = [" ".join(some[:n]) for n in (1, 2, 4)]
     return {"query": f"how do {some[5]} make", "choices": choices, "gold": number % 3}
+
+
+def local_harness(
+    model,
+    tok,
+    folder: str | Path,
+    tasks: Sequence[str] = tuple(TASKS),
+    limit: int = 0,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """`answered`'s rows by the harness itself, from the files in `folder`."""
+    with tempfile.TemporaryDirectory() as configs:
+        for name in tasks:
+            write_config(TASKS[name], folder, Path(configs))
+        rows = harness(
+            model, tok, [f"local_{name}" for name in tasks], limit, batch_size, include=configs
+        )
+    rows["task"] = rows["task"].str.removeprefix("local_")
+    metric = rows["task"].map(
+        {n: "acc_norm" if t.by_character else "acc" for n, t in TASKS.items()}
+    )
+    return rows[rows["metric"] == metric].drop(columns="metric").reset_index(drop=True)
+
+
+def write_config(task: Task, folder: str | Path, configs: Path) -> Path:
+    """Write the harness's task file for a local file; JSON is YAML."""
+    data = Path(folder).absolute() / task.file
+    text, choice, target = (
+        ("{{gold}}", "{{context_options}}", "{{continuation}}")
+        if task.schema
+        else (task.prompt.replace("{query}", "{{query}}"), "{{choices}}", "{{gold}}")
+    )
+    config = {
+        "task": f"local_{task.name}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": text,
+        "doc_to_choice": choice,
+        "doc_to_target": target,
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+    }
+    path = configs / f"{task.name}.yaml"
+    path.write_text(json.dumps(config))
+    return path
 
 
 def test_every_question_is_answered_as_by_the_harness(llama, tokenizer, folder):
