@@ -42,17 +42,16 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 
 # %%
 import pandas as pd
-from tqdm import tqdm
 
 from cdelta.artifact import findings
-from cdelta.artifact.bench import VALIDATION, Bench, before_and_after, chosen_rows
+from cdelta.artifact.bench import VALIDATION, before_and_after, chosen_rows
 from cdelta.artifact.figures.evaluation import scale_curves
-from cdelta.artifact.fits import edits_of, finished_edits
+from cdelta.artifact.jobs import Edits
 from cdelta.artifact.run import open_run
 from cdelta.evaluation.rates import curve_bands
 
 run = open_run("04_edit", preset, run_dir, device, model_path, policy)
-bench = Bench(run)
+bench = Edits(run)
 lm, tok, settings = bench.model, bench.tok, run.settings
 bench.val.to_parquet(run.path(VALIDATION), index=False)
 print(f"{len(bench.val)} validation prompts; caps: {bench.caps}")
@@ -60,17 +59,17 @@ print(f"{len(bench.val)} validation prompts; caps: {bench.caps}")
 # %% [markdown]
 # ## Training both sides, for every category and seed
 #
-# A training that was killed goes on from its state; a finished one is kept.
+# A training that was killed goes on from its state; a finished one is kept. Other processes share
+# the work: `python -m cdelta.artifact.jobs --stage 04`.
 
 # %%
-edits = list(tqdm(finished_edits(bench), total=len(edits_of(run)), desc="edits", mininterval=10))
-deltas = {(edit.category, edit.seed): edit.delta for edit in edits}
+bench.run_all()
+deltas = bench.deltas()
 for (category, seed), delta in deltas.items():
     delta.save(run.path(f"{category}-{seed}"))
 
-pd.concat([edit.log for edit in edits]).to_parquet(run.path("log.parquet"), index=False)
-curves = [edit.curve for edit in edits]
-curve = pd.concat(curves, ignore_index=True)
+log, curve = (bench.collected(name).drop(columns="method") for name in ("log", "curve"))
+log.to_parquet(run.path("log.parquet"), index=False)
 curve.to_parquet(run.path("curve.parquet"), index=False)
 ended = [{"category": c, "seed": s, **d.metadata["training"]} for (c, s), d in deltas.items()]
 run.table("tab_training", pd.DataFrame(ended), "Steps taken, and whether the stop rule ended them.")
@@ -90,7 +89,7 @@ run.figure(
     scale_curves(bands, picked),
     "Validation rates against the scale k (Wilson 95 %); dotted: the chosen k (mean over seeds).",
 )
-table = chosen_rows(curves)
+table = chosen_rows([curve])
 run.table("tab_scale", table, "The chosen scale per category and seed, and its validation rates.")
 
 # %% [markdown]

@@ -35,16 +35,16 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 
 from cdelta.artifact import findings
+from cdelta.artifact.comparison import Comparison
 from cdelta.artifact.figures import evaluation as draw
-from cdelta.artifact.jobs import Comparison
 from cdelta.artifact.overview import benign_lengths, classifier_line, labelled_answers
 from cdelta.artifact.run import open_run
 from cdelta.artifact.targets import targets_met
 from cdelta.evaluation import tables
 from cdelta.evaluation.calibration import calibrations, reliability
+from cdelta.evaluation.capability import differences, perplexity_ratios
 from cdelta.evaluation.classifiers import RULE_JUDGES, classifier
 from cdelta.evaluation.comparison import MEASURES, compare, measured, verdicts
-from cdelta.evaluation.multiple_choice import differences, perplexity_ratios
 from cdelta.evaluation.rates import with_pooled
 from cdelta.methods.registry import METHODS
 

@@ -31,11 +31,11 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 
 from cdelta.artifact import findings
+from cdelta.artifact.comparison import Comparison
 from cdelta.artifact.figures.evaluation import serving_cost
-from cdelta.artifact.jobs import Comparison
+from cdelta.artifact.jobs import offline_seconds, training_cost
 from cdelta.artifact.run import open_run
 from cdelta.artifact.serving import cost, interleaved
-from cdelta.artifact.spending import offline_seconds, timed_variants, training_cost
 
 run = open_run("08_cost", preset, run_dir, device, model_path, policy)
 settings = run.settings
@@ -73,7 +73,7 @@ run.table(
 
 # %%
 comparison, serve = Comparison(run), settings.serving
-variants = timed_variants(comparison, settings.categories[0], settings.seeds[0])
+variants = comparison.timed(settings.categories[0], settings.seeds[0])
 prompts = comparison.val["prompt"].sample(min(64, len(comparison.val)), random_state=0).tolist()
 timings = interleaved(
     comparison.model,

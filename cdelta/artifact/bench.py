@@ -40,9 +40,9 @@ VALIDATION = "val.parquet"
 class Bench:
     """One stage's model with everything that earlier stages know of it."""
 
-    def __init__(self, run: RunReader):
+    def __init__(self, run: RunReader, folder: str = ""):
         self.run = run
-        self.model, self.tok = load_subject(run)
+        self.model, self.tok = load_subject(run, {"folder": folder} if folder else None)
         self.spec = ModelSpec.from_model(self.model)
         self.metric = load_metric(run)
         """Refusal log-odds at the first token; None where only whole openings tell."""

@@ -15,9 +15,9 @@ import torch
 from edits import random_delta
 from toys import save_chat_toy
 
-from cdelta.artifact import jobs as jobs_module
-from cdelta.artifact.job_results import Job, Results, jobs
-from cdelta.artifact.jobs import STAGE, Comparison, main
+from cdelta.artifact import comparison as comparison_module
+from cdelta.artifact.comparison import Comparison, comparison_jobs
+from cdelta.artifact.jobs import Job, main
 from cdelta.artifact.presets import load_preset
 from cdelta.artifact.run import RunReader, write_settings
 from cdelta.artifact.targets import targets_met
@@ -27,7 +27,7 @@ from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.comparison import compare, measured
 from cdelta.evaluation.measure import RowStore, evaluate
-from cdelta.evaluation.multiple_choice import TASKS, WIKITEXT, differences, perplexity_ratios
+from cdelta.evaluation.capability import TASKS, WIKITEXT, differences, perplexity_ratios
 from cdelta.evaluation.tables import (
     lengths,
     matrix,
@@ -50,6 +50,7 @@ from cdelta.policy.records import content_hash
 from cdelta.policy.selection import limited
 from cdelta.settings import changed
 
+STAGE = "05_evaluation"
 UPSTREAM = ROOT.parent / "shared" / "data"
 EVALUATION = {
     "methods": ["base", "cdelta", "random", "cast"],
@@ -104,6 +105,8 @@ def make_run(root: Path, full: Policy) -> Path:
     base.to_parquet(place("01_dataset", "base.parquet"))
     tokens = json.dumps({"refuse": [5, 6], "comply": [7]})
     place("02_attribution", "token_sets.json").write_text(tokens)
+    val = limited(base[base["split"] == "val"], SETTINGS.answers.validation_limit)
+    val.to_parquet(place("04_edit", "val.parquet"))
     _make_edits(lm, place)
     for stage in root.iterdir():
         (stage / "stage.json").write_text("{}")
@@ -137,7 +140,7 @@ def comparison(folder, name, **evaluation) -> Comparison:
 def whole(folder):
     """A comparison that nothing disturbed."""
     done = comparison(folder, "whole")
-    done.run_all(progress=False)
+    done.run_all()
     return done
 
 
@@ -174,7 +177,7 @@ def test_every_method_seed_and_attack_has_its_rows(whole):
 def test_strength_0_has_the_bases_rows(folder, whole):
     job = Job("cdelta", "crime")
     still = replace(whole.chosen(job, whole.task(job), folder), strength=0.0)
-    under = {"method": "cdelta", "seed": 0, "edit_category": "crime", **whole.ask}
+    under = {"method": "cdelta", "seed": 0, "edit_category": "crime", **whole.options}
     made, found = RowStore(folder / "made"), RowStore(folder / "measured")
     whole._measure_test(job, still, under | {"store": made})
     records = whole.test_of("cdelta", "crime")
@@ -211,7 +214,7 @@ def test_tasks_and_running_text_are_measured_on_the_first_seed(folder, tmp_path)
     (tmp_path / WIKITEXT).write_text("make a cake . " * 30)
     names = {"harness_tasks": ["copa"], "methods": ["base", "cdelta"], "attacked": []}
     some = comparison(folder, "tasks", data=str(tmp_path), seeds=[0], **names)
-    some.run_all(progress=False)
+    some.run_all()
     table = differences(some.collected("tasks"))
     assert set(table["method"]) == {"base", "cdelta"} and set(table["n"]) == {3}
     assert perplexity_ratios(some.collected("text")).set_index("method").loc["base", "ratio"] == 1
@@ -221,10 +224,10 @@ def test_what_cannot_be_measured_is_named_and_the_rest_goes_on(folder, monkeypat
     def out_of_reach(*args, **options):
         raise CdeltaError("the harness could not run mmlu: no network")
 
-    monkeypatch.setattr(jobs_module, "harness", out_of_reach)
+    monkeypatch.setattr(comparison_module, "harness", out_of_reach)
     names = {"harness_tasks": ["mmlu"], "methods": ["base", "cdelta"], "attacked": []}
     some = comparison(folder, "lacking", data=str(tmp_path), seeds=[0], **names)
-    some.run_all(progress=False)
+    some.run_all()
     assert some.skipped()["tasks"] == "the harness could not run mmlu: no network"
     assert "running text needs" in some.skipped()["text"]
     assert len(some.rows()) and len(some.collected("shift")) and not len(some.collected("tasks"))
@@ -235,7 +238,7 @@ def test_external_sets_flow_through_to_the_tables(tmp_path):
     external = [f"{name}={UPSTREAM / name}" for name in ("xstest", "harmbench")]
     run = make_run(tmp_path, build_policy("synthetic", SETTINGS.categories, external))
     few = comparison(run, "external", seeds=[0], methods=["base", "cdelta"], attacked=[])
-    few.run_all(progress=False)
+    few.run_all()
     rows = few.rows()
     far = ood(rows).query("ood_set == 'harmbench' and method == 'cdelta'")
     assert set(far["category"]) == {"crime", "hate"}
@@ -248,7 +251,7 @@ def test_external_sets_flow_through_to_the_tables(tmp_path):
 
 def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatch):
     appended, fitted = [], []
-    append, train = RowStore.append, jobs_module.Task.fit
+    append, train = RowStore.append, comparison_module.Task.fit
 
     def dies(self, rows):
         append(self, rows)
@@ -262,12 +265,12 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatc
         return train(self, *args, **changes)
 
     monkeypatch.setattr(RowStore, "append", dies)
-    monkeypatch.setattr(jobs_module.Task, "fit", fit)
+    monkeypatch.setattr(comparison_module.Task, "fit", fit)
     kills = 0
     while True:
         killed = comparison(folder, "killed")
         try:
-            killed.run_all(progress=False)
+            killed.run_all()
             break
         except KeyboardInterrupt:
             kills += 1
@@ -275,7 +278,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatc
     pd.testing.assert_frame_equal(ordered(killed.rows()), ordered(whole.rows()))
     pd.testing.assert_frame_equal(killed.curves(), whole.curves())
     assert len(fitted) == 4, "a trained delta is kept until its job is done"
-    comparison(folder, "killed").run_all(progress=False)
+    comparison(folder, "killed").run_all()
     assert len(fitted) == 4, "a finished job is never done again"
 
 
@@ -284,7 +287,7 @@ def test_processes_share_the_work(folder, whole):
     shared = comparison(folder, "shared", **few)
     held = shared.jobs[1]
     with locked(shared.folder(held).parent / f".{held}.lock"):
-        worker = threading.Thread(target=shared.run_all, kwargs={"progress": False})
+        worker = threading.Thread(target=shared.run_all)
         worker.start()
         while shared.facts(shared.jobs[-1]) is None:
             worker.join(0.05)
@@ -300,7 +303,7 @@ def test_parts_are_done_by_the_command_from_the_runs_own_settings(folder, capsys
     write_settings(folder, settings)
     asked = ["--run-dir", str(folder), "--device", "cpu", "--categories", "hate"]
     assert main([*asked, "--only", "cast,cdelta"]) == 0
-    results = Results(RunReader(STAGE, settings, folder, "cpu"))
+    results = Comparison(RunReader(STAGE, settings, folder, "cpu"))
     done = {str(job) for job in results.jobs if results.facts(job)}
     assert done == {"cast hate 0", "cdelta hate 0", "cdelta hate 1"}
     assert "1/3 cdelta hate 0: k = 0.5" in capsys.readouterr().out
@@ -324,28 +327,30 @@ def test_cdelta_is_stage_04s_delta(folder, whole):
 
 def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
     alone = comparison(folder, "alone", categories=["crime"], seeds=[0], methods=["other_circuit"])
-    alone.finish(Job("other_circuit", "crime", 0))
+    alone.run_all(only=["other_circuit"])
     assert "no other category" in alone.skipped()["other_circuit"]
 
 
 def test_jobs_of_the_full_preset_and_unknown_methods():
     preset = load_preset("tiny-full")
-    assert len(jobs(preset)) == len(set(jobs(preset))) == 1 + 5 * (1 + 12 * 3 + 6), (
-        "the base is attacked once per category"
-    )
-    few = jobs(changed(preset, {"evaluation": {"trained_categories": 2}}))
+    assert (
+        len(comparison_jobs(preset))
+        == len(set(comparison_jobs(preset)))
+        == 1 + 5 * (1 + 12 * 3 + 6)
+    ), "the base is attacked once per category"
+    few = comparison_jobs(changed(preset, {"evaluation": {"trained_categories": 2}}))
     own = [job for job in few if job.category == "crime"]
     seeds = {key: sorted(job.seed for job in own if job.method == key) for key in METHODS}
     assert seeds["cdelta"] == seeds["dense"] == [0, 1, 2] and seeds["cast"] == seeds["as"] == [0]
     assert {job.category for job in few if job.method == "dense"} == {"crime", "hate"}
     with pytest.raises(CdeltaError, match="unknown method nonsense"):
-        jobs(changed(SETTINGS, {"evaluation": {"methods": ["nonsense"]}}))
+        comparison_jobs(changed(SETTINGS, {"evaluation": {"methods": ["nonsense"]}}))
     with pytest.raises(CdeltaError, match="unknown attack nonsense"):
-        jobs(changed(SETTINGS, {"evaluation": {"attacks": ["nonsense"]}}))
+        comparison_jobs(changed(SETTINGS, {"evaluation": {"attacks": ["nonsense"]}}))
 
 
 def test_titles_say_what_was_not_tuned(folder):
-    one = Results(RunReader(STAGE, SETTINGS, folder, "cpu"))
+    one = Comparison(RunReader(STAGE, SETTINGS, folder, "cpu"))
     two = changed(SETTINGS, {"evaluation": {"rate_factors": [0.3, 1.0]}})
     assert one.titles()["random"] == "random mask (not tuned)"
-    assert Results(RunReader(STAGE, two, folder, "cpu")).titles()["random"] == "random mask"
+    assert Comparison(RunReader(STAGE, two, folder, "cpu")).titles()["random"] == "random mask"

@@ -1,0 +1,324 @@
+"""The comparison of notebook 05: every method on every category and seed, made from the same rows,
+given its strength on validation by the same rule, and measured on test.
+
+One job makes one method for one category and seed (`Comparison.do`); `cdelta.artifact.jobs` does
+them and keeps their results.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from cdelta.artifact.jobs import EDITED, Job, Jobs, save_table
+from cdelta.artifact.presets import Preset
+from cdelta.artifact.run import RunReader
+from cdelta.edit.rows import training_rows
+from cdelta.edit.stop import stop_rule
+from cdelta.errors import CdeltaError
+from cdelta.evaluation.capability import (
+    TASKS,
+    WIKITEXT,
+    answered,
+    answered_ids,
+    benign_shift,
+    harness,
+    next_token_logits,
+    running_text,
+)
+from cdelta.evaluation.measure import RowStore, evaluate
+from cdelta.evaluation.rates import BASE, of_category, with_kind
+from cdelta.files import read_json, write_json
+from cdelta.methods.attacks import ATTACKS, harmless_rate, measure_attacked
+from cdelta.methods.registry import METHODS, Task, method_of, title_of
+from cdelta.methods.steering import SystemPrompt
+from cdelta.methods.tuning import Applied, Chosen, Edited, measure, tune
+from cdelta.policy.records import OTHER, SHARED
+from cdelta.policy.selection import limited
+
+NO_CHANGE = Chosen("", SystemPrompt(""), 0.0, True, pd.DataFrame())
+"""The base, as what tuning would have chosen."""
+
+
+def comparison_jobs(preset: Preset) -> list[Job]:
+    """All jobs of a comparison, the base first; what draws nothing at random has one seed, and what
+    is trained here may stop at the first categories.
+
+    Raises `CdeltaError` for an unknown method or attack.
+    """
+    how, first = preset.evaluation, preset.seeds[0]
+    for key in (*how.methods, *how.attacked):
+        method_of(key)
+    if unknown := [name for name in how.attacks if name not in ATTACKS]:
+        raise CdeltaError(f"unknown attack {', '.join(unknown)}: use {', '.join(ATTACKS)}.")
+    found = [Job(BASE, seed=first)]
+    found += [Job(BASE, name, first) for name in preset.categories if BASE in how.attacked]
+    for seed in preset.seeds:
+        for key in how.methods:
+            trained = METHODS[key].trained
+            few = how.trained_categories if trained and key != EDITED else 0
+            if key != BASE and (trained or seed == first):
+                found += [Job(key, name, seed) for name in preset.categories[: few or None]]
+    return found
+
+
+class Comparison(Jobs):
+    """All methods of a run's preset on its data.
+
+    Args:
+        data: folder of the task files, in place of the preset's.
+    """
+
+    def __init__(self, run: RunReader, model: str = "", data: str = ""):
+        self.how = run.settings.evaluation
+        super().__init__(run, comparison_jobs(run.preset), model)
+        self.data = data or self.how.data
+        records = self.policy.records
+        self.test = limited(records[records["split"] == "test"], self.settings.data.limit)
+
+    def do(self, job: Job, folder: Path) -> dict:
+        """Make the method, choose its strength on validation, measure it on test, attack it."""
+        under = {"method": job.method, "seed": job.seed, "edit_category": job.category}
+        under |= {"store": RowStore(folder / "rows"), **self.options}
+        if not job.category:
+            evaluate(self.model, self.tok, self.test_of(job.method, ""), **under)
+            return {"k": 0.0, "lacking": self._measure_rest(job, NO_CHANGE, folder)}
+        task = self.task(job, folder / "training")
+        if reason := METHODS[job.method].why_not(task):
+            return {"skipped": reason}
+        chosen = self.chosen(job, task, folder)
+        facts = {"k": chosen.strength, "candidate": chosen.name}
+        facts["within_caps"] = bool(chosen.within_caps)
+        if job.method != BASE:
+            self._measure_test(job, chosen, under)
+            facts["lacking"] = self._measure_rest(job, chosen, folder)
+        facts |= self._attack(job, task, chosen, under)
+        save_table(chosen.curve, folder / "curve.parquet")
+        shutil.rmtree(folder / "training", ignore_errors=True)
+        return facts
+
+    def test_of(self, method: str, category: str) -> pd.DataFrame:
+        """The test prompts of a method's table: all in distribution, all safe prompts of external
+        sets, and of the other sets the category's own and the common ones.
+        """
+        fully = method in self.how.measured_fully or not self.how.others_limit
+        test = limited(self.test, self.how.test_limit if fully else self.how.others_limit)
+        if not category:
+            return test
+        external = (test["role"] == "benign") & (test["source"] == test["ood_set"])
+        near = (test["ood_set"] == "") | test["category"].isin((category, SHARED, OTHER))
+        return test[near | external | (test["role"] == "borderline")]
+
+    def task(self, job: Job, folder: Path | None = None) -> Task:
+        """The data from which every method of a category is made: the same for all."""
+        category, recipe = job.category, self.settings.recipe.seeded(job.seed)
+        names = self.settings.categories
+        other = names[(names.index(category) + 1) % len(names)]
+        known = (self.model, self.tok, self.val, category, recipe, self.metric)
+        val = with_kind(self.val, category)
+        edit = with_kind(self.base[self.base["split"] == "edit"], category)
+        benign = of_category(edit[edit["kind"] == "benign"], category)
+        return Task(
+            self.model,
+            self.tok,
+            category,
+            self.mask(category),
+            training_rows(self.base, category, recipe.edit),
+            list(benign["prompt"]),
+            recipe,
+            list(val.loc[val["kind"] == "target", "prompt"]),
+            list(val.loc[~val["kind"].isin(("target", "borderline")), "prompt"]),
+            self.mask(other) if other != category else None,
+            self.how.layers,
+            self.how.rate_factors,
+            stop_rule(*known) if METHODS[job.method].trained else None,
+            folder,
+        )
+
+    def chosen(self, job: Job, task: Task, folder: Path) -> Chosen:
+        """The method at the strength that validation chooses; C-ΔΘ comes from stage 04, which chose
+        by the same rule.
+        """
+        if job.method == BASE:
+            return NO_CHANGE
+        if job.method == EDITED:
+            delta = self.delta(job.category, job.seed)
+            curve = pd.read_parquet(self.run.input("04_edit", "curve.parquet"))
+            own = (curve["category"] == job.category) & (curve["seed"] == job.seed)
+            curve = curve[own].drop(columns=["category", "seed", "chosen"]).assign(candidate="")
+            k, within_caps = delta.metadata["k"], delta.metadata["within_caps"]
+            return Chosen("", Edited(delta), k, within_caps, curve)
+        method = METHODS[job.method]
+        strengths = self.settings.answers.grid if method.trained else self.how.strengths
+        how = {"store": RowStore(folder / "tuning"), "method": job.method, "seed": job.seed}
+        known = (self.val, self.val, job.category, self.caps, strengths)
+        return tune(self.model, self.tok, method.candidates(task), *known, **how, **self.options)
+
+    # ------------------------------------------------------------------ measuring
+
+    def _measure_test(self, job: Job, chosen: Chosen, under: Mapping) -> None:
+        """The test rows; at strength 0 they are the base's, where those are there."""
+        records = self.test_of(job.method, job.category)
+        base = RowStore(self.folder(self.jobs[0]) / "rows").read()
+        if chosen.strength or not set(records["id"]) <= set(base["id"]):
+            measure(self.model, self.tok, chosen.method, chosen.strength, records, **under)
+            return
+        rows = with_kind(base[base["id"].isin(records["id"])], job.category)
+        share = chosen.method.n_changed / self.spec.n_params
+        facts = {name: under[name] for name in ("method", "seed", "edit_category")}
+        under["store"].append(rows.assign(**facts, param_fraction=share))
+
+    def _measure_rest(self, job: Job, chosen: Chosen, folder: Path) -> dict[str, str]:
+        """Distance from the base, lengths, and on the first seed capability; each once. Returns
+        what could not be measured, and why.
+        """
+        method = chosen.method
+        # the tasks have no place for a system prompt
+        first = job.seed == self.settings.seeds[0] and not method.system
+        wanted = {
+            "shift": job.category and self.benign_logits,  # before the method is applied
+            "lengths": self.how.length_tokens,
+            "tasks": first and self.how.harness_tasks,
+            "text": first and self.data,
+        }
+        lacking: dict[str, str] = {}
+        for name in (name for name, asked in wanted.items() if asked):
+            path = folder / f"{name}.parquet"
+            if path.exists():
+                continue
+            with method.applied(self.model, chosen.strength):
+                try:
+                    save_table(getattr(self, f"_{name}")(method), path)
+                except CdeltaError as error:  # data that cannot be had: the rest goes on
+                    lacking[name] = str(error)
+        return lacking
+
+    @cached_property
+    def benign(self) -> pd.DataFrame:
+        """Benign test prompts with the base model's own answers, categories in turn."""
+        rows = self.base[(self.base["split"] == "test") & (self.base["ood_set"] == "")]
+        rows = rows[(rows["role"] == "benign") & (rows["n_tokens"] > 0)]
+        turn = rows.groupby("category").cumcount()
+        return rows.loc[turn.sort_values(kind="stable").index].head(self.how.shift_prompts)
+
+    @cached_property
+    def benign_logits(self) -> list[torch.Tensor]:
+        """The base model's logits on those answers."""
+        return next_token_logits(self.model, self.tok, answered_ids(self.tok, self.benign))
+
+    def _shift(self, method: Applied) -> pd.DataFrame:
+        """Distance from the base on its own benign answers."""
+        known = (self.benign, self.benign_logits, method.system)
+        return benign_shift(self.model, self.tok, *known)
+
+    def _lengths(self, method: Applied) -> pd.DataFrame:
+        """Answers to the benign prompts at the longer limit."""
+        how = {"max_new_tokens": self.how.length_tokens, "metric": None, "system": method.system}
+        how["drop_finished"] = not method.keeps_rows
+        rows = evaluate(self.model, self.tok, self.benign, **self.options | how)
+        return rows[["id", "n_tokens", "finished", "outcome"]]
+
+    def _tasks(self, method: Applied) -> pd.DataFrame:
+        """Capability tasks, question by question: the local ones from their files, all others by
+        lm-evaluation-harness, which downloads them.
+        """
+        limit, batch = self.how.harness_limit, self.options["batch_size"]
+        local = [name for name in self.how.harness_tasks if name in TASKS and self.data]
+        others = [name for name in self.how.harness_tasks if name not in local]
+        found = []
+        if local:
+            options = {"limit": limit, "batch_size": batch}
+            found.append(answered(self.model, self.tok, self.data, local, **options))
+        if others:
+            chat = self.tok.chat_template is not None
+            found.append(harness(self.model, self.tok, others, limit, batch, chat))
+        return pd.concat(found, ignore_index=True)
+
+    def _text(self, method: Applied) -> pd.DataFrame:
+        """Running text, window by window."""
+        path = Path(self.data) / WIKITEXT
+        if not path.exists():
+            raise CdeltaError(f"running text needs {path}: give the folder of the task files.")
+        text = path.read_text(encoding="utf-8")
+        return running_text(self.model, self.tok, text, limit=self.how.text_windows)
+
+    def _attack(self, job: Job, task: Task, chosen: Chosen, under: Mapping) -> dict[str, float]:
+        """Attacks on the first seed of the preset's attacked methods, measured on the category's
+        own prompts and the skills.
+        """
+        first = job.seed == self.settings.seeds[0]
+        if job.method not in self.how.attacked or not first or not task.benign:
+            return {}
+        test = with_kind(self.test_of("", job.category), job.category)
+        near = test[test["ood_set"] == ""]
+        own = of_category(near[near["kind"].isin(("target", "benign"))], job.category)
+        asked, rate = pd.concat([own, near[near["kind"] == "skills"]]), self.attack_rate(task)
+        method, k = chosen.method, chosen.strength
+        measure_attacked(task, method, k, asked, self.how.attacks, rate, **under)
+        for number, wrapper in enumerate(self.how.wrappers, 1):
+            wrapped = own.assign(prompt=[wrapper.format(prompt=p) for p in own["prompt"]])
+            name = f"wrapper {number}"
+            measure(self.model, self.tok, method, k, wrapped, attack=name, **under)
+        return {"attack_rate": rate}
+
+    def attack_rate(self, task: Task) -> float:
+        """The learning rate of the benign fine-tuning attack, found once per category."""
+        path = self.run.scratch("attacks") / f"{task.category}.json"
+        if "benign_finetune" not in self.how.attacks:
+            return 1.0
+        if not path.exists():
+            rate = harmless_rate(task, self.val, self.how.attack_rates, **self.options)
+            write_json(path, {"rate": rate})
+        return read_json(path)["rate"]
+
+    # ------------------------------------------------------------------ what was measured
+
+    def rows(self) -> pd.DataFrame:
+        """The test rows of all finished jobs."""
+        stores = [RowStore(self.folder(job) / "rows") for job in self.jobs]
+        return pd.concat([store.read() for store in stores], ignore_index=True)
+
+    def curves(self) -> pd.DataFrame:
+        """What tuning saw: ``method, category, seed, candidate``, `curve_row`'s columns,
+        ``chosen, within_caps, tuned`` (of several learning rates, or nothing to tune).
+        """
+        found = [pd.DataFrame()]
+        for job, curve in self._tables("curve"):
+            facts = self.facts(job)
+            chosen = (curve["k"] == facts["k"]) & (curve["candidate"] == facts["candidate"])
+            tuned = not METHODS[job.method].trained or job.method == EDITED or self.tuned
+            found.append(curve.assign(chosen=chosen, within_caps=facts["within_caps"], tuned=tuned))
+        return pd.concat(found, ignore_index=True)
+
+    @property
+    def tuned(self) -> bool:
+        """Trained methods chose among several learning rates."""
+        return len(self.how.rate_factors) > 1
+
+    def titles(self) -> dict[str, str]:
+        """Method -> its name for readers, with "(not tuned)" where that is so."""
+        return {key: title_of(key, self.tuned) for key in (BASE, *self.how.methods)}
+
+    def skipped(self) -> dict[str, str]:
+        """Method, or measurement -> why it was left out."""
+        facts = [(job, self.facts(job) or {}) for job in self.jobs]
+        methods = {job.method: own["skipped"] for job, own in facts if "skipped" in own}
+        lacking = {name: why for _, own in facts for name, why in own.get("lacking", {}).items()}
+        return methods | lacking
+
+    def timed(self, category: str, seed: int) -> dict[str, tuple[Applied, float] | None]:
+        """What notebook 08 times: base, edited weights, run-time steering at 1; method key ->
+        (method, strength).
+        """
+        delta = self.delta(category, seed)
+        found = {BASE: None, EDITED: (delta, delta.metadata["k"])}
+        task = self.task(Job("cast", category, seed))
+        for key in ("as", "as_bias", "cast"):
+            if not METHODS[key].why_not(task):
+                found[key] = (next(iter(METHODS[key].candidates(task).values())), 1.0)
+        return found
