@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +31,20 @@ class JudgeUnavailable(CdeltaError):
     """A classifier that cannot be used here, and why."""
 
 
-@dataclass
-class Classifier:
+def lazily(load: Callable[[], Verdicts]) -> Judge:
     """A judge around a model that `load` brings in at the first call."""
+    loaded = cache(load)
 
-    load: Callable[[], Verdicts]
-    rules: Rules = Rules()
-    _verdicts: Verdicts | None = field(default=None, init=False, repr=False)
-
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
-        """One outcome per answer."""
-        if self._verdicts is None:
-            self._verdicts = self.load()
-        outcomes = self.rules(prompts, answers)
+    def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        verdicts, outcomes = loaded(), Rules()(prompts, answers)
         rows = [i for i, outcome in enumerate(outcomes) if outcome in ("refuse", "comply")]
         if rows:
-            refused = self._verdicts([prompts[i] for i in rows], [answers[i] for i in rows])
+            refused = verdicts([prompts[i] for i in rows], [answers[i] for i in rows])
             for i, refusal in zip(rows, refused, strict=True):
                 outcomes[i] = "refuse" if refusal else "comply"
         return outcomes
+
+    return judge
 
 
 def wildguard() -> Verdicts:
@@ -103,11 +99,11 @@ CLASSIFIERS: Mapping[str, Callable[[], Verdicts]] = {
 }
 
 
-def classifier(name: str) -> Classifier:
+def classifier(name: str) -> Judge:
     """The judge of that name; nothing is loaded before its first call."""
     if name not in CLASSIFIERS:
         raise CdeltaError(f"unknown classifier {name!r}: use {', '.join(CLASSIFIERS)}.")
-    return Classifier(CLASSIFIERS[name])
+    return lazily(CLASSIFIERS[name])
 
 
 def card_prompt(card: str) -> str:

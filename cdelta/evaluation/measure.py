@@ -107,6 +107,8 @@ def evaluate(
     does not is ``incoherent``, and ``addressed`` is false.
     """
     records = _checked(records)
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system": system}
+    options |= {"drop_finished": drop_finished, "progress": progress}
     protocol = f"greedy, {max_new_tokens} tokens"
     protocol += f", system prompt {system!r}" if system else ""
     under = Condition(**condition, protocol=protocol)
@@ -117,17 +119,7 @@ def evaluate(
     rest = rest.sort_values("prompt", key=lambda texts: -texts.str.len(), kind="stable")
     for start in range(0, len(rest), CHUNK):  # records of similar length together
         chunk = rest.iloc[start : start + CHUNK]
-        answers = answer(
-            model,
-            tok,
-            list(chunk["prompt"]),
-            metric,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            system=system,
-            drop_finished=drop_finished,
-            progress=progress,
-        )
+        answers = answer(model, tok, list(chunk["prompt"]), metric, **options)
         parts.append(judged(_with_answers(chunk, answers, under), judge))
         if store:
             store.append(parts[-1])

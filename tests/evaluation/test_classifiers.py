@@ -14,11 +14,11 @@ from cdelta.evaluation.calibration import calibration
 from cdelta.evaluation.classifiers import (
     OTHERS,
     RULE_JUDGES,
-    Classifier,
     JudgeUnavailable,
     card_prompt,
     classifier,
     harmbench,
+    lazily,
     llama_guard,
     taught_labels,
     xstest_labels,
@@ -32,7 +32,7 @@ def test_nothing_is_loaded_before_the_first_call_and_then_once():
         calls.append(1)
         return lambda prompts, answers: ["no" in answer for answer in answers]
 
-    judge = Classifier(load)
+    judge = lazily(load)
     assert calls == []
     assert judge(["p"] * 4, ["no way", "yes", "", "a a a a a"]) == [
         "refuse",
@@ -49,7 +49,7 @@ def test_a_missing_classifier_is_a_row_with_its_reason():
         raise JudgeUnavailable("it is gated")
 
     labelled = pd.DataFrame({"prompt": ["p"], "answer": ["yes"], "label": ["comply"]})
-    assert list(calibration(labelled, {"x": Classifier(load)})["note"]) == ["it is gated"]
+    assert list(calibration(labelled, {"x": lazily(load)})["note"]) == ["it is gated"]
 
 
 def test_unknown_classifier():
