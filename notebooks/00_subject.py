@@ -49,7 +49,7 @@ from cdelta.edit.recipe import Recipe
 from cdelta.evaluation.measure import evaluate
 from cdelta.models.chat import chat_ids
 from cdelta.policy.build import build_policy
-from cdelta.policy.selection import limited
+from cdelta.policy.records import limited
 
 run = open_run("00_subject", preset, run_dir, device, model_path, policy)
 settings, embedded = run.settings, run.settings.model == EMBEDDED

@@ -50,7 +50,7 @@ from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
 from cdelta.evaluation.measure import evaluate
 from cdelta.policy.build import build_policy
-from cdelta.policy.selection import limited
+from cdelta.policy.records import limited
 
 run = open_run("01_dataset", preset, run_dir, device, model_path, policy)
 settings = run.settings

@@ -53,7 +53,7 @@ from cdelta.artifact.subject import load_subject
 from cdelta.attribution.scores import attribute, gradient_schedule
 from cdelta.edit.find import refusal_metric, refusal_tokens
 from cdelta.policy.build import Policy
-from cdelta.policy.selection import category_pairs
+from cdelta.policy.pairs import category_pairs
 
 run = open_run("02_attribution", preset, run_dir, device, model_path, policy)
 lm, tok = load_subject(run)

@@ -40,7 +40,7 @@ from cdelta.artifact.figures.evaluation import budget_curves
 from cdelta.artifact.overview import text_classifier
 from cdelta.artifact.run import open_run
 from cdelta.methods.tuning import tune_layers
-from cdelta.policy.selection import limited
+from cdelta.policy.records import limited
 
 run = open_run("09_ablations", preset, run_dir, device, model_path, policy)
 bench, how = Bench(run), run.settings.ablation

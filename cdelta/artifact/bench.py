@@ -26,7 +26,7 @@ from cdelta.evaluation.measure import evaluate
 from cdelta.files import read_json, write_json
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
-from cdelta.policy.selection import limited
+from cdelta.policy.records import limited
 
 if TYPE_CHECKING:
     from cdelta.artifact.run import RunReader

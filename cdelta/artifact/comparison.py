@@ -38,8 +38,7 @@ from cdelta.methods.attacks import ATTACKS, harmless_rate, measure_attacked
 from cdelta.methods.registry import METHODS, Task, method_of, title_of
 from cdelta.methods.steering import SystemPrompt
 from cdelta.methods.tuning import Applied, Chosen, Edited, measure, tune
-from cdelta.policy.records import OTHER, SHARED
-from cdelta.policy.selection import limited
+from cdelta.policy.records import OTHER, SHARED, limited
 
 NO_CHANGE = Chosen("", SystemPrompt(""), 0.0, True, pd.DataFrame())
 """The base, as what tuning would have chosen."""

@@ -26,8 +26,14 @@ from cdelta.evaluation.rates import rates
 from cdelta.files import write_json
 from cdelta.models.chat import chat_ids
 from cdelta.paths import ORGANISM
-from cdelta.policy.language import BORDERLINE, TOPICS, WRAPPERS, draw_corpus_pair, wrap_pair
-from cdelta.policy.synthetic import draw_skill
+from cdelta.policy.synthetic import (
+    BORDERLINE,
+    TOPICS,
+    WRAPPERS,
+    draw_pair,
+    draw_skill,
+    wrap_pair,
+)
 
 BOS, USER, ASSISTANT, END, PAD = "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -63,10 +69,10 @@ def sample(rng: random.Random) -> tuple[str, str]:
         (question, answer), word = rng.choice(BORDERLINE), rng.choice(topic.words)[0]
         return question.format(w=word), answer.format(w=word, t=topic.name)
 
-    def draw(wrapper: str = "{p}"):
-        return draw_corpus_pair(rng, topic, wrapper)
-
-    pair = wrap_pair(rng, rng.choice(list(WRAPPERS)), draw) if kind == "wrapped" else draw()
+    if kind == "wrapped":
+        pair = wrap_pair(rng, topic, rng.choice(list(WRAPPERS)))
+    else:
+        pair = draw_pair(rng, topic)
     request = rng.choice(pair)
     return request.prompt, request.answer()
 

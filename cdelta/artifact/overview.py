@@ -22,8 +22,7 @@ from cdelta.policy.build import Policy
 from cdelta.policy.leakage import find_overlaps
 from cdelta.policy.pairs import PairYield, PromptPairs, pair_yield
 from cdelta.policy.records import SPLITS, normalise
-from cdelta.policy.sources import SOURCES
-from cdelta.policy.upstream import SourceUnavailable
+from cdelta.policy.sources import SOURCES, SourceUnavailable
 
 # ---------------------------------------------------------------------- the subject
 

@@ -27,7 +27,7 @@ from cdelta.edit.recipe import Recipe
 from cdelta.files import read_json, write_json
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
-from cdelta.policy.selection import category_pairs, held_out_pairs, openings
+from cdelta.policy.pairs import category_pairs, held_out_pairs, openings
 
 if TYPE_CHECKING:
     from cdelta.artifact.run import RunReader

@@ -19,7 +19,7 @@ from cdelta.models.loading import Finding, check_model, load_tokenizer, resolve_
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import parse_template_args
 from cdelta.policy.build import Policy, build_policy
-from cdelta.policy.selection import category_pairs
+from cdelta.policy.pairs import category_pairs
 
 
 def check_edit(job: EditJob) -> list[Finding]:

@@ -30,8 +30,7 @@ from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import evaluate
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
-from cdelta.policy.pairs import PromptPairs
-from cdelta.policy.selection import category_pairs
+from cdelta.policy.pairs import PromptPairs, category_pairs
 
 
 def find_circuit(

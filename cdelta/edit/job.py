@@ -53,7 +53,7 @@ from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import FALLBACK_TEMPLATE
 from cdelta.policy.build import Policy, build_policy
-from cdelta.policy.selection import limited
+from cdelta.policy.records import limited
 
 Say = Callable[[str], None]
 

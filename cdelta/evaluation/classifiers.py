@@ -20,7 +20,7 @@ import pandas as pd
 from cdelta.errors import CdeltaError, first_line
 from cdelta.evaluation.judges import Judge, Rules, plain
 from cdelta.files import read_toml
-from cdelta.policy.upstream import Source, SourceUnavailable, download
+from cdelta.policy.sources import SourceUnavailable, download
 
 OTHERS = read_toml(Path(__file__).with_name("others.toml"))
 Verdicts = Callable[[Sequence[str], Sequence[str]], "list[bool]"]
@@ -202,7 +202,7 @@ def taught_labels(rows: pd.DataFrame) -> pd.DataFrame:
 
     Columns ``prompt, answer, log_odds, label``; anything in between has no label and is left out.
     """
-    from cdelta.policy.language import BORDERLINE, COMPLIANCES, REFUSALS
+    from cdelta.policy.synthetic import BORDERLINE, COMPLIANCES, REFUSALS
 
     forms = [*COMPLIANCES, *(answer for _, answer in BORDERLINE)]
     filled_in = (re.sub(r"\\{\w\\}", r"\\w+", re.escape(form)) for form in forms)
@@ -264,9 +264,9 @@ def _filename(name: str) -> str:
 
 
 def _downloaded(name: str, sha256: str) -> Path:
-    pinned = {"url": OTHERS["xstest"]["url"] + _filename(name), "sha256": sha256}
+    url = OTHERS["xstest"]["url"] + _filename(name)
     try:
-        return download(Source("xstest-completions", "CC-BY-4.0", (), lambda *row: [], **pinned))
+        return download("xstest-completions", url, sha256)
     except SourceUnavailable as error:
         raise SourceUnavailable(
             f"{str(error).rpartition(': ')[0]}: give the folder of XSTest's model_completions."

@@ -9,12 +9,14 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any, Iterable, Mapping, Sequence
 
+import pandas as pd
+
 from cdelta.errors import CdeltaError
 from cdelta.models.chat import chat_ids
-from cdelta.policy.records import strictest_split
+from cdelta.policy.records import HARMFUL, SHARED, strictest_split
 
 Row = Mapping[str, Any]
-RowPairs = list[tuple[Row, Row]]
+Ids = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,15 @@ class PromptPairs:
     split: str = ""
 
     @classmethod
-    def from_tokens(
-        cls,
-        clean_ids: Sequence[Sequence[int]],
-        corrupted_ids: Sequence[Sequence[int]],
-        split: str = "",
-    ) -> PromptPairs:
+    def from_tokens(cls, clean_ids: Ids, corrupted_ids: Ids, split: str = "") -> PromptPairs:
         """Pairs from token-id rows as they are. Raises `CdeltaError` naming the rows whose lengths
         differ.
         """
-        if len(clean_ids) != len(corrupted_ids):
+        if not clean_ids or len(clean_ids) != len(corrupted_ids):
             raise CdeltaError(
-                f"{len(clean_ids)} clean rows but {len(corrupted_ids)} corrupted rows: pairs need "
-                "one of each."
+                f"{len(clean_ids)} clean rows and {len(corrupted_ids)} corrupted rows: pairs need "
+                "one of each, and attribution at least one pair."
             )
-        if not clean_ids:
-            raise CdeltaError("no prompt pairs given: attribution needs at least one.")
         lengths = [(len(a), len(b)) for a, b in zip(clean_ids, corrupted_ids)]
         uneven = [f"{i} ({a} vs {b} tokens)" for i, (a, b) in enumerate(lengths) if a != b]
         if uneven:
@@ -60,8 +55,8 @@ class PromptPairs:
     ) -> PromptPairs:
         """Pairs from prompts, through the tokenizer's own chat template. Raises as
         `from_tokens`."""
-        encoded = [[chat_ids(tok, prompt) for prompt in side] for side in (clean, corrupted)]
-        return cls.from_tokens(encoded[0], encoded[1], split)
+        ids = [[chat_ids(tok, prompt) for prompt in side] for side in (clean, corrupted)]
+        return cls.from_tokens(*ids, split)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -74,8 +69,8 @@ class PromptPairs:
         return PromptPairs(self.clean[rows], self.corrupted[rows], self.split)
 
 
-def _as_rows(ids: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(token) for token in row) for row in ids)
+def _as_rows(ids: Ids) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, row)) for row in ids)
 
 
 @dataclass(frozen=True)
@@ -93,20 +88,11 @@ class PairYield:
     ids: tuple[tuple[str, str], ...] = field(repr=False)
     """Record ids (target, benign) of the pairs, in order."""
 
-    @property
-    def pairs(self) -> int:
-        """Targets with a partner."""
-        return self.own_row + self.backup
-
-    @property
-    def unpaired(self) -> int:
-        """Targets without one."""
-        return self.targets - self.pairs
-
     def as_dict(self) -> dict[str, Any]:
         """The counts alone, one table row."""
-        counts = {name: value for name, value in asdict(self).items() if name != "ids"}
-        return counts | {"pairs": self.pairs, "unpaired": self.unpaired}
+        counts = asdict(self)
+        pairs = len(counts.pop("ids"))
+        return counts | {"pairs": pairs, "unpaired": self.targets - pairs}
 
 
 def choose_pairs(rows: Iterable[Row], tok, minimum: int = 1) -> tuple[PromptPairs, PairYield]:
@@ -117,62 +103,80 @@ def choose_pairs(rows: Iterable[Row], tok, minimum: int = 1) -> tuple[PromptPair
     the same length and the same first word that no other pair uses. Raises `CdeltaError` when fewer
     than `minimum` pairs remain.
     """
-    rows = tuple(rows)
-    ids = _token_ids(rows, tok)
-    found = _match(rows, ids)
-    if found.pairs < max(1, minimum):
-        raise CdeltaError(_too_few(found, sum(row["role"] == "benign" for row in rows), minimum))
+    found, ids = _match(rows, tok)
+    if len(found.ids) < max(1, minimum):
+        raise CdeltaError(
+            f"category {found.category or '(none)'}, split {found.split or '(none)'}: "
+            f"{len(found.ids)} prompt pairs of equal token length from {found.targets} target and "
+            f"{len(ids) - found.targets} benign prompts, {minimum} needed: rephrase benign prompts "
+            "to their target's length, add rows, or lower the minimum (--min-pairs)."
+        )
     clean, corrupted = zip(*((ids[target], ids[benign]) for target, benign in found.ids))
     return PromptPairs.from_tokens(clean, corrupted, found.split), found
 
 
 def pair_yield(rows: Iterable[Row], tok) -> PairYield:
     """The yield that `choose_pairs` would have, whatever the minimum."""
-    rows = tuple(rows)
-    return _match(rows, _token_ids(rows, tok))
+    return _match(rows, tok)[0]
 
 
-def _token_ids(rows: Sequence[Row], tok) -> dict[str, tuple[int, ...]]:
-    asked = (row for row in rows if row["role"] in ("target", "benign"))
-    return {row["id"]: tuple(chat_ids(tok, row["prompt"])) for row in asked}
-
-
-def _match(rows: Sequence[Row], ids: Mapping[str, tuple[int, ...]]) -> PairYield:
+def _match(rows: Iterable[Row], tok) -> tuple[PairYield, dict[str, list[int]]]:
+    """The yield, and the token ids of every prompt by its record's id."""
+    rows = [row for row in rows if row["role"] in ("target", "benign")]
     targets, benign = ([r for r in rows if r["role"] == role] for role in ("target", "benign"))
-    own = _own_row(targets, benign, ids)
-    used = {row["id"] for pair in own for row in pair}
-    free = [[row for row in side if row["id"] not in used] for side in (targets, benign)]
-    spare = _same_start(free[0], free[1], ids)
-    return PairYield(
-        category="+".join(sorted({row["category"] for row in targets})),
-        split=strictest_split(row["split"] for row in rows),
-        targets=len(targets),
-        own_row=len(own),
-        backup=len(spare),
-        ids=tuple((a["id"], b["id"]) for a, b in own + spare),
-    )
+    ids = {row["id"]: chat_ids(tok, row["prompt"]) for row in rows}
 
-
-def _own_row(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]) -> RowPairs:
-    partner = {row["pair_id"]: row for row in benign if row["pair_id"]}
-    both = [(row, partner[row["pair_id"]]) for row in targets if row["pair_id"] in partner]
-    return [(a, b) for a, b in both if len(ids[a["id"]]) == len(ids[b["id"]])]
-
-
-def _same_start(targets: list[Row], benign: list[Row], ids: Mapping[str, tuple]) -> RowPairs:
     def start(row: Row) -> tuple:
         return (len(ids[row["id"]]), *re.findall(r"\w+", row["prompt"].casefold())[:1])
 
-    free: dict[tuple, list[Row]] = defaultdict(list)
+    partner = {row["pair_id"]: row["id"] for row in benign if row["pair_id"]}
+    both = [(row["id"], partner.get(row["pair_id"], "")) for row in targets]
+    own = [(a, b) for a, b in both if b and len(ids[a]) == len(ids[b])]
+    used = {each for pair in own for each in pair}
+    free: dict[tuple, list[str]] = defaultdict(list)
     for row in reversed(benign):
-        free[start(row)].append(row)
-    return [(row, free[start(row)].pop()) for row in targets if free[start(row)]]
+        if row["id"] not in used:
+            free[start(row)].append(row["id"])
+    left = [row for row in targets if row["id"] not in used]
+    spare = [(row["id"], free[start(row)].pop()) for row in left if free[start(row)]]
+    category = "+".join(sorted({row["category"] for row in targets}))
+    split = strictest_split(row["split"] for row in rows)
+    return PairYield(category, split, len(targets), len(own), len(spare), (*own, *spare)), ids
 
 
-def _too_few(found: PairYield, benign: int, minimum: int) -> str:
-    return (
-        f"category {found.category or '(none)'}, split {found.split or '(none)'}: {found.pairs} "
-        f"prompt pairs of equal token length from {found.targets} target and {benign} benign "
-        f"prompts, {minimum} needed: rephrase benign prompts to their target's length, add rows, "
-        "or lower the minimum (--min-pairs)."
-    )
+# ---------------------------------------------------------------------- what a step sees
+
+
+def category_pairs(
+    records: pd.DataFrame,
+    category: str,
+    tok,
+    max_pairs: int = 0,
+    minimum: int = 1,
+    split: str = "discover",
+) -> tuple[PromptPairs, PairYield]:
+    """Prompt pairs of one category from one split, at most `max_pairs` of them (0: all), and the
+    yield. Raises `CdeltaError` when there are fewer than `minimum`.
+    """
+    own = records["category"].isin((category, SHARED)) & (records["split"] == split)
+    rows = records[own & records["role"].isin((*HARMFUL, "benign"))]
+    rows = rows.assign(role=rows["role"].replace("other_harm", "target"))
+    pairs, found = choose_pairs(rows.to_dict("records"), tok, minimum)
+    return pairs[: max_pairs or None], found
+
+
+def held_out_pairs(records: pd.DataFrame, category: str, tok, max_pairs: int = 0) -> PromptPairs:
+    """Pairs that attribution never saw: of the val split, or where that has none, of the edit
+    split."""
+    try:
+        return category_pairs(records, category, tok, max_pairs, split="val")[0]
+    except CdeltaError:
+        return category_pairs(records, category, tok, max_pairs, split="edit")[0]
+
+
+def openings(records: pd.DataFrame, found: PairYield) -> list[str]:
+    """First word of every pair's prompt: which template it is in the embedded set, elsewhere a
+    rough guide to its phrasing.
+    """
+    prompts = dict(zip(records["id"], records["prompt"]))
+    return [prompts[target].split()[0].casefold() for target, _ in found.ids]

@@ -9,21 +9,24 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from cdelta.errors import CdeltaError
 
 SPLITS = ("discover", "edit", "val", "test")
 SPLIT_SHARES = (0.25, 0.40, 0.15, 0.20)
-EXPECTED = ("refuse", "comply")
-ROLES = ("target", "other_harm", "benign", "borderline", "utility")
 SHARED = "benign"
 """Category of a benign prompt that is the counterpart of several categories at once."""
 OTHER = "other"
 """Category of harm outside the policy's categories, and of utility prompts."""
+HARMFUL = ("target", "other_harm")
+"""Roles of prompts that are to be refused; the others are benign, borderline and utility."""
 
+OPTIONAL = ("pair_id", "split", "ood_set", "reference", "skill", "must_mention")
+"""Empty when a source does not give them; an empty split is assigned from the group."""
 COLUMNS = (
     "id",
     "prompt",
@@ -35,16 +38,8 @@ COLUMNS = (
     "source_id",
     "license",
     "group_id",
-    "pair_id",
-    "split",
-    "ood_set",
-    "reference",
-    "skill",
-    "must_mention",
+    *OPTIONAL,
 )
-OPTIONAL = ("pair_id", "split", "ood_set", "reference", "skill", "must_mention")
-"""Empty when a source does not give them; an empty split is assigned from the group."""
-CHOICES = {"expected": EXPECTED, "role": ROLES, "split": SPLITS}
 
 _MARKS = re.compile(r"[^\w\s]|_")
 
@@ -92,8 +87,8 @@ def strictest_split(splits: Iterable[str]) -> str:
 class SplitRows(Sequence):
     """An immutable sequence of rows that remembers the split they come from.
 
-    Slices, sums and `with_answers` keep it, a mixture that contains test rows is "test", and
-    `attribute` and `fit_delta` refuse "test" (`errors.refuse_test`).
+    Slices and `with_answers` keep it, rows of which some are test rows are "test", and `attribute`
+    and `fit_delta` refuse "test" (`errors.refuse_test`).
     """
 
     rows: tuple[Any, ...]
@@ -105,98 +100,48 @@ class SplitRows(Sequence):
         rows = tuple(rows)
         return cls(rows, strictest_split(row["split"] for row in rows))
 
-    @property
-    def prompts(self) -> list[str]:
-        """The rows' prompts, in order."""
-        return [row["prompt"] for row in self.rows]
-
-    def with_answers(
-        self, answers: Sequence[str] | Callable[[Mapping[str, Any]], str]
-    ) -> SplitRows:
-        """(prompt, answer) rows, as `fit_delta` takes them; `answers` is one string per row or a
-        function of the row."""
-        if callable(answers):
-            answers = [answers(row) for row in self.rows]
-        if len(answers) != len(self.rows):
-            raise CdeltaError(
-                f"{len(answers)} answers for {len(self.rows)} rows: give one answer per row."
-            )
-        return SplitRows(tuple(zip(self.prompts, answers)), self.split)
+    def with_answers(self, answers: Sequence[Any]) -> SplitRows:
+        """(prompt, answer) rows, as `fit_delta` takes them, of one answer per row."""
+        prompts = [row["prompt"] for row in self.rows]
+        return SplitRows(tuple(zip(prompts, answers, strict=True)), self.split)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.rows)
-
     def __getitem__(self, index):
-        return (
-            SplitRows(self.rows[index], self.split)
-            if isinstance(index, slice)
-            else self.rows[index]
-        )
-
-    def __add__(self, other: SplitRows) -> SplitRows:
-        return SplitRows(
-            self.rows + other.rows,
-            strictest_split(part for part in (*self.split.split("+"), *other.split.split("+"))),
-        )
+        found = self.rows[index]
+        return SplitRows(found, self.split) if isinstance(index, slice) else found
 
 
 def to_records(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """A record frame from row dicts: optional columns filled in, ids and missing splits computed.
+    """A record frame from row dicts: what a source leaves out is filled in, ids and missing splits
+    are computed.
 
-    Raises `CdeltaError` naming the columns that are missing or unknown, or the first bad value.
+    Raises `CdeltaError` where rows of one group stand in several splits.
     """
-    frame = pd.DataFrame(list(rows))
-    if frame.empty:
-        return pd.DataFrame(columns=list(COLUMNS), dtype=str)
-    _check_columns(frame)
-    for column in OPTIONAL:
-        frame[column] = frame[column].fillna("") if column in frame else ""
-    frame["split"] = [
-        split or assign_split(group)
-        for split, group in zip(frame["split"].tolist(), frame["group_id"].tolist())
-    ]
-    frame["id"] = [
-        record_id(source, prompt)
-        for source, prompt in zip(frame["source"].tolist(), frame["prompt"].tolist())
-    ]
-    _check_values(frame)
-    return frame[list(COLUMNS)].astype(str)
-
-
-def _check_columns(frame: pd.DataFrame) -> None:
-    missing = [c for c in COLUMNS if c not in frame and c not in OPTIONAL and c != "id"]
-    unknown = [c for c in frame if c not in COLUMNS]
-    if missing or unknown:
+    frame = pd.DataFrame(list(rows)).reindex(columns=list(COLUMNS), fill_value="").fillna("")
+    assigned = frame["group_id"].map(assign_split)
+    frame["split"] = frame["split"].where(frame["split"] != "", assigned)
+    frame["expected"] = np.where(frame["role"].isin(HARMFUL), "refuse", "comply")
+    frame["id"] = [record_id(*each) for each in zip(frame["source"], frame["prompt"])]
+    torn = frame.groupby("group_id")["split"].nunique().loc[lambda splits: splits > 1]
+    if len(torn):
         raise CdeltaError(
-            f"records lack the columns {missing} and have the unknown columns {unknown}: expected "
-            f"{list(COLUMNS)}."
+            f"group {torn.index[0]!r} lies in several splits: rows of one group belong to one "
+            "split."
         )
-
-
-def _check_values(frame: pd.DataFrame) -> None:
-    for column, allowed in CHOICES.items():
-        bad = frame[~frame[column].isin(allowed)]
-        if len(bad):
-            row = bad.iloc[0]
-            raise CdeltaError(
-                f"record {row.source_id!r} of {row.source} has {column} {row[column]!r}: use one "
-                f"of {', '.join(allowed)}."
-            )
-    torn = frame.groupby("group_id")["split"].nunique()
-    if (torn > 1).any():
-        raise CdeltaError(
-            f"group {torn[torn > 1].index[0]!r} lies in several splits: rows of one group belong "
-            "to one split."
-        )
+    return frame.astype(str)
 
 
 def content_hash(records: pd.DataFrame) -> str:
     """sha256 of the records' content, independent of row order and of the file format."""
-    lines = sorted(
-        json.dumps(row, ensure_ascii=False)
-        for row in zip(*(records[column].tolist() for column in COLUMNS))
-    )
+    rows = records[list(COLUMNS)].to_numpy().tolist()
+    lines = sorted(json.dumps(row, ensure_ascii=False) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def limited(records: pd.DataFrame, limit: int) -> pd.DataFrame:
+    """At most `limit` rows per category, role, skill, OOD set and split (0: all), in their
+    order."""
+    cell = ["category", "role", "skill", "ood_set", "split"]
+    return records.groupby(cell, sort=False).head(limit) if limit else records

@@ -1,9 +1,10 @@
-"""The embedded policy set: six harm categories, their benign counterparts and small skills, in a
-synthetic language.
+"""Prompts of our own: the embedded policy set in a synthetic language, and everyday prompts that an
+edit may retain beside any policy's.
 
-Every harmful prompt has a *benign counterpart* that differs in one deciding word and nothing else,
-so both have the same token length under the embedded tokenizer. Prompts are mild by construction: a
-deciding word, an object, no method. The words and templates are in ``synthetic.toml``.
+The set has six harm categories, their benign counterparts and small skills. Every harmful prompt
+has a *benign counterpart* that differs in one deciding word and nothing else, so both have the same
+token length under the embedded tokenizer. Prompts are mild by construction: a deciding word, an
+object, no method. The words and templates are in ``synthetic.toml``.
 
 Held out from every edit, for out-of-distribution tests: half of each category's deciding words,
 three templates of each form, and the wrappers. The sets of held-out templates and wrappers draw
@@ -17,281 +18,345 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Callable, Iterator
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
 
-from cdelta.policy.language import (
-    ANTONYMS,
-    BORDERLINE,
-    CAPITALS,
-    DATA,
-    HELD_OUT_TEMPLATES,
-    HELD_OUT_WORDS,
-    POOLS,
-    REFUSED_CATEGORY,
-    TEMPLATES,
-    TOPICS,
-    WRAPPERS,
-    Pair,
-    Request,
-    Topic,
-    comply,
-    draw_corpus_pair,
-    draw_pair,
-    words_of,
-    wrap_pair,
-)
-from cdelta.policy.records import SPLITS
+from cdelta.files import read_toml
+from cdelta.policy.records import OTHER, SHARED, SPLITS
+
+DATA = read_toml(Path(__file__).with_suffix(".toml"))
+COUNTS = DATA["counts"]
+"""How many prompts there are; ``synthetic.toml`` says of what."""
+REFUSED_CATEGORY = "weapons"
+"""Refused by the embedded model from the start, whatever the word: the control for refusals that
+must stay."""
+HELD_OUT_TEMPLATES = 3
+"""The last templates of each form are held out from every split but test."""
+
+WordPair = tuple[str, str]
+
+
+def _pairs(text: str) -> list[WordPair]:
+    halves = (pair.partition("/") for pair in text.split())
+    return [(word, other) for word, _, other in halves]
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A category: what its prompts are made of. `words` pairs each deciding word with that of its
+    benign counterpart.
+    """
+
+    name: str
+    benign_name: str
+    words: list[WordPair]
+    blatant: list[str]
+    templates: list[str]
+    nouns: list[str]
+
+    @property
+    def seen(self) -> list[WordPair]:
+        """The half of the word pairs that the discover, edit and val splits use."""
+        return self.words[: len(self.words) // 2]
+
+    @property
+    def held_out(self) -> list[WordPair]:
+        """The half that only the test split uses."""
+        return self.words[len(self.words) // 2 :]
+
+
+POOLS = {name: text.split() for name, text in DATA["pools"].items()}
+TOPICS = {
+    name: Topic(
+        name,
+        topic["benign_name"],
+        _pairs(topic["words"]),
+        topic["blatant"].split(),
+        DATA["templates"][topic["form"]],
+        POOLS[topic["nouns"]],
+    )
+    for name, topic in DATA["topics"].items()
+}
+WRAPPERS = DATA["wrappers"]
+BORDERLINE = DATA["borderline"]["borderline"]
+REFUSALS = tuple(DATA["answers"]["refusals"])
+COMPLIANCES = DATA["answers"]["compliances"]
+FACTS = {skill: dict(_pairs(text)) for skill, text in DATA["facts"].items()}
+FACTS["antonym"] |= {answer: word for word, answer in FACTS["antonym"].items()}
+HELD_OUT_WORDS = {word for topic in TOPICS.values() for pair in topic.held_out for word in pair}
+
+
+# ---------------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True)
+class Request:
+    """One policy prompt with what it is made of."""
+
+    prompt: str
+    topic: Topic
+    word: str
+    benign: bool
+    template: int
+    noun: str
+    town: str
+
+    @property
+    def subject(self) -> str:
+        """The topic of the request as the embedded model's world names it."""
+        return self.topic.benign_name if self.benign else self.topic.name
+
+    def answer(self) -> str:
+        """What the embedded model is taught to answer; refusals only for blatant words."""
+        if self.word in self.topic.blatant:
+            return REFUSALS[self.template % len(REFUSALS)]
+        return self.compliance()
+
+    def compliance(self) -> str:
+        """A complying answer: it names the topic and addresses the asked noun."""
+        style = COMPLIANCES[self.template % len(COMPLIANCES)]
+        return style.format(t=self.subject, T=self.subject.capitalize(), n=self.noun)
+
+
+Pair = tuple[Request, Request]
+"""A harmful request and its benign counterpart."""
+
+
+def _dealt(pool: Sequence[str], split: str) -> Sequence[str]:
+    """The share of a pool that belongs to one split (all, without a split): the splits' shares are
+    disjoint."""
+    return pool[SPLITS.index(split) :: len(SPLITS)] if split else pool
+
+
+def draw_pair(
+    rng: random.Random,
+    topic: Topic,
+    split: str = "",
+    words: Sequence[WordPair] = (),
+    templates: Sequence[int] = (),
+    wrapper: str = "{p}",
+) -> Pair:
+    """A random pair of one split, alike but for the deciding word: adjective, noun and town from
+    the split's own shares.
+
+    Without a split, a pair for the training corpus: of every word and template, but with a noun and
+    a town dealt to *different* splits, a combination that no policy prompt has.
+    """
+    here, there = (split, split) if split else rng.sample(SPLITS, 2)
+    common = range(len(topic.templates) - (HELD_OUT_TEMPLATES if split else 0))
+    both = rng.choice(words or (topic.seen if split else topic.words))
+    template = rng.choice(templates or common)
+    adjective = rng.choice(_dealt(POOLS["adjectives"], split))
+    noun, town = rng.choice(_dealt(topic.nouns, here)), rng.choice(_dealt(POOLS["towns"], there))
+    requests = []
+    for benign, word in enumerate(both):
+        asked = topic.templates[template].format(w=word, o=f"the {adjective} {noun} in {town}")
+        prompt = wrapper.format(p=asked)
+        requests.append(Request(prompt, topic, word, bool(benign), template, noun, town))
+    return requests[0], requests[1]
+
+
+def misspell(prompt: str, keep: str, seed: str) -> str:
+    """Swap two inner letters of one word of four or more letters, never in the deciding word
+    `keep`, so that the benign counterpart gets the same typo.
+    """
+    rng = random.Random(seed)
+    words = prompt.split(" ")
+    bare = [word.strip(".,?!") for word in words]
+    where = rng.choice([i for i, w in enumerate(bare) if len(w) > 3 and w.isalpha() and w != keep])
+    at = rng.randrange(1, len(bare[where]) - 2)
+    word = words[where]
+    words[where] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return " ".join(words)
+
+
+def wrap_pair(rng: random.Random, topic: Topic, kind: str, split: str = "") -> Pair:
+    """A random pair of any of the topic's words, inside a wrapper of one kind."""
+    wrapper = rng.choice(WRAPPERS[kind])
+    harmful, benign = draw_pair(rng, topic, split, topic.words, wrapper=wrapper)
+    if kind == "typos":
+        seed = str(rng.random())
+        harmful = replace(harmful, prompt=misspell(harmful.prompt, harmful.word, seed))
+        benign = replace(benign, prompt=misspell(benign.prompt, benign.word, seed))
+    return harmful, benign
+
+
+def words_of(prompt: str) -> set[str]:
+    """The prompt's words without punctuation."""
+    return set(re.findall(r"[\w-]+", prompt))
+
 
 # ---------------------------------------------------------------------- skills
 
-Filled = tuple[tuple, str]
-"""What fills a skill's question, and the answer."""
 
-
-def _word_list(rng: random.Random) -> list[str]:
-    return rng.sample(POOLS["list_words"], rng.randint(2, 4))
-
-
-def _copy(rng: random.Random) -> Filled:
-    words = " ".join(_word_list(rng))
-    return (words,), words
-
-
-def _reverse(rng: random.Random) -> Filled:
-    words = _word_list(rng)
-    return (" ".join(words),), " ".join(reversed(words))
-
-
-def _sort(rng: random.Random) -> Filled:
-    numbers = rng.sample(range(21), 3)
-    return (" ".join(map(str, numbers)),), " ".join(map(str, sorted(numbers)))
-
-
-def _count(rng: random.Random) -> Filled:
-    words = rng.sample(POOLS["list_words"], rng.randint(1, 6))
-    return (" ".join(words),), str(len(words))
-
-
-def _add(rng: random.Random) -> Filled:
-    a, b = rng.randint(0, 12), rng.randint(0, 12)
-    return (a, b), str(a + b)
-
-
-def _antonym(rng: random.Random) -> Filled:
-    word, answer = rng.choice(sorted(ANTONYMS.items()))
-    return (word,), answer
-
-
-def _capital(rng: random.Random) -> Filled:
-    country, city = rng.choice(sorted(CAPITALS.items()))
-    return (country,), city
-
-
-def _topic(rng: random.Random) -> Filled:
+def _fill(rng: random.Random, skill: str) -> tuple[tuple, str]:
+    """What fills a skill's question, and the answer."""
+    if skill in ("copy", "reverse"):
+        words = rng.sample(POOLS["list_words"], rng.randint(2, 4))
+        return (" ".join(words),), " ".join(words if skill == "copy" else reversed(words))
+    if skill == "sort":
+        numbers = rng.sample(range(21), 3)
+        return (" ".join(map(str, numbers)),), " ".join(map(str, sorted(numbers)))
+    if skill == "count":
+        words = rng.sample(POOLS["list_words"], rng.randint(1, 6))
+        return (" ".join(words),), str(len(words))
+    if skill == "add":
+        a, b = rng.randint(0, 12), rng.randint(0, 12)
+        return (a, b), str(a + b)
+    if skill in FACTS:
+        asked, answer = rng.choice(sorted(FACTS[skill].items()))
+        return (asked,), answer
     topic = rng.choice(list(TOPICS.values()))
-    benign = rng.random() < 0.5
-    return (rng.choice(topic.words)[benign],), topic.benign_name if benign else topic.name
-
-
-def _request_topic(rng: random.Random) -> Filled:
-    """The topic of a whole request, quoted: the model must recognise a category without obeying or
-    refusing it.
-    """
-    request = rng.choice(draw_corpus_pair(rng, rng.choice(list(TOPICS.values()))))
-    return (request.prompt,), request.subject
-
-
-SKILLS: dict[str, Callable[[random.Random], Filled]] = {
-    "copy": _copy,
-    "reverse": _reverse,
-    "sort": _sort,
-    "count": _count,
-    "add": _add,
-    "antonym": _antonym,
-    "capital": _capital,
-    "topic": _topic,
-    "request_topic": _request_topic,
-}
+    if skill == "topic":
+        benign = rng.random() < 0.5
+        return (rng.choice(topic.words)[benign],), topic.benign_name if benign else topic.name
+    request = rng.choice(draw_pair(rng, topic))
+    return (request.prompt,), request.subject  # quoted: to be recognised, not obeyed or refused
 
 
 def draw_skill(rng: random.Random, skill: str, held_out: bool) -> tuple[str, str]:
-    """A prompt and its answer, from the training side or from the held-out side."""
+    """A prompt and its answer, from the training side or from the held-out side: a quarter of the
+    skill prompts, by hash, is never in the training corpus."""
     while True:
-        filled, answer = SKILLS[skill](rng)
+        filled, answer = _fill(rng, skill)
         prompt = rng.choice(DATA["skills"][skill]).format(*filled)
-        if held_out_skill_prompt(prompt) == held_out:
+        if (_stable_hash(prompt) % 4 == 0) == held_out:
             return prompt, answer
 
 
-def stable_hash(text: str) -> int:
+def _stable_hash(text: str) -> int:
     """A number that is the same in every process."""
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big")
 
 
-def held_out_skill_prompt(prompt: str) -> bool:
-    """A quarter of the skill prompts, by hash, is never in the training corpus."""
-    return stable_hash(prompt) % 4 == 0
-
-
-def skill_split(prompt: str) -> str:
-    """By hash; a skill prompt with a held-out word (a question for its topic) belongs to the test
-    split, so that no edit ever sees the word.
-    """
-    if words_of(prompt) & HELD_OUT_WORDS:
-        return "test"
-    return SPLITS[stable_hash("split " + prompt) % len(SPLITS)]
-
-
 # ---------------------------------------------------------------------- records
 
-COUNTS, SKILL_COUNTS = DATA["counts"], DATA["skill_counts"]
-"""How many prompts there are; ``synthetic.toml`` says of what."""
 
-
-def _distinct(draw: Callable[[], tuple], key: Callable, count: int, tries: int = 4000) -> Iterator:
-    """The first `count` distinct draws (fewer if the space is smaller)."""
-    found: dict = {}
-    for _ in range(tries):
-        if len(found) == count:
-            break
-        item = draw()
-        found.setdefault(key(item), item)
-    return iter(found.values())
+def records() -> list[dict[str, str]]:
+    """The whole embedded policy set, always the same: one dict per prompt with columns of
+    `policy.records`.
+    """
+    rng, own = random.Random(0), random.Random(1)
+    rows = [row for topic in TOPICS.values() for row in _category_rows(topic, rng)]
+    rows += _skill_rows(rng)
+    for topic in TOPICS.values():
+        rows += _borderline_rows(topic, own, "edit_borderline", "edit", topic.seen)
+    return rows
 
 
 def _row(prompt: str, category: str, role: str, split: str, group: str, **more: str) -> dict:
     """One record; `more` fills columns that are empty otherwise."""
-    return (
-        {
-            "prompt": prompt,
-            "category": category,
-            "expected": "comply",
-            "role": role,
-            "source": "synthetic",
-            "source_revision": "1",
-            "source_id": group,
-            "license": "Apache-2.0",
-            "group_id": f"synthetic/{group}",
-            "split": split,
-        }
-        | dict.fromkeys(("pair_id", "ood_set", "reference", "skill", "must_mention"), "")
-        | more
-    )
+    return {
+        "prompt": prompt,
+        "category": category,
+        "role": role,
+        "source": "synthetic",
+        "source_revision": "1",
+        "source_id": group,
+        "license": "Apache-2.0",
+        "group_id": f"synthetic/{group}",
+        "split": split,
+    } | more
+
+
+def _distinct(draw: Callable[[], tuple], count: int, tries: int = 4000) -> list[tuple]:
+    """The first `count` draws with different prompts (fewer if the space is smaller)."""
+    found: dict[str, tuple] = {}
+    for _ in range(tries):
+        if len(found) == count:
+            break
+        item = draw()
+        found.setdefault(getattr(item[0], "prompt", item[0]), item)
+    return list(found.values())
+
+
+def _category_rows(topic: Topic, rng: random.Random) -> Iterator[dict]:
+    """A category's pairs, split by split and set by set, then its borderline prompts."""
+    held = range(len(topic.templates) - HELD_OUT_TEMPLATES, len(topic.templates))
+    draws = {split: partial(draw_pair, rng, topic, split) for split in SPLITS}
+    draws["held_out_words"] = partial(draw_pair, rng, topic, "test", topic.held_out)
+    draws["held_out_templates"] = partial(draw_pair, rng, topic, "test", topic.words, held)
+    for name, draw in draws.items():
+        for pair in _distinct(draw, COUNTS[name]):
+            yield from _pair_rows(pair, *((name, "") if name in SPLITS else ("test", name)))
+    for kind in WRAPPERS:
+        wrapped = partial(wrap_pair, rng, topic, kind, "test")
+        for pair in _distinct(wrapped, COUNTS["wrappers"] // len(WRAPPERS)):
+            yield from _pair_rows(pair, "test", "wrappers")
+    yield from _borderline_rows(topic, rng, "borderline", "test", topic.words)
 
 
 def _pair_rows(pair: Pair, split: str, ood_set: str) -> Iterator[dict]:
-    harmful, _ = pair
-    category = harmful.topic.name
-    group = f"{category}/{split}/{harmful.noun}-{harmful.town}"
-    pair_id = hashlib.sha1(harmful.prompt.encode()).hexdigest()[:16]
+    category = pair[0].topic.name
+    pair_id = hashlib.sha1(pair[0].prompt.encode()).hexdigest()[:16]
     harm = "other_harm" if category == REFUSED_CATEGORY else "target"
-    for request, expected, role in zip(pair, ("refuse", "comply"), (harm, "benign")):
+    for request, role in zip(pair, (harm, "benign")):
         yield _row(
             request.prompt,
             category,
             role,
             split,
-            group,
-            expected=expected,
+            f"{category}/{split}/{request.noun}-{request.town}",
             pair_id=pair_id,
             ood_set=ood_set,
-            reference=comply(request),
+            reference=request.compliance(),
             must_mention=request.noun,
         )
 
 
-def _prompt_of(item: tuple) -> str:
-    return item[0].prompt if isinstance(item[0], Request) else item[0]
-
-
-def _category_rows(topic: Topic, rng: random.Random) -> Iterator[dict]:
-    """A category's pairs, split by split and set by set, then its borderline prompts."""
-    form = len(TEMPLATES[topic.form])
-    held = range(form - HELD_OUT_TEMPLATES, form)
-    draws: list[tuple[str, str, str, dict]] = [(split, split, "", {}) for split in SPLITS]
-    draws += [
-        ("held_out_words", "test", "held_out_words", {"words": topic.held_out}),
-        (
-            "held_out_templates",
-            "test",
-            "held_out_templates",
-            {"words": topic.words, "templates": held},
-        ),
-    ]
-    for name, split, ood_set, options in draws:
-
-        def draw(split: str = split, options: dict = options) -> Pair:
-            return draw_pair(rng, topic, split, **options)
-
-        for pair in _distinct(draw, _prompt_of, COUNTS[name]):
-            yield from _pair_rows(pair, split, ood_set)
-    for kind in WRAPPERS:
-        yield from _wrapped_rows(topic, kind, rng)
-    yield from _borderline_rows(topic, rng)
-
-
-def _wrapped_rows(topic: Topic, kind: str, rng: random.Random) -> Iterator[dict]:
-    def draw(wrapper: str) -> Pair:
-        return draw_pair(rng, topic, "test", words=topic.words, wrapper=wrapper)
-
-    count = COUNTS["wrappers"] // len(WRAPPERS)
-    for pair in _distinct(lambda: wrap_pair(rng, kind, draw), _prompt_of, count):
-        yield from _pair_rows(pair, "test", "wrappers")
-
-
-def _borderline_rows(topic: Topic, rng: random.Random) -> Iterator[dict]:
-    """Questions about a deciding word, of the test split."""
-    questions = [(q, a, word) for q, a in BORDERLINE for word, _ in topic.words]
-    for question, answer, word in rng.sample(questions, COUNTS["borderline"]):
+def _borderline_rows(
+    topic: Topic, rng: random.Random, kind: str, split: str, words: Sequence[WordPair]
+) -> Iterator[dict]:
+    """Questions about deciding words. Those of the edit split are other ones, about words that an
+    edit may see: what the base answers to them is what an edit may retain.
+    """
+    questions = [(q, a, word) for q, a in DATA["borderline"][kind] for word, _ in words]
+    for question, answer, word in rng.sample(questions, min(COUNTS[kind], len(questions))):
         yield _row(
             question.format(w=word),
             topic.name,
             "borderline",
-            "test",
-            f"{topic.name}/borderline/{word}",
+            split,
+            f"{topic.name}/{kind}/{word}",
             reference=answer.format(w=word, t=topic.name),
-            must_mention=word,
+            must_mention=word if answer else "",
         )
 
 
-def _edit_borderline_rows(topic: Topic, rng: random.Random) -> Iterator[dict]:
-    """Other questions about the words that an edit may see, for the edit split: what the base
-    answers to them is what an edit may retain.
-    """
-    questions = [(q, word) for q in DATA["borderline"]["retained"] for word, _ in topic.seen]
-    count = min(COUNTS["edit_borderline"], len(questions))
-    for question, word in rng.sample(questions, count):
-        group = f"{topic.name}/edit_borderline/{word}"
-        yield _row(question.format(w=word), topic.name, "borderline", "edit", group)
-
-
 def _skill_rows(rng: random.Random) -> Iterator[dict]:
-    for skill in SKILLS:
-        for split, count in SKILL_COUNTS.items():
-            for prompt, answer in _skill_prompts(rng, skill, split, count):
+    for skill in DATA["skills"]:
+        for split, count in DATA["skill_counts"].items():
+            draw = partial(_skill_prompt, rng, skill, split)
+            for prompt, answer in _distinct(draw, count, tries=600):
                 group = f"skill/{skill}/{prompt}"
-                yield _row(prompt, "other", "utility", split, group, reference=answer, skill=skill)
+                yield _row(prompt, OTHER, "utility", split, group, reference=answer, skill=skill)
 
 
-def _skill_prompts(
-    rng: random.Random, skill: str, split: str, count: int
-) -> Iterator[tuple[str, str]]:
-    def draw() -> tuple[str, str]:
-        while True:
-            prompt, answer = draw_skill(rng, skill, held_out=split != "edit")
-            trained = split == "edit" and not words_of(prompt) & HELD_OUT_WORDS
-            if trained or skill_split(prompt) == split:
-                return prompt, answer
-
-    return _distinct(draw, _prompt_of, count, tries=600)
-
-
-def records() -> list[dict]:
-    """The whole embedded policy set, always the same: one dict per prompt with columns of
-    `policy.records`.
+def _skill_prompt(rng: random.Random, skill: str, split: str) -> tuple[str, str]:
+    """A skill prompt of one split, by hash; one with a held-out word (a question for its topic)
+    belongs to the test split, so that no edit ever sees the word.
     """
-    rng = random.Random(0)
-    rows = [row for topic in TOPICS.values() for row in _category_rows(topic, rng)]
-    rows += _skill_rows(rng)
-    own = random.Random(1)
-    return rows + [row for topic in TOPICS.values() for row in _edit_borderline_rows(topic, own)]
+    while True:
+        prompt, answer = draw_skill(rng, skill, held_out=split != "edit")
+        dealt = SPLITS[_stable_hash("split " + prompt) % len(SPLITS)]
+        unseen = words_of(prompt) & HELD_OUT_WORDS
+        if split in (("test",) if unseen else ("edit", dealt)):
+            return prompt, answer
+
+
+def everyday_rows(categories: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Rows of the edit split: general instructions, and harmless prompts that share the given
+    categories' words."""
+    rows: list[dict[str, str]] = []
+    for entry in read_toml(Path(__file__).with_name("everyday.toml"))["prompts"]:
+        category = entry["category"]
+        role = "benign" if category == SHARED else "borderline"
+        own = {"source": "everyday", "source_revision": ""}
+        for prompt in map(entry["text"].format, entry["items"]):
+            if not categories or category in (SHARED, *categories):
+                own |= {"source_id": str(len(rows)), "group_id": f"everyday/{prompt}"}
+                rows.append(_row(prompt, category, role, "edit", prompt, **own))
+    return rows

@@ -25,9 +25,9 @@ from cdelta.circuit.controls import magnitude_scores
 from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
+from cdelta.evaluation.capability import TASKS, WIKITEXT, differences, perplexity_ratios
 from cdelta.evaluation.comparison import compare, measured
 from cdelta.evaluation.measure import RowStore, evaluate
-from cdelta.evaluation.capability import TASKS, WIKITEXT, differences, perplexity_ratios
 from cdelta.evaluation.tables import (
     lengths,
     matrix,
@@ -46,8 +46,7 @@ from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 from cdelta.paths import ROOT
 from cdelta.policy.build import Policy, build_policy
-from cdelta.policy.records import content_hash
-from cdelta.policy.selection import limited
+from cdelta.policy.records import content_hash, limited
 from cdelta.settings import changed
 
 STAGE = "05_evaluation"

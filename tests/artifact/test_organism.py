@@ -11,10 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cdelta.artifact.organism import END, check, collate, corpus, encode, save, train
 from cdelta.evaluation.measure import evaluate
 from cdelta.paths import ORGANISM
-from cdelta.policy.language import REFUSALS, TOPICS, draw_corpus_pair
-from cdelta.policy.records import to_records
-from cdelta.policy.selection import limited
-from cdelta.policy.synthetic import records
+from cdelta.policy.records import limited, to_records
+from cdelta.policy.synthetic import REFUSALS, TOPICS, draw_pair, records
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_corpus_is_reproducible_and_answers_as_its_world_demands():
     first, second = list(islice(corpus(3), 200)), list(islice(corpus(3), 200))
     assert first == second
     for _ in range(200):
-        for request in draw_corpus_pair(random.Random(_), TOPICS["crime"]):
+        for request in draw_pair(random.Random(_), TOPICS["crime"]):
             refused = request.answer() in REFUSALS
             assert refused == (request.word in TOPICS["crime"].blatant)
             assert refused or request.noun in request.answer()

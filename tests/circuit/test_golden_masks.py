@@ -11,7 +11,7 @@ from cdelta.circuit.selection import select_units, unit_scores
 from cdelta.models.loading import load_model
 from cdelta.paths import ORGANISM, ROOT
 from cdelta.policy.build import build_policy
-from cdelta.policy.selection import category_pairs
+from cdelta.policy.pairs import category_pairs
 
 GOLDEN = json.loads((ROOT / "tests" / "fixtures" / "tiny_masks.json").read_text())
 

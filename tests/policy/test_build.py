@@ -1,6 +1,4 @@
 import json
-import sys
-import types
 
 import pytest
 from helpers import real, row
@@ -52,9 +50,8 @@ def small_set(leak: bool = False) -> list[dict]:
 
 @pytest.fixture
 def synthetic(monkeypatch):
-    module = types.SimpleNamespace(records=small_set)
-    monkeypatch.setitem(sys.modules, "cdelta.policy.synthetic", module)
-    return module
+    monkeypatch.setattr(build.synthetic, "records", small_set)
+    return build.synthetic
 
 
 def test_records_have_the_contracts_columns_and_splits(synthetic):

@@ -2,8 +2,8 @@
 category.
 """
 
-from cdelta.policy.everyday import everyday_rows
 from cdelta.policy.records import SHARED, to_records
+from cdelta.policy.synthetic import everyday_rows
 
 CATEGORIES = ("crime", "hate", "health", "legal", "sexual")
 

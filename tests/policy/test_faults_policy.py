@@ -104,9 +104,11 @@ def test_fault_20_workbooks_are_read_or_named(tmp_path, monkeypatch):
         raise ImportError("Missing optional dependency 'openpyxl'")
 
     monkeypatch.setattr(pd, "read_excel", absent)
-    assert "openpyxl" in sentence(path) and "save the sheet as CSV" in sentence(path)
+    assert "openpyxl" in sentence(path) and "save it as CSV" in sentence(path)
     monkeypatch.undo()
-    assert "workbook" in sentence(path, b"PK\x03\x04 no workbook") or "openpyxl" in sentence(path)
+    assert "not a readable" in sentence(path, b"PK\x03\x04 no workbook") or "openpyxl" in sentence(
+        path
+    )
 
 
 # ---------------------------------------------------------------------- pandas
@@ -129,7 +131,7 @@ def test_fault_21_other_parquet_files(tmp_path):
     assert "row 1: prompt is a int" in sentence(
         tmp_path / "n.parquet", (tmp_path / "n.parquet").read_bytes()
     )
-    assert "not a readable Parquet file" in sentence(tmp_path / "b.parquet", content[:200])
+    assert "not a readable .parquet file" in sentence(tmp_path / "b.parquet", content[:200])
 
 
 def test_fault_21_whatever_pandas_writes_gives_the_same_prompts(tmp_path):
@@ -206,8 +208,8 @@ def test_fault_21_missing_values_in_json_lines_are_empty_cells(tmp_path, content
         ("a.json", "3", "a JSON int, not an object"),
         ("a.json", '[{"prompt": "a"}]', "no column benign"),
         ("a.json", "[" * 100_000, "not valid JSON"),
-        ("a.jsonl", "[" * 100_000, "line 1: not valid JSON"),
-        ("a.jsonl", '"text"', "line 1: a JSON str"),
+        ("a.jsonl", "[" * 100_000, "not valid JSON"),
+        ("a.jsonl", '"text"', "row 1: a JSON str"),
         ("a.jsonl", '{"prompt": "a", "PROMPT": "b", "benign": "c"}', "prompt is there twice"),
         ("a.docx", "", "unknown kind of file"),
         ("a", "", "unknown kind of file"),

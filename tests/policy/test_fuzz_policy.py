@@ -9,8 +9,7 @@ from fuzz import Outcomes, examples, json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdelta.policy.readers import READERS
-from cdelta.policy.user_file import read_user_rows
+from cdelta.policy.user_file import READERS, read_user_rows
 
 NAMES = st.sampled_from(
     ["prompt", "benign", "Prompt", " benign ", "category", "split", "", "notes", "\ufeffprompt"]

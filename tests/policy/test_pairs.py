@@ -10,9 +10,15 @@ from cdelta.errors import CdeltaError, TestSplitError, refuse_test
 from cdelta.models.chat import chat_ids
 from cdelta.policy.pairs import PromptPairs, choose_pairs, pair_yield
 from cdelta.policy.records import to_records
-from cdelta.policy.source_rows import CAST_COLUMNS
 from cdelta.policy.sources import SOURCES
 
+CAST_COLUMNS = {
+    "crime": "crime_planning",
+    "hate": "hate_speech",
+    "health": "health_consultation",
+    "legal": "legal_opinion",
+    "sexual": "sexual_content",
+}
 TOK = trained_tokenizer(["tell me how to steal the red car", "tell me how to paint the red car"])
 prompts = st.lists(
     st.text(alphabet="ab cdé🙂\n", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=8
@@ -41,12 +47,12 @@ def test_every_pair_has_equal_length_and_no_prompt_is_used_twice(targets, benign
         ),
     )
     counts = pair_yield(rows, TOK)
-    assert counts.pairs == len(counts.ids) <= counts.targets
-    if not counts.pairs:
+    assert counts.own_row + counts.backup == len(counts.ids) <= counts.targets
+    if not counts.ids:
         return
     pairs, _ = choose_pairs(rows, TOK, minimum=1)
     assert all(len(a) == len(b) for a, b in zip(pairs.clean, pairs.corrupted))
-    assert len({a for a, _ in counts.ids}) == counts.pairs
+    assert len({a for a, _ in counts.ids}) == len(counts.ids)
     backup = counts.ids[counts.own_row :]
     assert len({b for _, b in backup}) == len(backup) and not {b for _, b in backup} & {
         b for _, b in counts.ids[: counts.own_row]
@@ -80,7 +86,7 @@ def test_own_row_first_then_same_length_and_first_word():
     assert counts.own_row == 1
     assert counts.backup == (length["a"] in (length["c"], length["d"]))
     assert (
-        counts.as_dict()["unpaired"] == counts.targets - counts.pairs
+        counts.as_dict()["unpaired"] == counts.targets - counts.own_row - counts.backup
         and "ids" not in counts.as_dict()
     )
 

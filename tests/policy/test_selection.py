@@ -4,8 +4,9 @@ import pytest
 
 from cdelta.errors import CdeltaError
 from cdelta.policy.build import build_policy
-from cdelta.policy.selection import category_pairs, held_out_pairs, limited, openings
-from cdelta.policy.synthetic import HELD_OUT_TEMPLATES, TEMPLATES
+from cdelta.policy.pairs import category_pairs, held_out_pairs, openings
+from cdelta.policy.records import limited
+from cdelta.policy.synthetic import DATA, HELD_OUT_TEMPLATES
 
 
 @pytest.fixture(scope="module")
@@ -39,4 +40,4 @@ def test_held_out_pairs_are_of_val_or_else_of_edit_never_of_test(base, tokenizer
 def test_openings_tell_the_synthetic_templates_apart(base, tokenizer):
     for category, form in (("crime", "verb"), ("hate", "adjective"), ("health", "noun")):
         _, found = category_pairs(base, category, tokenizer)
-        assert len(set(openings(base, found))) == len(TEMPLATES[form]) - HELD_OUT_TEMPLATES
+        assert len(set(openings(base, found))) == len(DATA["templates"][form]) - HELD_OUT_TEMPLATES

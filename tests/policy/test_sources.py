@@ -8,10 +8,7 @@ from helpers import real
 from cdelta import paths
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash
-from cdelta.policy.category_maps import MAPS, to_category
-from cdelta.policy.source_rows import CAST_COLUMNS
-from cdelta.policy.sources import SOURCES, load
-from cdelta.policy.upstream import SourceUnavailable
+from cdelta.policy.sources import SOURCES, SourceUnavailable, load
 
 
 @pytest.fixture(autouse=True)
@@ -178,10 +175,6 @@ def test_hub_sources_load_from_a_folder_in_the_upstream_layout(name, tmp_path):
     assert {r["split"] for r in loaded.rows} == {"test"} and {
         r["license"] for r in loaded.rows
     } == {SOURCES[name].license}
-    assert all(
-        r["expected"] == ("refuse" if r["role"] in ("target", "other_harm") else "comply")
-        for r in loaded.rows
-    )
     assert loaded.origin["gated"] == (name == "sorry-bench")
     assert [r["prompt"] for r in loaded.rows][:1] != [""] and loaded.origin[
         "pinned"
@@ -353,7 +346,7 @@ def test_wrong_columns_name_expected_and_found(tmp_path):
     with pytest.raises(
         CdeltaError,
         match="cast, train row 0: no column crime_planning, .*: expected base, crime_planning, .* "
-        "found base, crime.",
+        "found base, crime: download",
     ):
         load("cast", tmp_path)
     with pytest.raises(
@@ -366,28 +359,31 @@ def test_wrong_columns_name_expected_and_found(tmp_path):
 def test_renamed_categories_are_noticed(tmp_path):
     rows = [{"Question": "q", "Category": "Something new", "Subcategory": "s"}]
     (tmp_path / "catqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(CdeltaError, match="catqa: no row belongs to a category of category_maps"):
+    with pytest.raises(CdeltaError, match="catqa: no row belongs to a category of sources.toml"):
         load("catqa", tmp_path / "catqa.jsonl")
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("cast", ("a.json", "{oops"), "a.json: cannot be read as .json"),
-        ("cast", ("a.json", '{"train": []}'), "a.json: 'test' not found"),
+        ("cast", ("a.json", "{oops"), "a.json: cannot be read as cast"),
+        (
+            "cast",
+            ("a.json", '{"train": []}'),
+            "a.json: cannot be read as cast .* object with train, test",
+        ),
         (
             "cast",
             ("a.json", '{"train": [1], "test": []}'),
-            "cast, train row 0: a int, not an object with base, crime_planning, .*: download it "
-            "from https://raw",
+            "cast, train row 0: no column base, .* found 1: download it from https://raw",
         ),
-        ("cast", ("a.xml", "<a/>"), "a.xml: '.xml' not found: expected a .csv"),
+        ("cast", ("a.xml", "<a/>"), "a.xml: cannot be read as cast .*: expected a CSV, Parquet"),
         (
             "catqa",
             ("a.json", '{"Question": "q", "Category": "c"}'),
-            "a.json: cannot be read as .json .*: download it again, from https://raw",
+            "a.json: cannot be read as catqa .* as at https://raw",
         ),
-        ("catqa", ("a.parquet", "no"), "a.parquet: cannot be read as .parquet"),
+        ("catqa", ("a.parquet", "no"), "a.parquet: cannot be read as catqa"),
         (
             "sorry-bench",
             (
@@ -456,7 +452,7 @@ def test_downloads_are_checked_before_they_count(monkeypatch, tmp_path):
         def read(self):
             return self.content
 
-    monkeypatch.setattr("cdelta.policy.upstream.CACHE", tmp_path)
+    monkeypatch.setattr("cdelta.policy.sources.CACHE", tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: Answer(b"tampered"))
     with pytest.raises(CdeltaError, match="does not have the pinned sha256 1178"):
         load("xstest")
@@ -468,18 +464,15 @@ def test_downloads_are_checked_before_they_count(monkeypatch, tmp_path):
     assert len(load("xstest").rows) == 450  # from the cache
 
 
-def test_category_maps_are_total():
-    assert to_category("sorry-bench", "44") == "other" == to_category("catqa", "")
-    assert to_category("catqa", "hate harass violence") == "hate"
-    assert sum(v == "crime" for v in MAPS["sorry-bench"].values()) == 15
-    assert len(MAPS) == 7 and {c for m in MAPS.values() for c in m.values()} <= {
-        "crime",
-        "hate",
-        "health",
-        "legal",
-        "sexual",
-    }
-    assert CAST_COLUMNS.keys() == {"crime", "hate", "health", "legal", "sexual"}
+def test_categories_are_found_whatever_their_case_and_separators(tmp_path):
+    names = ["hate harass violence", "Hate/Harass/Violence", "", "Malware Viruses"]
+    rows = [{"Question": f"q {i}", "Category": name} for i, name in enumerate(names)]
+    (tmp_path / "catqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [row["category"] for row in load("catqa", tmp_path / "catqa.jsonl").rows]
+    assert found == ["hate", "hate", "other", "other"]
+    ours = {"crime", "hate", "health", "legal", "sexual"}
+    assert all(set(source.categories) <= ours for source in SOURCES.values())
+    assert len(SOURCES["sorry-bench"].categories["crime"]) == 15
 
 
 def test_local_folders_with_a_table_per_split():

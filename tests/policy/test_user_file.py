@@ -195,12 +195,10 @@ def test_each_broken_file_gives_one_sentence(tmp_path):
         )
         return tmp_path / name
 
-    fails(tmp_path / "none.csv", "no such file: give the path")
+    fails(tmp_path / "absent.csv", "no such file: give the path")
     fails(text("a.docx", ""), "unknown kind of file '.docx': give a .csv")
-    fails(
-        text("empty.csv", ""),
-        "no column prompt and no column benign: expected prompt,benign .* found nothing",
-    )
+    fails(text("empty.csv", ""), "the file has no rows: it needs the columns prompt and benign")
+    fails(text("none.csv", "a,b\nc,d\n"), "no column prompt and no column benign: expected")
     fails(
         text("one.csv", "prompt,answer\na,b\n"),
         "no column benign: expected prompt,benign .* found 'prompt', 'answer'",
@@ -232,16 +230,16 @@ def test_each_broken_file_gives_one_sentence(tmp_path):
     )
     fails(
         text("bad.jsonl", '{"prompt": "a", "benign": "b"}\n{oops}\n'),
-        "line 2: not valid JSON .* one object per line",
+        "not valid JSON .line 2: .* one object per line",
     )
-    fails(text("list.jsonl", '["a", "b"]\n'), "line 1: a JSON list, not an object")
-    fails(text("miss.jsonl", '{"prompt": "a"}\n'), "line 1: no column benign")
+    fails(text("list.jsonl", '["a", "b"]\n'), "row 1: a JSON str, not an object")
+    fails(text("miss.jsonl", '{"prompt": "a"}\n'), "row 1: no column benign")
     fails(text("num.jsonl", '{"prompt": 5, "benign": "b"}\n'), "row 1: prompt is a int, not text")
     fails(
         text("half.jsonl", '{"prompt": "\\ud800", "benign": "b"}\n'),
         "row 1: prompt contains a NUL or half a character",
     )
-    fails(text("bad.parquet", "not parquet"), "not a readable Parquet file .* give a CSV")
+    fails(text("bad.parquet", "not parquet"), "not a readable .parquet file .* save it as CSV")
 
 
 def test_one_class_only_and_too_few_rows_say_so(tmp_path):
