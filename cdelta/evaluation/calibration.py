@@ -52,8 +52,8 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
         raise CdeltaError(f"labels must be refuse or comply, not {names}.")
     judges, parts = dict(judges), {"all": labelled}
     if "log_odds" in labelled and labelled["log_odds"].notna().all():
-        outcomes = np.where(labelled["log_odds"] > 0, "refuse", "comply")
-        judges |= {"first token": lambda prompts, answers: outcomes}
+        said = np.where(labelled["log_odds"] > 0, "refuse", "comply").tolist()
+        judges |= {"first token": lambda prompts, answers: said}
     if "source" in labelled:
         parts |= dict(iter(labelled.groupby("source")))
     found = []

@@ -55,7 +55,7 @@ def selectivity(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _summary(rows: pd.DataFrame) -> dict[str, Rate]:
+def _summary(rows: pd.DataFrame) -> dict:
     benign = rows[rows["kind"] == "benign"]
     return {
         "target": Rate.refusal(rows.query("kind == 'target'")),
