@@ -34,8 +34,9 @@ retrain = False  # train the embedded model from nothing instead of loading data
 import pandas as pd
 
 from cdelta.artifact import findings
+from cdelta.artifact.bench import EMBEDDED, load_subject
 from cdelta.artifact.figures.attribution import base_refusal as draw_base_refusal
-from cdelta.artifact.organism import check
+from cdelta.artifact.organism import check, prepare_subject
 from cdelta.artifact.overview import (
     base_kinds,
     base_refusal,
@@ -43,7 +44,6 @@ from cdelta.artifact.overview import (
     sample_answers,
 )
 from cdelta.artifact.run import open_run
-from cdelta.artifact.subject import EMBEDDED, load_subject, prepare_subject
 from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
 from cdelta.evaluation.measure import evaluate
@@ -62,9 +62,9 @@ print(settings.description)
 # an hour (`./run_all.sh --force --only 00 --retrain`). Any other one stays where it is.
 
 # %%
-subject = prepare_subject(run, retrain)
-lm, tok = load_subject(run, subject)
-facts = model_facts(subject["name"], lm, tok)
+name, place = prepare_subject(run, retrain)
+lm, tok = load_subject(run, place)
+facts = model_facts(name, lm, tok)
 run.table("tab_model", facts, "The model under study.")
 
 # %% [markdown]

@@ -31,6 +31,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 
 # %%
 from cdelta.artifact import findings
+from cdelta.artifact.bench import load_subject
 from cdelta.artifact.figures.attribution import prompt_view
 from cdelta.artifact.overview import (
     counts_table,
@@ -45,7 +46,6 @@ from cdelta.artifact.overview import (
     tokenizers,
 )
 from cdelta.artifact.run import open_run
-from cdelta.artifact.subject import load_subject
 from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
 from cdelta.evaluation.measure import evaluate

@@ -40,26 +40,21 @@ model_path = ""  # checkpoint folder or hub id, by default the preset's
 policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the preset's
 
 # %%
-import pandas as pd
-
 from cdelta.artifact import findings
-from cdelta.artifact.bench import OPENINGS, opening_rows, save_openings
+from cdelta.artifact.bench import OPENINGS, Bench
 from cdelta.artifact.figures.attribution import agreement, convergence, score_maps
 from cdelta.artifact.figures.pictures import idea
 from cdelta.artifact.overview import edge_table, first_prompts, quadrature_errors, strongest
 from cdelta.artifact.run import open_run
-from cdelta.artifact.study import attribution_tables
-from cdelta.artifact.subject import load_subject
+from cdelta.artifact.study import attribution_tables, save_openings
 from cdelta.attribution.scores import attribute, gradient_schedule
 from cdelta.edit.find import refusal_metric, refusal_tokens
-from cdelta.policy.build import Policy
 from cdelta.policy.pairs import category_pairs
 
 run = open_run("02_attribution", preset, run_dir, device, model_path, policy)
-lm, tok = load_subject(run)
+bench = Bench(run)
+lm, tok = bench.model, bench.tok
 recipe, how = run.settings.recipe, run.settings.attribution
-data = Policy.load(run.input("01_dataset", "policy"))
-base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 
 # %% [markdown]
 # ## The metric
@@ -70,10 +65,9 @@ base = pd.read_parquet(run.input("01_dataset", "base.parquet"))
 # a compliance are compared instead. A model that does not refuse lends the words of the recipe.
 
 # %%
-metric = refusal_metric(tok, base, recipe)
-openings = refusal_tokens(tok, base, recipe) or metric
-save_openings(openings, run.path(OPENINGS))
-first_tokens = opening_rows(openings, tok)
+metric = refusal_metric(tok, bench.base, recipe)
+openings = refusal_tokens(tok, bench.base, recipe) or metric
+first_tokens = save_openings(openings, tok, run.path(OPENINGS))
 run.table("tab_tokens", first_tokens, "How the model's refusals and compliances begin.")
 
 # %% [markdown]
@@ -85,10 +79,12 @@ run.table("tab_tokens", first_tokens, "How the model's refusals and compliances 
 
 # %%
 first = run.settings.categories[0]
-few, found = category_pairs(data.records, first, tok, min(16, how.max_pairs or 16), minimum=1)
+few, found = category_pairs(
+    bench.policy.records, first, tok, min(16, how.max_pairs or 16), minimum=1
+)
 one = attribute(lm, few[:1], metric, method="eap")
 points = [a for a, _ in gradient_schedule(how.method, how.ig_steps, how.rule)]
-prompts = first_prompts(data.records, found)
+prompts = first_prompts(bench.policy.records, found)
 run.figure(
     "fig_idea",
     idea(*prompts, one.metric_clean, one.metric_corrupted, points),
@@ -103,7 +99,7 @@ run.figure(
 # it.
 
 # %%
-scores, table, costs = attribution_tables(run, lm, tok, data, base, metric)
+scores, table, costs = attribution_tables(bench, metric)
 costs.to_parquet(run.path("costs.parquet"), index=False)
 caption = "Pairs, mean metric (nats) on both sides, and the relative completeness error."
 run.table("tab_attribution", table, caption)

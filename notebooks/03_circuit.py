@@ -33,20 +33,32 @@ model_path = ""  # checkpoint folder or hub id, by default the preset's
 policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by default the preset's
 
 # %%
+import pandas as pd
+
 from cdelta.artifact import findings
-from cdelta.artifact.attention import attention_of, component_table, strongest_parts, top_heads
 from cdelta.artifact.controls import (
     CONTROLS,
     compare_controls,
     control_table,
     curve_table,
     faithfulness_row,
-    ranked,
 )
 from cdelta.artifact.figures import circuits as draw
 from cdelta.artifact.run import open_run
-from cdelta.artifact.stability import jaccard_matrix, overlap, sharing, stability, unstable
-from cdelta.artifact.study import CircuitStudy
+from cdelta.artifact.study import (
+    CircuitStudy,
+    attention_table,
+    chance_overlap,
+    component_table,
+    jaccard_matrix,
+    mask_depths,
+    mask_table,
+    overlap,
+    ranked_heads,
+    sharing,
+    stability,
+    strongest_parts,
+)
 from cdelta.circuit.faithfulness import unit_parameters
 
 run = open_run("03_circuit", preset, run_dir, device, model_path, policy)
@@ -57,15 +69,14 @@ settings, names = run.settings.study, run.settings.categories
 # ## Selection
 
 # %%
-circuits = {category: study.circuit(category) for category in names}
-masks = {category: circuit.to_mask(study.spec) for category, circuit in circuits.items()}
+circuits = study.circuits
 for category, circuit in circuits.items():
     circuit.save(run.path(f"{category}.json"))
-table = study.mask_table(masks)
+table = mask_table(study)
 run.table("tab_masks", table, "The parameter masks, counted exactly.", digits=4)
 
 # %%
-depth = study.depth(masks)
+depth = mask_depths(study)
 run.figure(
     "fig_depth",
     draw.by_layer(depth, study.spec.n_layers, "share of the mask (%)"),
@@ -73,8 +84,7 @@ run.figure(
 )
 
 # %%
-units = {category: ranked(study.scores, category, study.ranking) for category in names}
-top = study.per_category(lambda c: top_heads(circuits[c], study.scores[c].heads, units[c]))
+top = study.per_category(ranked_heads).groupby("category", sort=False).head(3)
 run.table("tab_top_units", top, "The three strongest heads by the masks' ranking.")
 
 # %%
@@ -94,12 +104,11 @@ findings.section("where_masks_lie", depth=depth)
 # against others that are cut at the same sizes:
 
 # %%
-run.table("tab_control_kinds", study.kinds(CONTROLS), "What the circuit is compared with.")
+kinds = pd.DataFrame(CONTROLS.items(), columns=["control", "what it is"])
+run.table("tab_control_kinds", kinds, "What the circuit is compared with.")
 
 # %%
-compared = compare_controls(
-    study.model, study.held_out, study.discover, study.metric, study.scores, study.comparison
-)
+compared = compare_controls(study)
 controls = control_table(compared)
 run.table(
     "tab_controls",
@@ -120,18 +129,7 @@ run.figure(
 # does not lower the metric (0: none can be spared). `edges`: the same for circuits of edges.
 
 # %%
-faithful = study.per_category(
-    lambda c: faithfulness_row(
-        study.model,
-        study.held_out[c],
-        study.metric,
-        circuits[c],
-        units[c],
-        study.scores[c],
-        settings,
-        study.rows,
-    )
-)
+faithful = study.per_category(faithfulness_row)
 run.table(
     "tab_faithfulness", faithful, "Faithfulness, completeness and minimality on held-out pairs."
 )
@@ -154,12 +152,7 @@ findings.section("does_the_circuit_do_it", controls=controls, faithful=faithful)
 # words), fewer or more steps, and whole openings of answers as metric.
 
 # %%
-again = {category: study.scored_again(category) for category in names}
-table = study.per_category(
-    lambda c: stability(
-        study.scores[c], study.selection(c), study.phrasing[c], again[c], settings.bootstrap
-    )
-)
+table = study.per_category(stability)
 run.table(
     "tab_stability",
     table,
@@ -171,7 +164,6 @@ run.figure(
     draw.stability(table, settings.stable_at),
     f"Stability of the selection. Dotted: {settings.stable_at:g}, below which it is unstable.",
 )
-print(*unstable(table, settings.stable_at), sep="\n")
 
 # %% [markdown]
 # ## What the categories share
@@ -180,8 +172,8 @@ print(*unstable(table, settings.stable_at), sep="\n")
 # random masks of this size share.
 
 # %%
-jaccard, chance = jaccard_matrix(circuits), study.chance()
-overlaps = overlap(study.scores, circuits, study.ranking, settings.bootstrap)
+jaccard, chance = jaccard_matrix(circuits), chance_overlap(study)
+overlaps = overlap(study)
 run.table("tab_overlap", overlaps, f"Overlap of every two circuits, {settings.bootstrap} redraws.")
 run.table("tab_sharing", sharing(circuits), "Units by how many categories' circuits own them.")
 run.figure(
@@ -204,23 +196,15 @@ findings.section(
 # layers. *Left out*: the circuit's own run loses this much without the part.
 
 # %%
-parts = strongest_parts(
-    study.per_category(
-        lambda c: component_table(
-            study.model, study.held_out[c], study.metric, circuits[c], study.rows
-        )
-    )
-)
+parts = strongest_parts(study.per_category(component_table))
 run.table("tab_components", parts, "Effect of the circuits' parts (nats), bootstrap 95 %.")
 run.figure("fig_parts", draw.part_effects(parts, names), "Effect of the parts (tab_components).")
 
 # %% [markdown]
-# Attention from the last prompt token, where the answer starts, through TransformerLens's
-# TransformerBridge on a copy of the model.
+# Attention from the last prompt token, where the answer starts.
 
 # %%
-few = {category: pairs[: settings.again_pairs] for category, pairs in study.held_out.items()}
-attention = attention_of(study.model, study.tok, circuits, units, few)
+attention = study.per_category(attention_table)
 run.figure(
     "fig_attention",
     draw.attention_bars(attention),

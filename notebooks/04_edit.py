@@ -44,7 +44,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 
 from cdelta.artifact import findings
-from cdelta.artifact.bench import VALIDATION, before_and_after, chosen_rows
+from cdelta.artifact.bench import VALIDATION, before_and_after
 from cdelta.artifact.figures.evaluation import scale_curves
 from cdelta.artifact.jobs import Edits
 from cdelta.artifact.run import open_run
@@ -89,7 +89,7 @@ run.figure(
     scale_curves(bands, picked),
     "Validation rates against the scale k (Wilson 95 %); dotted: the chosen k (mean over seeds).",
 )
-table = chosen_rows([curve])
+table = curve[curve["chosen"]].drop(columns="chosen").reset_index(drop=True)
 run.table("tab_scale", table, "The chosen scale per category and seed, and its validation rates.")
 
 # %% [markdown]

@@ -35,10 +35,9 @@ import json
 import pandas as pd
 
 from cdelta.artifact import deployment, findings
-from cdelta.artifact.bench import Bench
+from cdelta.artifact.bench import Bench, subject_folder
 from cdelta.artifact.figures.evaluation import touched_entries
 from cdelta.artifact.run import open_run
-from cdelta.artifact.subject import subject_folder
 from cdelta.delta.apply import save_edited
 from cdelta.delta.lora import export_lora
 from cdelta.delta.revert import revert
@@ -143,9 +142,9 @@ run.table("tab_lora", lora, caption, digits=7)
 # %% [markdown]
 # ## Other dtypes and files, and memory
 #
-# The base as it is and (a small model) saved in other dtypes and numbers of files, edited by a
-# process whose memory is measured. In 16 bits small changes round away: `survived` counts those
-# that did not.
+# The base as it is and (a small model) saved in other dtypes and numbers of files, edited and
+# verified, with the memory that it takes. In 16 bits small changes round away: `survived` counts
+# those that did not.
 
 # %%
 small = bench.spec.n_params < deployment.SMALL

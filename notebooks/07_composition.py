@@ -34,10 +34,16 @@ from tqdm import tqdm
 
 from cdelta.artifact import findings
 from cdelta.artifact.bench import Bench
-from cdelta.artifact.composition import interference, removals, subsets
+from cdelta.artifact.composition import (
+    combined_rows,
+    conflict_table,
+    interference,
+    removals,
+    subsets,
+    sum_rows,
+)
 from cdelta.artifact.figures.evaluation import composition_map
 from cdelta.artifact.run import open_run
-from cdelta.artifact.sums import combined_rows, conflict_table, joint_rows, sum_rows
 from cdelta.delta.weight_delta import OVERLAPS
 
 run = open_run("07_composition", preset, run_dir, device, model_path, policy)
@@ -80,14 +86,14 @@ others = [
     for rule in OVERLAPS
     if rule != "sum" and size > 1
 ]
-others += [joint_rows(bench, names[:n], test) for n in how.joint if 1 < n <= len(names)]
+together = [names[:n] for n in how.joint if 1 < n <= len(names)]
+others += [combined_rows(bench, deltas, subset, "joint", test) for subset in together]
 
 # %%
 rest = interference(pd.concat([base, *others])).query("subset != 'base'") if others else table[:0]
-run.table("tab_composition", pd.concat([table, rest]), "Sets of edits against all prompts (test).")
-conflicts = conflict_table(
-    pd.concat([sums, *others]), {rows["edit_category"].iloc[0] for rows in others}
-)
+every = pd.concat([table, rest])
+run.table("tab_composition", every, "Sets of edits against all prompts (test).")
+conflicts = conflict_table(every, {rows["edit_category"].iloc[0] for rows in others})
 run.table("tab_conflicts", conflicts, "Ways to edit several categories at once (test).")
 
 # %%
@@ -100,7 +106,7 @@ findings.section("composed", table=table, sums=chosen)
 # by the base, the others stay refused.
 
 # %%
-removed = removals(bench.model, bench.tok, deltas, test, sums, **bench.options)
+removed = removals(bench, deltas, test, sums)
 run.table("tab_removal", removed, "Each category's delta subtracted from the sum of all (test).")
 
 # %%

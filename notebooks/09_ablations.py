@@ -34,7 +34,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from cdelta.artifact import findings
-from cdelta.artifact.ablations import as_is, budget_lines, fit_variant, variant_row, variants
+from cdelta.artifact.ablations import budget_lines, variant_row, variants
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.figures.evaluation import budget_curves
 from cdelta.artifact.overview import text_classifier
@@ -54,16 +54,10 @@ bench, how = Bench(run), run.settings.ablation
 
 # %%
 jobs = variants(bench)
-deltas = {
-    as_is(bench, category): delta
-    for category, delta in bench.first_deltas().items()
-    if category in {job.category for job in jobs}
-}
-for variant in tqdm(jobs, desc="variants", mininterval=10):
-    deltas[variant] = fit_variant(bench, variant)
+rows = [variant_row(bench, job) for job in tqdm(jobs, desc="variants", mininterval=10)]
 
 # %%
-table = pd.DataFrame([variant_row(bench, *item) for item in tqdm(deltas.items(), desc="scales")])
+table = pd.DataFrame(rows)
 run.table(
     "tab_ablations",
     table,
@@ -99,7 +93,7 @@ findings.section("ablations", lines=lines)
 
 # %%
 category = run.settings.categories[0]
-delta, few = bench.delta(category, run.settings.seeds[0]), limited(bench.val, how.layer_limit)
+delta, few = bench.first_deltas()[category], limited(bench.val, how.layer_limit)
 _, tried = tune_layers(
     bench.model,
     bench.tok,

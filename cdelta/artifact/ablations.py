@@ -4,22 +4,19 @@ how many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 
 import pandas as pd
 
-from cdelta.artifact.controls import ranked
-from cdelta.circuit.circuit import ParameterMask
+from cdelta.artifact.bench import Bench
+from cdelta.artifact.study import ranked
 from cdelta.circuit.controls import random_mask
 from cdelta.circuit.selection import select_units
+from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import wilson
-
-if TYPE_CHECKING:
-    from cdelta.artifact.bench import Bench
-    from cdelta.delta.weight_delta import WeightDelta
 
 UPDATES: Mapping[str, Mapping[str, object]] = {
     "retained by each side": {"retain_on": "sides"},
@@ -34,92 +31,63 @@ RANDOM_MASKS = 3
 AS_IS = "as in notebook 04"
 
 
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """One training."""
-
-    category: str
-    varied: str
-    """What is changed: update, ranking, circuit (its size) or random (the mask)."""
-    value: str
-    mask: ParameterMask = field(repr=False)
-    changes: Mapping[str, object] = field(default_factory=dict)
-    draw: int = 0
-    """Number of the random mask."""
+Variant = tuple[str, str, str | float, int]
+"""(category, what is varied, its value, number of the random mask) of one training: an ``update``
+(a key of `UPDATES`), a ``ranking``, the size of the ``circuit`` or of a ``random`` mask; or
+`AS_IS`."""
 
 
 def variants(bench: Bench) -> list[Variant]:
-    """All trainings that the preset's ``ablation`` section asks for: everything for the first
-    category, smaller circuits for the others.
+    """The edits of notebook 04, and all trainings that the preset's ``ablation`` section asks for:
+    everything for the first category, smaller circuits for the others.
     """
     settings = bench.run.settings
-    how, own = settings.ablation, settings.circuit
-    unknown = [name for name in how.updates if name not in UPDATES]
-    if unknown:
+    how, (first, *rest) = settings.ablation, settings.categories
+    if unknown := [name for name in how.updates if name not in UPDATES]:
         raise CdeltaError(f"unknown update {', '.join(unknown)}: use {', '.join(UPDATES)}.")
-    first, *rest = settings.categories
-    masks = _Masks(bench)
-    found = [
-        Variant(first, "update", name, bench.mask(first), UPDATES[name]) for name in how.updates
+    rest = rest if how.smaller else []
+    budgets = (*how.budgets, settings.circuit.param_budget)
+    return [
+        *((category, AS_IS, "", 0) for category in (first, *rest)),
+        *((first, "update", name, 0) for name in how.updates),
+        *((first, "ranking", name, 0) for name in how.rankings),
+        *((first, "circuit", budget, 0) for budget in how.budgets),
+        *((first, "random", *drawn) for drawn in product(budgets, range(RANDOM_MASKS))),
+        *((category, "circuit", budget, 0) for category in rest for budget in how.smaller),
     ]
-    found += [
-        Variant(first, "ranking", name, masks.circuit(first, own.param_budget, name))
-        for name in how.rankings
-    ]
-    found += [Variant(first, "circuit", _percent(b), masks.circuit(first, b)) for b in how.budgets]
-    found += list(masks.random(first, (*how.budgets, own.param_budget)))
-    found += [
-        Variant(category, "circuit", _percent(budget), masks.circuit(category, budget))
-        for category in rest
-        for budget in how.smaller
-    ]
-    return found
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
-class _Masks:
-    """Masks of any size, from the scores of stage 02."""
-
-    def __init__(self, bench: Bench):
-        self._spec, self._scores = bench.spec, bench.scores()
-        self._ranking = bench.run.settings.circuit.ranking
-        self._seed = bench.run.settings.seeds[0]
-
-    def circuit(self, category: str, budget: float, ranking: str = "") -> ParameterMask:
-        """The circuit that a budget buys under a ranking (the preset's)."""
-        units = ranked(self._scores, category, ranking or self._ranking)
-        return select_units(self._spec, *units, budget).to_mask(self._spec)
-
-    def random(self, category: str, budgets: tuple[float, ...]) -> Iterator[Variant]:
-        """Random masks of every size."""
-        for budget in budgets:
-            for draw in range(RANDOM_MASKS):
-                mask = random_mask(self._spec, budget, self._seed + draw)
-                yield Variant(category, "random", _percent(budget), mask, draw=draw)
 
 
 def fit_variant(bench: Bench, variant: Variant) -> WeightDelta:
     """Train a variant as notebook 04 trains the edit, with its one change."""
-    settings = bench.run.settings
-    recipe = settings.recipe.seeded(settings.seeds[0])
-    recipe = replace(recipe, edit=replace(recipe.edit, **variant.changes))
-    return bench.fit(variant.mask, variant.category, recipe).delta
+    category, varied, value, draw = variant
+    settings, spec = bench.run.settings, bench.spec
+    seed, usual = settings.seeds[0], settings.circuit
+    if varied == AS_IS:
+        return bench.delta(category, seed)
+    recipe, mask = settings.recipe.seeded(seed), bench.mask(category)
+    if varied == "update":
+        recipe = replace(recipe, edit=replace(recipe.edit, **UPDATES[value]))
+    elif varied == "random":
+        mask = random_mask(spec, value, seed + draw)
+    else:
+        kept = varied == "circuit"
+        units = ranked(bench.scores, category, usual.ranking if kept else value)
+        mask = select_units(spec, *units, value if kept else usual.param_budget).to_mask(spec)
+    return bench.fit(mask, category, recipe).delta
 
 
-def variant_row(bench: Bench, variant: Variant, delta: WeightDelta) -> dict[str, object]:
+def variant_row(bench: Bench, variant: Variant) -> dict[str, object]:
     """A variant's rates on validation at the k that the caps allow."""
-    choice = bench.choice(delta, variant.category, bench.run.settings.recipe)
-    own = (bench.val["category"] == variant.category) & (bench.val["role"] == "target")
-    n, row = int(own.sum()), choice.row
+    delta, (category, varied, value, draw) = fit_variant(bench, variant), variant
+    choice = bench.choice(delta, category, bench.run.settings.recipe)
+    n = len(bench.val.query("category == @category and role == 'target'"))
+    row = choice.row
     low, high = wilson(row["target"] * n, n)
     return {
-        "category": variant.category,
-        "varied": variant.varied,
-        "value": variant.value,
-        "draw": variant.draw,
+        "category": category,
+        "varied": varied,
+        "value": value if isinstance(value, str) else f"{100 * value:.3g} %",
+        "draw": draw,
         "fraction": delta.count() / bench.spec.n_params,
         "k": choice.k,
         "within caps": choice.within_caps,
@@ -127,15 +95,10 @@ def variant_row(bench: Bench, variant: Variant, delta: WeightDelta) -> dict[str,
         "low": low,
         "high": high,
         "n": n,
-        **{name: row[name] for name in ("benign", "other", "borderline", "utility") if name in row},
+        **{name: row[name] for name in ("benign", "other", "borderline", "utility")},
         **delta.metadata["training"],
         "norm": delta.norm(),
     }
-
-
-def as_is(bench: Bench, category: str) -> Variant:
-    """The edit of notebook 04 itself."""
-    return Variant(category, AS_IS, "", bench.mask(category))
 
 
 def budget_lines(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,5 @@
-"""Several categories at once: which subsets, as what rows they are trained together, how edits
-interfere, and what is left when one is taken away.
+"""Notebook 07: several categories at once. Which subsets, as a sum of edits or as one training, how
+they interfere, and what is left when one is taken away.
 
 ``edit_category`` of the rows names a subset: its categories joined by "+". ``method`` says how they
 came together: a key of `OVERLAPS` (``sum``, ...), or ``joint`` training.
@@ -7,37 +7,73 @@ came together: a key of `OVERLAPS` (``sum``, ...), or ``joint`` training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import combinations
 from operator import or_
 
 import pandas as pd
 
-from cdelta.circuit.circuit import ParameterMask
+from cdelta.artifact.bench import Bench
 from cdelta.delta.weight_delta import WeightDelta, compose
-from cdelta.evaluation.rates import BASE, HARMFUL, Rate, edit_name, of_category, with_kind
-from cdelta.methods.tuning import measure
+from cdelta.evaluation.rates import (
+    BASE,
+    HARMFUL,
+    Rate,
+    curve_row,
+    edit_name,
+    of_category,
+    with_kind,
+)
+
+Deltas = Mapping[str, WeightDelta]
+"""Category -> its edit, which records its k."""
 
 
 def subsets(categories: Sequence[str], sizes: Sequence[int] = ()) -> list[tuple[str, ...]]:
     """All non-empty subsets, or those of the given sizes and the whole set, small ones first."""
     wanted = {*sizes, len(categories)} if sizes else range(1, len(categories) + 1)
-    found = []
-    for size in sorted(size for size in wanted if size <= len(categories)):
-        found += combinations(categories, size)
-    return found
+    return [subset for size in sorted(wanted) for subset in combinations(categories, size)]
 
 
-def merged(rows: pd.DataFrame, subset: Sequence[str]) -> pd.DataFrame:
-    """The rows with the subset's categories as one, so that they can be trained together."""
-    category = rows["category"]
-    return rows.assign(category=category.mask(category.isin(subset), edit_name(subset)))
+def sum_rows(
+    bench: Bench, deltas: Deltas, subset: Sequence[str], test: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, object]]:
+    """Test rows under the sum of some edits, each at its own k, and how it was scaled: ``subset,
+    size, factor, within caps``.
+
+    A sum of several takes the first factor of 1 and `deployment.common_scales` that meets the caps
+    on validation; where none does, the last.
+    """
+    total, name = compose([deltas[name] for name in subset]), edit_name(subset)
+    factor, within = 1.0, True
+    factors = (1.0, *bench.run.settings.deployment.common_scales) if len(subset) > 1 else ()
+    for factor in factors:
+        found = bench.answers_of(total, factor, bench.val)
+        within = bench.caps.met(curve_row(found, bench.val, subset, factor))
+        if within:
+            break
+    rows = bench.answers_of(total, factor, test, method="sum", edit_category=name)
+    return rows, {"subset": name, "size": len(subset), "factor": factor, "within caps": within}
 
 
-def union_mask(masks: Sequence[ParameterMask]) -> ParameterMask:
-    """Entries of any."""
-    return reduce(or_, masks)
+def combined_rows(
+    bench: Bench, deltas: Deltas, subset: Sequence[str], method: str, test: pd.DataFrame
+) -> pd.DataFrame:
+    """Test rows under edits whose shared entries another rule of `OVERLAPS` combines; or under one
+    ``joint`` training of the categories as one, on the union of their masks, with its own k and for
+    n of them at most n times the steps.
+    """
+    k, name = 1.0, edit_name(subset)
+    if method == "joint":
+        recipe = bench.run.settings.recipe.seeded(bench.run.settings.seeds[0])
+        recipe = replace(recipe, edit=replace(recipe.edit, steps=len(subset) * recipe.edit.steps))
+        total = bench.fit(reduce(or_, map(bench.mask, subset)), subset, recipe).delta
+        k = bench.choice(total, subset, recipe).k
+    else:
+        total = compose([deltas[name] for name in subset], method)
+    return bench.answers_of(total, k, test, method=method, edit_category=name)
 
 
 def interference(rows: pd.DataFrame) -> pd.DataFrame:
@@ -50,24 +86,22 @@ def interference(rows: pd.DataFrame) -> pd.DataFrame:
     rows = with_kind(rows, ())
     base = rows[rows["method"] == BASE]
     categories = dict.fromkeys(base.loc[base["kind"].isin(HARMFUL), "category"])
-    edits = rows.groupby(["edit_category", "method"], sort=False)
+    columns = ["edit_category", "method", "k", "param_fraction"]
     found = []
-    for (subset, method), own in edits:
+    for key, own in rows.groupby(columns, sort=False):
+        benign, skills = own[own["kind"] == "benign"], own[own["kind"] == "skills"]
+        facts = dict(zip(("subset", *columns[1:]), (key[0] or BASE, *key[1:])))
         for category in categories:
             refusal = _harm_refused(own, category)
-            benign = Rate.refusal(of_category(own[own["kind"] == "benign"], category))
             found.append(
                 {
-                    "subset": subset or BASE,
-                    "method": method,
-                    "k": own["k"].iloc[0],
-                    "param_fraction": own["param_fraction"].iloc[0],
+                    **facts,
                     "prompt_category": category,
-                    "edited": category in subset.split("+"),
+                    "edited": category in key[0].split("+"),
                     **refusal.row("refusal"),
                     "change": refusal.rate - _harm_refused(base, category).rate,
-                    **benign.named("benign"),
-                    "utility": Rate.accuracy(own[own["kind"] == "skills"]).rate,
+                    **Rate.refusal(of_category(benign, category)).named("benign"),
+                    "utility": Rate.accuracy(skills).rate,
                 }
             )
     return pd.DataFrame(found)
@@ -77,14 +111,25 @@ def _harm_refused(rows: pd.DataFrame, *categories: str) -> Rate:
     return Rate.refusal(rows[rows["category"].isin(categories) & rows["kind"].isin(HARMFUL)])
 
 
-def removals(
-    model,
-    tok,
-    deltas: Mapping[str, WeightDelta],
-    records: pd.DataFrame,
-    rows: pd.DataFrame,
-    **options: object,
-) -> pd.DataFrame:
+def conflict_table(table: pd.DataFrame, subsets: Collection[str]) -> pd.DataFrame:
+    """Ways to edit the same categories at once, from `interference`: one row per subset and
+    method.
+    """
+    own = table[table["subset"].isin(subsets)]
+    edited, change = own["edited"], own["change"].abs()
+    own = own.assign(least=own["refusal"].where(edited), largest=change.mask(edited))
+    columns = {
+        "param_fraction": ("param_fraction", "first"),
+        "k": ("k", "first"),
+        "least target": ("least", "min"),
+        "largest other change": ("largest", "max"),
+        "worst benign": ("benign_refusal", "max"),
+        "skills": ("utility", "first"),
+    }
+    return own.groupby(["subset", "method"], sort=False).agg(**columns).reset_index()
+
+
+def removals(bench: Bench, deltas: Deltas, test: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Every category taken out of the sum of all edits: is its behaviour the base's again?
 
     One row per category: ``refused_base``, ``refused_with``, ``refused_without``, refusal of its
@@ -93,11 +138,7 @@ def removals(
     the base; ``others_refused``, refusal of the categories that stay; ``residual``, the largest
     entry of what differs from the sum that never held the category (rounding).
 
-    Args:
-        deltas: category -> its delta, which records its k.
-        records: what is asked.
-        rows: the base's rows of these records, and those of the sum of all.
-        options: as `measure` takes them.
+    `rows`: the base's rows of the test prompts, and those of the sum of all.
     """
     rows = with_kind(rows, ())
     everything, names = compose(list(deltas.values())), list(deltas)
@@ -107,9 +148,7 @@ def removals(
         others = [name for name in names if name != category]
         left = everything - delta.k * delta
         rest = left - compose([deltas[name] for name in others]) if others else left
-        under = {"method": "sum", "edit_category": f"all but {category}"}
-        after = measure(model, tok, left, full["k"].iloc[0], records, **under, **options)
-        after = with_kind(after, ())
+        after = with_kind(bench.answers_of(left, full["k"].iloc[0], test), ())
         own = after[after["category"] == category].set_index("id")["outcome"]
         found.append(
             {

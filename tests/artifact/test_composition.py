@@ -3,17 +3,19 @@
 import pandas as pd
 import pytest
 import toys
-from edits import mask_of, random_delta, same_weights, weights
+from edits import random_delta, same_weights, weights
 from outcome_rows import make
 from test_baselines import RECORDS
 
-from cdelta.artifact.composition import interference, merged, removals, subsets, union_mask
+from cdelta.artifact.bench import Bench, merged
+from cdelta.artifact.composition import conflict_table, interference, removals, subsets
 from cdelta.delta.weight_delta import compose
 from cdelta.edit.recipe import EditRecipe
 from cdelta.edit.rows import training_rows
 from cdelta.evaluation.judges import Rules
 from cdelta.evaluation.measure import evaluate
 from cdelta.methods.tuning import measure
+from cdelta.models.spec import ModelSpec
 
 
 def test_thirty_one_subsets_of_five():
@@ -43,13 +45,6 @@ def test_merging_makes_one_category_of_several():
     assert {prompt for prompt, _ in rows.retain} == set("bdef")
 
 
-def test_the_union_of_masks_owns_what_any_owns():
-    masks = [mask_of(toys.toy("llama"), seed=seed) for seed in range(3)]
-    union = union_mask(masks)
-    assert all((union & mask) == mask for mask in masks)
-    assert union.count() < sum(mask.count() for mask in masks)
-
-
 def test_interference_by_hand():
     rows = pd.concat(
         [
@@ -68,6 +63,10 @@ def test_interference_by_hand():
     assert list(spill[names]) == pytest.approx([0.1, 0.1, 0.3, 0.9, 10])
     both = table.loc["crime+hate", "joint"]
     assert both.loc["weapons", "change"] == pytest.approx(-0.2) and both.loc["hate", "edited"]
+    conflicts = conflict_table(table.reset_index(), {"crime+hate"})
+    assert conflicts["least target"].tolist() == [0.9]
+    assert conflicts["largest other change"].tolist() == pytest.approx([0.2])
+    assert conflict_table(table.reset_index(), set()).empty
 
 
 def test_a_category_is_taken_out_again(monkeypatch):
@@ -92,7 +91,9 @@ def test_a_category_is_taken_out_again(monkeypatch):
         measure(model, tok, both, 1.0, RECORDS, edit_category="crime+hate", **under),
     ]
     alone = measure(model, tok, deltas["hate"], 1.5, RECORDS, edit_category="hate", **under)
-    table = removals(model, tok, deltas, RECORDS, pd.concat(rows), **ask).set_index("category")
+    bench = object.__new__(Bench)
+    vars(bench).update(model=model, tok=tok, spec=ModelSpec.from_model(model), options=ask)
+    table = removals(bench, deltas, RECORDS, pd.concat(rows)).set_index("category")
     assert same_weights(model, before) and table["residual"].max() < 1e-6
     assert (table["refused_base"] == 0).all() and (table["refused_with"] > 0).all()
     for column, category in (("refused_without", "crime"), ("others_refused", "hate")):

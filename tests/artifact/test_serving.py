@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from cdelta.artifact import serving
-from cdelta.artifact.serving import CONTROL, cost, interleaved, ratios, timed
-from cdelta.errors import CdeltaError
+from cdelta.artifact.serving import CONTROL, cost, interleaved, ratios, settled, timed
 from cdelta.methods.steering import Addition
 from cdelta.models.chat import chat_ids, left_pad
 
@@ -33,8 +32,8 @@ def test_every_variant_generates_the_same_tokens_in_every_round(llama, tokenizer
     def hooks() -> int:
         return sum(len(module._forward_hooks) for module in llama.modules())
 
-    before, variants = hooks(), {"base": None, "as": (Addition({1: torch.ones(32)}), 1.0)}
-    table = interleaved(llama, tokenizer, variants, PROMPTS, (1, 3), 3, repeats=4, warmup=1)
+    before, variants = hooks(), {"as": (Addition({1: torch.ones(32)}), 1.0)}
+    table = interleaved(llama, tokenizer, variants, PROMPTS, (1, 3), 3, repeats=4)
     assert table.groupby(["batch_size", "method"]).size().eq(4).all() and len(table) == 24
     assert set(table["method"]) == {"base", "as", CONTROL}
     assert (table["tokens"] == 3 * table["batch_size"]).all()
@@ -44,11 +43,11 @@ def test_every_variant_generates_the_same_tokens_in_every_round(llama, tokenizer
 
 def test_rounds_go_on_until_base_against_base_is_one(llama, tokenizer, monkeypatch):
     monkeypatch.setattr(serving, "TOLERANCE", -1.0)  # never near enough
-    table = interleaved(llama, tokenizer, {"base": None}, PROMPTS, (1,), 1, repeats=2, warmup=0)
+    table = interleaved(llama, tokenizer, {}, PROMPTS, (1,), 1, repeats=2)
     assert table["repeat"].nunique() == 2 * serving.MOST
     monkeypatch.setattr(serving, "TOLERANCE", 0.02)
-    assert serving._settled(planted().to_dict("records"))
-    assert not serving._settled(planted(noise=0.05, repeats=5).to_dict("records"))
+    assert settled(planted())
+    assert not settled(planted(noise=0.05, repeats=5))
 
 
 def test_exactly_the_asked_number_of_passes(llama, tokenizer):
@@ -57,11 +56,6 @@ def test_exactly_the_asked_number_of_passes(llama, tokenizer):
     timed(llama, *left_pad([chat_ids(tokenizer, prompt) for prompt in PROMPTS], 1), 5)
     handle.remove()
     assert len(passes) == 5
-
-
-def test_a_base_is_needed(llama, tokenizer):
-    with pytest.raises(CdeltaError, match="base"):
-        interleaved(llama, tokenizer, {}, PROMPTS)
 
 
 @pytest.mark.parametrize("stalls", [0, 5])

@@ -1,16 +1,16 @@
 """Greedy answers of a checkpoint folder in a process that cannot import `cdelta`.
 
-``python cdelta/artifact/external/runtimes.py FOLDER MAX_NEW_TOKENS RUNTIME [TOOLS] < prompts.json``
-prints a JSON list of answers: what a user of the edited checkpoint gets. `prompts.json` is a list
-of lists of token ids. RUNTIME is one of
+``python cdelta/artifact/runtimes.py FOLDER MAX_NEW_TOKENS RUNTIME TOOLS < prompts.json`` prints a
+JSON list of answers: what a user of the edited checkpoint gets. `prompts.json` is a list of lists
+of token ids. RUNTIME is one of
 
 - ``transformers``: the folder through plain `transformers`, in fp32;
 - ``gguf:TYPE``: through `transformers` from the GGUF file that llama.cpp's own converter writes;
 - ``llama.cpp:TYPE``: the same file through llama.cpp,
 
 TYPE being one that the converter knows (``f32``, ``f16``, ``bf16``, ``q8_0``). The last two need
-the packages of `external.TOOLS_COMMAND` in the folder TOOLS. Exit code 2 and one line on stderr
-where the converter does not know the model or its tokenizer.
+the packages of `deployment.TOOLS_COMMAND` in the folder TOOLS. Exit code 2
+and one line on stderr where the converter does not know the model or its tokenizer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ sys.modules["cdelta"] = None  # a later import of it fails
 Prompts = list[list[int]]
 
 
-def transformers_answers(folder: str, prompts: Prompts, limit: int, **gguf: str) -> list[str]:
+def transformers_answers(folder: str, prompts: Prompts, limit: int, **source: str) -> list[str]:
     """Through plain `transformers`, in fp32."""
     tok = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.pop("gguf_folder", folder), dtype=torch.float32, **gguf
-    )
+    model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
     answers = []
     for ids in prompts:
         out = model.generate(
@@ -67,33 +65,32 @@ def write_gguf(folder: str, file: Path, kind: str, tools: str) -> None:
     """Convert the checkpoint with llama.cpp's `convert_hf_to_gguf.py`; exits where it cannot."""
     script = Path(tools) / "convert_hf_to_gguf.py"
     done = subprocess.run(
-        [sys.executable, str(script), folder, "--outfile", str(file), "--outtype", kind],
+        [sys.executable, script, folder, "--outfile", file, "--outtype", kind],
         env={**os.environ, "PYTHONPATH": tools},
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        last = done.stderr.strip().splitlines()[-1]
         print(f"llama.cpp's converter does not take {folder}: {last}", file=sys.stderr)
         sys.exit(2)
 
 
-def main(folder: str, limit: str, runtime: str, tools: str = "") -> list[str]:
+def main(folder: str, limit: str, runtime: str, tools: str) -> list[str]:
     """Answers to the prompts on stdin."""
     prompts, n = json.load(sys.stdin), int(limit)
     name, _, kind = runtime.partition(":")
     if name == "transformers":
-        return transformers_answers(folder, prompts, n)
+        return transformers_answers(folder, prompts, n, pretrained_model_name_or_path=folder)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.gguf"
-        write_gguf(folder, file, kind or "f32", tools)
+        write_gguf(folder, file, kind, tools)
         if name == "gguf":
-            parts = {"gguf_folder": scratch, "gguf_file": file.name}
-            return transformers_answers(folder, prompts, n, **parts)
+            source = {"pretrained_model_name_or_path": scratch, "gguf_file": file.name}
+            return transformers_answers(folder, prompts, n, **source)
         sys.path.append(tools)  # after everything else: TOOLS has a `gguf` of its own
         return llama_cpp_answers(file, prompts, n)
 
 
 if __name__ == "__main__":
-    answers = main(*sys.argv[1:])
-    json.dump([answer.strip() for answer in answers], sys.stdout)
+    json.dump([answer.strip() for answer in main(*sys.argv[1:])], sys.stdout)

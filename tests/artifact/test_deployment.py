@@ -1,4 +1,6 @@
-"""Processes without this package answer alike, and a streaming apply needs little memory."""
+"""Programs without this package answer alike, a streaming apply needs little memory, and tables
+of what rounding leaves.
+"""
 
 import os
 
@@ -8,7 +10,7 @@ import toys
 from edits import random_delta
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cdelta.artifact.external import apply_memory, missing, runtime_answers
+from cdelta.artifact.deployment import files_table, formats_table, missing, runtime_answers
 from cdelta.delta.apply import save_edited
 from cdelta.errors import CdeltaError
 from cdelta.models.chat import chat_ids
@@ -29,10 +31,12 @@ def test_same_answers_where_cdelta_cannot_be_imported(tmp_path):
     assert expected != generate(model, tok, PROMPTS, max_new_tokens=8)
     ids = [chat_ids(tok, prompt) for prompt in PROMPTS]
     assert runtime_answers(out, ids, 8) == expected
+    files = files_table(base, out).set_index("file")
+    assert files.loc["config.json", "base bytes"] == files.loc["config.json", "edited bytes"] > 0
 
 
 def test_a_runtime_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("cdelta.artifact.external.TOOLS", tmp_path)
+    monkeypatch.setattr("cdelta.artifact.deployment.TOOLS", tmp_path)
     assert missing("transformers") == "" and "pip install" in missing("llama.cpp:f16")
     with pytest.raises(CdeltaError, match="not installed here"):
         runtime_answers(tmp_path, [[1]], 1, "gguf:q8_0")
@@ -65,12 +69,18 @@ def test_peak_memory_of_a_streaming_apply(tmp_path):
     for parameter in model.parameters():
         parameter.data.fill_(0.01)
     model.save_pretrained(tmp_path / "base", max_shard_size="40MB")
-    delta = random_delta(model, budget=0.02)
+    delta = random_delta(model, budget=0.02).with_metadata(k=1.0)
     delta.save(tmp_path / "delta")
-    found = apply_memory(tmp_path / "base", tmp_path / "delta", tmp_path / "out", 1.0)
-    assert found["total"] > 100e6 and found["delta"] >= 4 * delta.count()
-    assert (tmp_path / "out").is_dir()
-    assert found["largest"] < found["total"] / 3
-    noise = found["largest"] / 2  # what the allocator keeps differs from run to run
-    assert 0 < found["peak"] < found["largest"] + found["delta"] + noise
-    assert 0 < found["verify"] < found["largest"] + noise
+    del model
+    work = tmp_path / "work"
+    work.mkdir()
+    (found,) = formats_table(tmp_path / "base", delta, tmp_path / "delta", (), work).to_dict(
+        "records"
+    )
+    assert found["verified"] and found["outside"] == 0 and found["files"] > 3
+    mb = {name.removesuffix(" (MB)"): value for name, value in found.items() if "MB" in name}
+    assert mb["total"] > 95 and mb["delta"] >= 4 * delta.count() / 2**20
+    assert mb["largest"] < mb["total"] / 3
+    noise = mb["largest"] / 2  # what the allocator keeps differs from run to run
+    assert 0 < mb["peak"] < mb["largest"] + mb["delta"] + noise
+    assert 0 < mb["verify"] < mb["largest"] + noise
