@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from cdelta.artifact import claims, readme
+from cdelta.artifact import readme
 from cdelta.artifact.presets import resolve
 from cdelta.artifact.workflow import make_parser
+from cdelta.errors import CdeltaError
 from cdelta.paths import FIGURES, ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -61,8 +62,13 @@ def test_links_lead_somewhere():
 def test_the_readme_is_short_and_its_blocks_are_generated():
     text = README.read_text(encoding="utf-8")
     assert len(text.encode()) < 8192
-    assert readme.with_blocks(text) == text and claims.with_claims(text) == text
+    assert readme.with_blocks(text) == text
     assert (FIGURES / "method.png").exists()
+
+
+def test_a_block_without_a_place_is_one_sentence():
+    with pytest.raises(CdeltaError, match="no place for a block: put <!-- results"):
+        readme.with_blocks("# Title")
 
 
 def test_results_are_computed_from_the_recorded_tables(tmp_path):

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
@@ -41,6 +42,12 @@ def readable(value: object, percent: bool = False, digits: int = 3) -> str:
     if percent and abs(number) <= 1:
         return f"{decimals(100 * number, digits)}\u00a0%"  # never broken across lines
     return decimals(number, digits)
+
+
+def formats(columns: Iterable[str], digits: int = 3) -> dict[str, Callable[[object], str]]:
+    """Column -> how its cells are shown."""
+    rates = rate_columns(columns)
+    return {name: partial(readable, percent=str(name) in rates, digits=digits) for name in columns}
 
 
 def as_number(value: object) -> float | None:

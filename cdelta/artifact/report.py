@@ -1,9 +1,10 @@
-"""The report of a run, and recording a run into the repository. All pages work offline: no script,
-font or style from elsewhere."""
+"""The report of a run: one page, a page per executed notebook, and recording both into the
+repository. All pages work offline: no script, font or style from elsewhere.
+"""
 
 from __future__ import annotations
 
-import csv
+import html
 import json
 import re
 import shutil
@@ -11,159 +12,88 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader
+import pandas as pd
 
 from cdelta.artifact.claims import claims_of, measure
-from cdelta.artifact.numbers import as_number, rate_columns, readable
-from cdelta.artifact.pages import notebook_body, without_places
+from cdelta.artifact.numbers import formats, page
 from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import collect_figures, read_manifest, read_settings
 from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read_stage
 from cdelta.errors import CdeltaError
-from cdelta.files import new_folder, remove_folder, write_text
-from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, RUNS
+from cdelta.files import new_folder, read_json, remove_folder, write_text
+from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, ROOT, RUNS
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-HEADLINE = {
-    "How it works": ("fig_idea",),
-    "Before and after": ("tab_before_after",),
-    "What each edit refuses": ("fig_matrix",),
-    "Selectivity": ("fig_selectivity", "tab_selectivity"),
-    "Over-refusal": ("fig_overrefusal", "tab_overrefusal"),
-    "Capability": ("tab_tasks", "tab_perplexity", "tab_lengths", "tab_utility"),
-    "How small the circuit can be": ("fig_budget",),
-    "Refusal against side effects": ("fig_tradeoff",),
-}
-"""What the report shows first: title -> figures and tables, where the run has them."""
-ROWS = 12
-"""Rows of a table that are shown before it is folded."""
+LONG = 20
+"""Lines of a notebook's output from which on it is folded."""
+MARKDOWN = re.compile(
+    r"```.*?```|`[^`\n]*`"  # code stays as it is
+    r"|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$(?![\w$])",
+    re.DOTALL,
+)
+PRE = re.compile(r"<pre>(.*?)</pre>", re.DOTALL)
 
 
 def write_report(run_dir: Path) -> Path:
     """Collect the figures, then write ``figures/report.html`` and a page per executed notebook."""
-    collect_figures(run_dir)
-    figures = run_dir / "figures"
-    done = [name for name in NAMES if read_stage(run_dir, name)]
-    for name in done:
-        page = _notebook_page(name, run_dir / "notebooks" / f"{name}.ipynb")
-        write_text(figures / "report" / f"{name}.html", page)
-    report = figures / "report.html"
-    write_text(report, _template("report.html.j2").render(_facts(run_dir, done)))
-    return report
-
-
-def _template(name: str):
-    loader = PackageLoader("cdelta.artifact", "templates")
-    return Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
-
-
-def _notebook_page(name: str, executed: Path) -> str:
     import nbformat
 
-    body, style = notebook_body(nbformat.read(executed, as_version=4))
-    back = '<p><a href="../report.html">report of the run</a></p>'
-    return _template("page.html.j2").render(title=name, body=back + body, style=style)
-
-
-def _facts(run_dir: Path, done: Sequence[str]) -> dict[str, Any]:
-    """What the report's template fills in."""
+    collect_figures(run_dir)
     figures = run_dir / "figures"
     manifest = read_manifest(figures)
-    items = {item["id"]: _prepared(figures, item) for item in manifest["items"]}
-    wanted = {id for ids in HEADLINE.values() for id in ids} & set(items)
-    verdicts = [measure(claim, figures) for claim in claims_of(manifest["preset"])]
-    return {
-        "title": f"C-ΔΘ: {manifest['preset']}",
-        "name": manifest["preset"],
-        "commit": manifest["commit"],
-        "limit": ROWS,
-        "verdicts": verdicts,
-        "met": sum(verdict.met for verdict in verdicts),
-        "headline": _headline(items),
-        "parts": [_part(run_dir, name, items, wanted) for name in done],
-        "benchmarks": _benchmarks(),
-        "stages": _stage_rows(run_dir, done),
-        **_subject(run_dir, read_settings(run_dir)),
-    }
+    stages = [facts for name in NAMES if (facts := read_stage(run_dir, name))]
+    for facts in stages:
+        name = facts["stage"]
+        body, style = notebook_body(nbformat.read(run_dir / "notebooks" / f"{name}.ipynb", 4))
+        text = page("page.html.j2", title=name, body=body, style=style, back="../report.html")
+        write_text(figures / "report" / f"{name}.html", text)
+        facts.update(title=find_stage(name).title, time=clock(facts["seconds"]))
+    text = page(
+        "report.html.j2",
+        manifest=manifest,
+        subject=_subject(run_dir),
+        settings=read_settings(run_dir) or Preset(),
+        verdicts=[measure(claim, figures) for claim in claims_of(manifest["preset"])],
+        items={item["id"]: item | _cells(figures, item["id"]) for item in manifest["items"]},
+        stages=stages,
+        total=clock(sum(facts["seconds"] for facts in stages)),
+        benchmarks=_benchmarks(),
+    )
+    write_text(figures / "report.html", text)
+    return figures / "report.html"
 
 
-def _subject(run_dir: Path, settings: Preset | None) -> dict[str, Any]:
-    """Model, categories, budget and seeds in words."""
-    settings = settings or Preset()
+def _subject(run_dir: Path) -> str:
+    """The name of a run's model."""
     named = run_dir / "00_subject" / "model.json"
-    subject = json.loads(named.read_text())["name"] if named.exists() else settings.model
-    seeds = len(settings.seeds)
-    return {
-        "subject": subject,
-        "embedded": settings.model == "organism",
-        "categories": ", ".join(settings.categories),
-        "budget": readable(settings.circuit.param_budget, percent=True),
-        "seeds": "one seed" if seeds == 1 else f"{seeds} seeds",
-    }
-
-
-def _headline(items: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    sections = []
-    for title, ids in HEADLINE.items():
-        shown = [items[id] for id in ids if id in items]
-        if shown:
-            anchor = re.sub(r"\W+", "-", title.lower())
-            sections.append({"title": title, "anchor": anchor, "shown": shown})
-    return sections
-
-
-def _part(
-    run_dir: Path, name: str, items: dict[str, dict[str, Any]], above: set[str]
-) -> dict[str, Any]:
-    """One notebook's items that are not shown above."""
-    own = [item for item in items.values() if item["notebook"] == name]
-    facts = read_stage(run_dir, name) or {}
-    return {
-        "stage": name,
-        "title": find_stage(name).title,
-        "time": clock(facts["seconds"]),
-        "shown": [item for item in own if item["id"] not in above],
-        "above": [item["id"] for item in own if item["id"] in above],
-    }
-
-
-def _prepared(figures: Path, item: dict[str, Any]) -> dict[str, Any]:
-    """An item of the manifest, tables with their rows as text."""
-    if item["kind"] != "table":
-        return item
-    with (figures / f"{item['id']}.csv").open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    rates = rate_columns(header)
-    shown = [[readable(c, h in rates) for h, c in zip(header, r, strict=True)] for r in rows]
-    numeric = [_is_numeric([row[i] for row in rows]) for i in range(len(header))]
-    names = [name.replace("_", " ") for name in header]
-    return {**item, "rows": [names, *shown], "numeric": numeric}
+    return (
+        read_json(named)["name"] if named.exists() else (read_settings(run_dir) or Preset()).model
+    )
 
 
 def _benchmarks() -> list[dict[str, Any]]:
     """The repository's recorded measurements, which belong to no run (tests/benchmarks)."""
-    found = []
-    for path in sorted((FIGURES / "bench").glob("*.csv")):
-        caption = f"Recorded in figures/bench by tests/benchmarks/run.py or {path.stem}.py."
-        item = {"id": path.stem, "kind": "table", "caption": caption, "files": [], "title": ""}
-        found.append(_prepared(path.parent, item))
-    return found
+    folder = FIGURES / "bench"
+    ids = sorted(path.stem for path in folder.glob("*.csv"))
+    written = "Recorded in figures/bench by tests/benchmarks/run.py or {}.py."
+    facts = {"kind": "table", "files": [], "title": ""}
+    return [{"id": i, "caption": written.format(i), **facts, **_cells(folder, i)} for i in ids]
 
 
-def _is_numeric(cells: Sequence[str]) -> bool:
-    given = [cell for cell in cells if cell]
-    return bool(given) and all(as_number(cell) is not None for cell in given)
-
-
-def _stage_rows(run_dir: Path, done: Sequence[str]) -> list[list[str]]:
-    facts = [facts for name in done if (facts := read_stage(run_dir, name))]
-    rows = [[f["stage"], clock(f["seconds"]), str(f["peak_memory_mb"])] for f in facts]
-    total = clock(sum(f["seconds"] for f in facts))
-    most = str(max((f["peak_memory_mb"] for f in facts), default=0))
-    sums = ["sum of stages (some ran beside each other)", total, most]
-    return [["stage", "time", "peak memory (MB)"], *rows, sums]
+def _cells(folder: Path, id: str) -> dict[str, Any]:
+    """A table's ``header``, its ``rows`` as text, and which columns are ``numeric``."""
+    path = folder / f"{id}.csv"
+    if not path.exists():
+        return {}
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    numeric = [name in table.select_dtypes("number") for name in table]
+    shown = table.astype(object).where(table.notna(), "")
+    for name, form in formats(table.columns).items():
+        shown[name] = shown[name].map(form)
+    header = [name.replace("_", " ") for name in table]
+    return {"header": header, "rows": shown.to_numpy().tolist(), "numeric": numeric}
 
 
 def aggregate(runs: Sequence[Path]) -> Path:
@@ -171,29 +101,80 @@ def aggregate(runs: Sequence[Path]) -> Path:
 
     Raises `CdeltaError` for a run without an evaluation.
     """
-    import pandas as pd
-
     parts = []
     for run_dir in runs:
         path = run_dir / "figures" / "tab_selectivity.csv"
         if not path.exists():
             raise CdeltaError(f"run {run_dir.name} has no tab_selectivity: run its stage 05 first.")
-        subject = _subject(run_dir, read_settings(run_dir))["subject"]
-        parts.append(pd.read_csv(path).assign(run=run_dir.name, model=subject))
-    table = pd.concat(parts, ignore_index=True)
-    first = ["run", "model", "category", "method"]
-    table = table[first + [column for column in table if column not in first]]
+        facts = {"run": run_dir.name, "model": _subject(run_dir)}
+        parts.append(pd.read_csv(path).assign(**facts))
+    table = pd.concat(parts).set_index(["run", "model", "category", "method"]).reset_index()
     folder = RUNS / "+".join(run_dir.name for run_dir in runs)
     remove_folder(folder)
     with new_folder(folder) as place:
         table.to_csv(place / "tab_models.csv", index=False)
-        rates = rate_columns(table.columns)
-        formats = {c: lambda v, share=c in rates: readable(v, share) for c in table.columns}
-        rows = table.to_html(index=False, formatters=formats, border=0)
+        rows = table.to_html(index=False, formatters=formats(table.columns), border=0)
         body = f'<h1>Several runs</h1><div class="scroll">{rows}</div>'
-        page = _template("page.html.j2").render(title=folder.name, body=body, style="")
-        write_text(place / "report.html", page)
+        write_text(place / "report.html", page("page.html.j2", title=folder.name, body=body))
     return folder / "report.html"
+
+
+# ---------------------------------------------------------------------- pages of notebooks
+
+
+def notebook_body(notebook: NotebookNode) -> tuple[str, str]:
+    """An executed notebook's HTML (formulas as MathML, long output folded), and the style of its
+    code.
+    """
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    shown = without_places(notebook)
+    shown.cells = [cell for cell in shown.cells if not _is_injected(cell)]
+    for cell in shown.cells:
+        if cell.cell_type == "markdown":
+            cell.source = MARKDOWN.sub(_with_mathml, cell.source)
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(shown)
+    body = re.sub(r"<table\b", '<div class="scroll"><table', body)
+    body = PRE.sub(_folded, body.replace("</table>", "</table></div>"))
+    light = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+    style = f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
+    return f'<div class="notebook">{body}</div>', style
+
+
+def _is_injected(cell: NotebookNode) -> bool:
+    """Whether papermill put the cell in."""
+    return "injected-parameters" in cell.metadata.get("tags", [])
+
+
+def _with_mathml(match: re.Match) -> str:
+    """A formula of Markdown as MathML; one that cannot be read stays as it is, as code."""
+    from latex2mathml.converter import convert
+
+    formula = match["block"] or match["inline"]
+    if not formula:
+        return match[0]
+    try:
+        return convert(formula.strip(), display="block" if match["block"] else "inline")
+    except Exception:  # its parser raises a dozen types
+        return f"<code>{html.escape(formula)}</code>"
+
+
+def _folded(match: re.Match) -> str:
+    """Long text output behind a summary."""
+    lines = match[1].count("\n") + 1
+    if lines <= LONG or "<span" in match[1]:
+        return match[0]
+    return f"<details><summary>{lines} lines of output</summary>{match[0]}</details>"
+
+
+def without_places(notebook: NotebookNode) -> NotebookNode:
+    """A copy whose text names this machine's folders relative to the repository."""
+    import nbformat
+
+    text = json.dumps(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    return nbformat.reads(text, as_version=4)
 
 
 # ---------------------------------------------------------------------- into the repository
@@ -206,8 +187,7 @@ def paired(name: str, executed: NotebookNode) -> NotebookNode:
     Raises `CdeltaError` if the source changed since.
     """
     notebook = load_notebook(name)
-    tags = [cell.metadata.get("tags", []) for cell in executed.cells]
-    ran = [c for c, t in zip(executed.cells, tags, strict=True) if "injected-parameters" not in t]
+    ran = [cell for cell in executed.cells if not _is_injected(cell)]
     if [cell.source for cell in ran] != [cell.source for cell in notebook.cells]:
         raise CdeltaError(f"notebook {name} changed after it ran: run it again before --record.")
     for cell, done in zip(notebook.cells, ran, strict=True):
@@ -241,8 +221,6 @@ def _copy_folder(source: Path, target: Path) -> Path:
     """`source` in the place of `target`, which is there or not, whole at any time."""
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, fresh)
     remove_folder(target)
-    fresh.rename(target)
-    return target
+    return fresh.rename(target)

@@ -17,11 +17,10 @@ import subprocess
 import time
 import uuid
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cdelta.artifact.numbers import rate_columns, readable
+from cdelta.artifact.numbers import formats
 from cdelta.artifact.presets import Preset, resolve
 from cdelta.artifact.stages import (
     NAMES,
@@ -177,11 +176,9 @@ class Run(RunReader):
         latex = table.style.format(precision=digits, escape="latex")
         for axis in (0, 1):
             latex = latex.format_index(escape="latex", axis=axis)
-        rates = rate_columns(table.columns)
-        formats = {
-            c: partial(readable, percent=str(c) in rates, digits=digits) for c in table.columns
-        }
-        view = table.style.format(formats).set_uuid(id)  # pandas would draw a new id for every run
+        view = table.style.format(formats(table.columns, digits)).set_uuid(
+            id
+        )  # pandas would draw a new id for every run
         if not shown:
             latex, view = latex.hide(axis="index"), view.hide(axis="index")
         tex.write_text(latex.to_latex(hrules=True), encoding="utf-8")
