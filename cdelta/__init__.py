@@ -28,7 +28,7 @@ _HOMES = {
     "find_circuit": "edit.find",
     "fit_delta": "edit.fit",
     "load_model": "models.loading",
-    "revert": "delta.revert",
+    "revert": "delta.apply",
     "save_edited": "delta.apply",
     "train": "edit.fit",
     "training_rows": "edit.rows",

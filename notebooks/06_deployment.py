@@ -38,9 +38,8 @@ from cdelta.artifact import deployment, findings
 from cdelta.artifact.bench import Bench, subject_folder
 from cdelta.artifact.figures.evaluation import touched_entries
 from cdelta.artifact.run import open_run
-from cdelta.delta.apply import save_edited
+from cdelta.delta.apply import revert, save_edited
 from cdelta.delta.lora import export_lora
-from cdelta.delta.revert import revert
 from cdelta.delta.verify import verify
 from cdelta.evaluation.tables import selectivity
 from cdelta.files import remove_folder

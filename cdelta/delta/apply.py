@@ -1,4 +1,4 @@
-"""From a weight delta to an ordinary checkpoint, streamed file by file.
+"""From a weight delta to an ordinary checkpoint, streamed file by file, and back.
 
 An edited folder holds the base's files under the same names, the changed weights, a model card,
 and the subfolder `cdelta/` with `edit.json` (what was added) and `original.safetensors` (the mask's
@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import cdelta
-from cdelta.delta.base import CARD, published_facts
-from cdelta.delta.card import model_card
-from cdelta.delta.storage import read_json, sealed, unseal
-from cdelta.delta.weight_delta import WeightDelta, model_hash, put, shifted, take
+from cdelta.delta.base import (
+    CARD,
+    WrongBase,
+    damaged,
+    licence,
+    markdown_table,
+    model_hash,
+    published_facts,
+    read_sealed,
+    render,
+    sealed,
+)
+from cdelta.delta.weight_delta import WeightDelta, put
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, new_folder
 from cdelta.models.checkpoint import Checkpoint, rewrite_tensors
@@ -33,6 +44,7 @@ PREVIOUS = "previous"
 """Inside the record: the record of the edit that the base itself came from."""
 EDIT_FORMAT = "cdelta.edit.2"
 REMEDY = "make the edited checkpoint again"
+LOST = "fetch that file again, or use the base itself"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".npz", ".safetensors")
 """Files that would carry the unedited weights along."""
 
@@ -61,131 +73,212 @@ def save_edited(
     Raises `CdeltaError` on a wrong base, damaged files, an existing `out`, or a disk that is full
     or read-only.
     """
-    scale = delta.scale_or_own(scale)
+    k = delta.scale_or_own(scale)
     base = Checkpoint(base_path)
-    check_fits(base, delta)
+    delta.check_shapes(base.shapes)
     base_hash = model_hash(base.folder) if force else delta.check_base(base.folder)
-    facts = published_facts(delta.metadata, base.folder)
+    originals: dict[str, Tensor] = {}
+
+    def add(name: str, tensor: Tensor) -> None:
+        originals[name] = delta.add_to(name, tensor, k).contiguous()
+
     with new_folder(out) as folder:
-        originals = _write_weights(base, delta, scale, folder)
-        copy_other_files(base, folder)
-        _write_record(base.folder, folder, originals, {
-            "scale": scale,
-            "delta_hash": delta.hash(),
-            "mask_hash": delta.mask_hash(),
-            "base_hash": base_hash,
-            "metadata": {**delta.metadata, **facts},
-        })  # fmt: skip
-        card = model_card(delta.with_metadata(**facts), scale, selectivity, base.folder)
+        _write_files(base, folder, delta, add)
+        delta = delta.with_metadata(**published_facts(delta.metadata, base.folder))
+        facts = {"scale": k, "base_hash": base_hash, "metadata": delta.metadata}
+        _write_record(base.folder, folder, delta, originals, facts)
+        card = model_card(delta, k, selectivity, base.folder)
         (folder / CARD).write_text(card, encoding="utf-8")
     return Path(out)
 
 
-def check_fits(base: Checkpoint, delta: WeightDelta) -> None:
-    """Raise `WrongBase` unless the checkpoint has the delta's parameters, in shapes that fit."""
-    delta.check_shapes(base.shapes.get)
+def revert(edited: str | Path, delta: WeightDelta, out: str | Path, force: bool = False) -> bool:
+    """Write the base of an edited folder, and of the delta that was added last, into the new folder
+    `out`.
+
+    Returns True if it is the base bit for bit: the folder recorded its original entries. Without a
+    record, and only with ``force=True``, the delta is subtracted at its own scale, which is exact
+    only up to rounding (returns False).
+
+    Raises `WrongBase` for another delta than the last, `CdeltaError` on damaged files.
+    """
+    source = Checkpoint(edited)
+    delta.check_shapes(source.shapes)
+    record = read_record(edited)
+    if record is None or record["delta_hash"] != delta.hash():
+        if not force:
+            raise WrongBase(
+                f"{edited} does not record this delta as its last edit: pass that delta, "
+                "or force a subtraction (--force)."
+            )
+        save_edited(edited, delta, out, scale=-delta.k, force=True)
+        return False
+    kept = source.folder / RECORD
+    originals = _original_entries(kept / ORIGINAL, record["original_sha256"], delta)
+    for place, sha256 in record["files"].items():
+        if not (source.folder / place).is_file() or file_hash(source.folder / place) != sha256:
+            raise CdeltaError(
+                f"{edited}: {place} was changed after the edit, so reverting does not give the "
+                "base back: restore that file, or use the base itself."
+            )
+
+    def restore(name: str, tensor: Tensor) -> None:
+        put(tensor, *delta.slices[name], originals[name])
+
+    with new_folder(out) as folder:
+        _write_files(source, folder, delta, restore)
+        if (kept / BASE_CARD).is_file():
+            shutil.copyfile(kept / BASE_CARD, folder / CARD)
+        if (kept / PREVIOUS).is_dir():
+            shutil.copytree(kept / PREVIOUS, folder / RECORD)
+        if model_hash(folder) != record["base_hash"]:
+            raise CdeltaError(
+                f"{edited} was changed after the edit, so reverting does not give its base back: "
+                "keep the base itself."
+            )
+    return True
 
 
-def read_record(edited: str | Path) -> dict | None:
-    """What `save_edited` noted in an edited folder, or None. Raises `CdeltaError` if damaged."""
-    path = Path(edited) / RECORD / EDIT
-    if not path.is_file():
-        return None
-    record = read_json(path, REMEDY)
-    unseal(path, record, REMEDY)
-    if record.get("format") != EDIT_FORMAT:
-        raise CdeltaError(f"{path} was written by another version of cdelta: {REMEDY}.")
-    return record
+# ---------------------------------------------------------------------- files
 
 
-def carried_files(folder: Path) -> Iterator[Path]:
-    """Files that an edit takes over unchanged: configuration, tokenizer, templates, licence.
+def carried_files(folder: Path) -> list[Path]:
+    """Files that an edit takes over unchanged: configuration, tokenizer, templates, licence."""
+    return [place for place in runtime_files(folder) if place.suffix not in OTHER_WEIGHTS]
 
-    Relative paths, sorted; no weights, no model card, no record of an edit, nothing hidden.
+
+def runtime_files(folder: Path) -> Iterator[Path]:
+    """Everything that a runtime might read: no model card, no record of an edit, nothing hidden.
+
+    Relative paths, sorted.
     """
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in place.parts)
-        own = place.parts[0] in (RECORD, CARD)
-        if path.is_file() and path.suffix not in OTHER_WEIGHTS and not hidden and not own:
+        if path.is_file() and not hidden and place.parts[0] not in (RECORD, CARD):
             yield place
 
 
-def copy_weights(base: Checkpoint, out: Path, delta: WeightDelta) -> None:
-    """Copy the files that hold parameters of the delta; link the others."""
-    touched = touched_files(base, delta)
-    for file in base.shards:
-        if file in touched:
-            shutil.copyfile(base.folder / file, out / file)
-        else:
-            _link(base.folder / file, out / file)
-
-
-def touched_files(base: Checkpoint, delta: WeightDelta) -> dict[str, list[str]]:
-    """File -> the delta's parameters in it."""
-    files: dict[str, list[str]] = {}
-    for name in delta.values:
-        files.setdefault(base.file_of[base.key_of[name]], []).append(name)
-    return files
-
-
-def rewrite(
+def _write_files(
     base: Checkpoint, out: Path, delta: WeightDelta, change: Callable[[str, Tensor], None]
 ) -> None:
-    """Call ``change(name, tensor)`` for each of the delta's parameters in the files of `out`."""
-    for file, names in touched_files(base, delta).items():
-        changes = {base.key_of[name]: partial(change, name) for name in names}
-        rewrite_tensors(out / file, changes)
-
-
-def copy_other_files(base: Checkpoint, out: Path) -> None:
-    """Copy `carried_files`."""
+    """Copy the files that hold parameters of the delta, and call ``change(name, tensor)`` for each
+    of these; link the other shards; copy `carried_files`.
+    """
+    changes: dict[str, dict] = defaultdict(dict)
+    for name in delta.values:
+        key = base.key_of[name]
+        changes[base.file_of[key]][key] = partial(change, name)
+    for file in base.shards:
+        if file in changes:
+            shutil.copyfile(base.folder / file, out / file)
+            rewrite_tensors(out / file, changes[file])
+            continue
+        try:
+            os.link((base.folder / file).resolve(), out / file)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(base.folder / file, out / file)
     for place in carried_files(base.folder):
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / place, out / place)
 
 
-def _write_weights(
-    base: Checkpoint, delta: WeightDelta, scale: float, out: Path
-) -> dict[str, Tensor]:
-    """Copy the shards and add the delta; returns the entries as they were."""
-    originals: dict[str, Tensor] = {}
-
-    def add(name: str, tensor: Tensor) -> None:
-        dim, index = delta.slices[name]
-        originals[name] = take(tensor, dim, index)
-        put(tensor, dim, index, shifted(originals[name], delta.values[name], scale))
-
-    copy_weights(base, out, delta)
-    rewrite(base, out, delta, add)
-    return originals
+# ---------------------------------------------------------------------- the record
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)
+def read_record(edited: str | Path) -> dict[str, Any] | None:
+    """What `save_edited` noted in an edited folder, or None. Raises `CdeltaError` if damaged."""
+    path = Path(edited) / RECORD / EDIT
+    if not path.is_file():
+        return None
+    record = read_sealed(path, REMEDY)
+    if record.get("format") != EDIT_FORMAT:
+        raise CdeltaError(f"{path} was written by another version of cdelta: {REMEDY}.")
+    return record
 
 
 def _write_record(
-    base: Path, out: Path, originals: Mapping[str, Tensor], facts: Mapping[str, object]
+    base: Path,
+    out: Path,
+    delta: WeightDelta,
+    originals: Mapping[str, Tensor],
+    facts: Mapping[str, object],
 ) -> None:
     record = out / RECORD
     record.mkdir()
+    kept = carried_files(out)
     if (base / CARD).is_file():
         shutil.copyfile(base / CARD, record / BASE_CARD)
+        kept.append(Path(RECORD, BASE_CARD))
     if (base / RECORD).is_dir():
         shutil.copytree(base / RECORD, record / PREVIOUS)
-    save_file(
-        {name: entries.contiguous() for name, entries in originals.items()}, record / ORIGINAL
-    )
-    kept = [*carried_files(out), *(p.relative_to(out) for p in record.glob(BASE_CARD))]
+    save_file(dict(originals), record / ORIGINAL)
     content = {
         **facts,
+        "delta_hash": delta.hash(),
+        "mask_hash": delta.mask_hash(),
         "files": {str(place): file_hash(out / place) for place in kept},
         "format": EDIT_FORMAT,
         "cdelta": cdelta.__version__,
         "original_sha256": file_hash(record / ORIGINAL),
     }
     (record / EDIT).write_text(sealed(content), encoding="utf-8")
+
+
+def _original_entries(path: Path, sha256: str, delta: WeightDelta) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CdeltaError(f"{path} is missing: {LOST}.")
+    try:
+        if file_hash(path) != sha256:
+            raise ValueError("its checksum is another")
+        originals = load_file(path)
+        if originals.keys() != delta.values.keys():
+            raise ValueError("it holds other parameters")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error, LOST) from error
+    return originals
+
+
+# ---------------------------------------------------------------------- the model card
+
+
+def model_card(
+    delta: WeightDelta,
+    scale: float,
+    selectivity: Sequence[Mapping[str, object]],
+    base_folder: str | Path,
+) -> str:
+    """The README.md: what was done, how selective it is, how to check and undo it, its limits.
+
+    Args:
+        delta: its metadata names base, revision, licence, mask and category.
+        scale: the k that was applied.
+        selectivity: rows of a table of measurements, see `markdown_table`.
+        base_folder: whose licence entries the card's front matter repeats.
+    """
+    facts = delta.metadata
+    base, terms = str(facts.get("base") or "unknown"), licence(base_folder)
+    if facts.get("licence"):
+        terms.setdefault("license", str(facts["licence"]))
+    mask = facts.get("mask") or {}
+    words = f"{delta.count():,} parameters"
+    if isinstance(mask.get("fraction"), (int, float)):
+        words += f" ({100 * mask['fraction']:.2f} % of the model)"
+    if "heads" in mask and "neurons" in mask:
+        words += f": {mask['heads']} attention heads and {mask['neurons']} MLP neurons"
+    return render(
+        "card.md.j2",
+        front=({"base_model": base} if base.count("/") == 1 else {}) | terms,
+        title=base.rsplit("/", 1)[-1],
+        base=base,
+        revision=facts.get("base_revision"),
+        licence=terms.get("license_name") or terms.get("license"),
+        category=facts.get("category") or "one category",
+        mask=words,
+        scale=scale,
+        base_hash=str(facts.get("base_hash")),
+        mask_hash=delta.mask_hash(),
+        delta_hash=delta.hash(),
+        version=cdelta.__version__,
+        table=markdown_table(selectivity),
+    )

@@ -1,26 +1,25 @@
-"""Which base a delta belongs to: the hash of its stored bits, its public name and licence."""
+"""What a delta's folders say beside the numbers: which base it belongs to (the hash of its stored
+bits, its public name and licence), JSON under a checksum, model cards.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Mapping
+from typing import Mapping, Sequence
 
+import jinja2
 import torch
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
 from cdelta.errors import CdeltaError, first_line
-from cdelta.models.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from cdelta.models.checkpoint import Checkpoint, is_pointer
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-LFS_POINTER = b"version https://git-lfs"
-FACTS = ("base", "base_revision", "licence")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Entries of a model card's front matter that a derived model must repeat."""
 HASHED_AT_ONCE = 1 << 24
@@ -36,12 +35,19 @@ def model_hash(model_or_path) -> str:
     A checkpoint folder and the model loaded from it in its own dtype have the same hash, however
     the folder is cut into files; the model in another dtype has another.
     """
+    if isinstance(model_or_path, (str, Path)):
+        tensors = Checkpoint(model_or_path).parameters()
+    else:
+        tensors = iter(sorted(model_or_path.named_parameters()))
     digest = hashlib.sha256()
-    for name, tensor in _named_tensors(model_or_path):
+    for name, tensor in tensors:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         for chunk in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
             digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- names and licences
 
 
 def base_facts(model) -> dict[str, str | None]:
@@ -54,10 +60,9 @@ def base_facts(model) -> dict[str, str | None]:
     name = str(getattr(model.config, "_name_or_path", "") or "")
     if name and (Path(name) / "config.json").is_file():
         return {**folder_facts(name), "base_hash": model_hash(name)}
-    revision = getattr(model.config, "_commit_hash", None)
     return {
         "base": public_name(name)[0],
-        "base_revision": revision,
+        "base_revision": getattr(model.config, "_commit_hash", None),
         "licence": None,
         "base_hash": model_hash(model),
     }
@@ -71,14 +76,14 @@ def folder_facts(folder: str | Path) -> dict[str, str | None]:
 
 def published_facts(
     metadata: Mapping[str, object], folder: str | Path | None = None
-) -> dict[str, str | None]:
+) -> dict[str, object]:
     """`folder_facts` as a delta's metadata has them, else as its base's folder does."""
-    found = folder_facts(folder) if folder else dict.fromkeys(FACTS)
-    recorded = {key: metadata.get(key) for key in FACTS}
-    if recorded["base"]:
-        name, revision = public_name(str(recorded["base"]))
-        recorded |= {"base": name, "base_revision": recorded["base_revision"] or revision}
-    return {key: recorded[key] or found[key] for key in FACTS}
+    found = folder_facts(folder) if folder else {}
+    recorded = dict(metadata)
+    if metadata.get("base"):
+        recorded["base"], revision = public_name(str(metadata["base"]))
+        recorded["base_revision"] = metadata.get("base_revision") or revision
+    return {k: recorded.get(k) or found.get(k) for k in ("base", "base_revision", "licence")}
 
 
 def public_name(path_or_id: str | Path) -> tuple[str, str | None]:
@@ -104,23 +109,80 @@ def licence(folder: str | Path) -> dict[str, str]:
     return {key: str(metadata[key]) for key in LICENCE_KEYS if metadata.get(key)}
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether a file is the pointer that Git LFS leaves where the content was not fetched."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
+# ---------------------------------------------------------------------- JSON under a checksum
 
 
-def damaged(path: Path, reason: BaseException | str, remedy: str) -> CdeltaError:
+def damaged(path: Path, reason: BaseException, remedy: str) -> CdeltaError:
     """The error of a file that cannot be used, in one sentence."""
     if is_pointer(path):
         return CdeltaError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` there.")
     return CdeltaError(f"{path} is damaged ({first_line(reason)}): {remedy}.")
 
 
-def _named_tensors(model_or_path) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(model_or_path, (str, Path)):
-        return Checkpoint(model_or_path).parameters()
-    return iter(sorted(model_or_path.named_parameters()))
+def sealed(content: Mapping[str, object]) -> str:
+    """The text of a JSON file that holds `content` and its sha256, so that no bit of it can change
+    unnoticed.
+    """
+    digest = hashlib.sha256(_dump(content).encode()).hexdigest()
+    return _dump({**content, "sha256": digest})
+
+
+def read_sealed(path: Path, remedy: str, unsealed: Sequence[str] = ()) -> dict[str, object]:
+    """What the file holds beside its checksum; one of an `unsealed` format need not have one.
+
+    Raises `CdeltaError` for anything that `sealed` did not write.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        content.pop("sha256", None)
+        if content.get("format") not in unsealed and text != sealed(content):
+            raise ValueError("its checksum is another")
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error, remedy) from error
+    return content
+
+
+def _dump(content: Mapping[str, object]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+# ---------------------------------------------------------------------- texts
+
+
+def render(template: str, **values: object) -> str:
+    """A template of this package, filled in; a name that it lacks is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return environment.get_template(template).render(**values)
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as a table; fractions with three digits, and beside a value the interval that follows it
+    as ``low`` and ``high`` or ``NAME_low`` and ``NAME_high``.
+    """
+    shown = [_with_intervals(row) for row in rows]
+    if not shown:
+        return ""
+    lines = [list(shown[0]), ["---"] * len(shown[0]), *(list(row.values()) for row in shown)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _with_intervals(row: Mapping[str, object]) -> dict[str, str]:
+    shown, last = {}, ""
+    for name, value in row.items():
+        text = f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+        if name in ("low", f"{last}_low"):
+            shown[last] += f" [{text}, "
+        elif name in ("high", f"{last}_high"):
+            shown[last] += f"{text}]"
+        else:
+            shown[name], last = text, name
+    return shown

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from cdelta.delta.base import CARD, published_facts
-from cdelta.delta.card import markdown_table, render
+from cdelta.delta.base import CARD, markdown_table, published_facts, render
 from cdelta.delta.weight_delta import WeightDelta, put
 from cdelta.errors import CdeltaError
 from cdelta.files import new_folder
@@ -24,10 +25,11 @@ PREFIX = "base_model.model"
 
 
 class Factors(NamedTuple):
-    """One weight's change as ``b @ a``."""
+    """One weight's change as ``b @ a``, and the norm of what it misses."""
 
     a: Float[Tensor, "rank in"]
     b: Float[Tensor, "out rank"]
+    missed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,81 +69,70 @@ def export_lora(
     scale = delta.scale_or_own(scale)
     if rank is not None and rank < 1:
         raise CdeltaError(f"a LoRA's rank is at least 1, not {rank}.")
-    weights = sorted(name for name in delta.values if name.endswith(".weight"))
-    _check_expressible(delta, weights)
-    modules, missed, wanted = {}, {}, {}
-    for name in weights:
-        module = name.removesuffix(".weight")
-        modules[module], missed[module] = _factors(delta, name, rank)
-        wanted[module] = delta.values[name].double().norm().item()
-    tensors = _tensors(delta, modules, scale)
+    modules = {name: _factors(delta, name, rank) for name in _expressible(delta)}
+    norms = {name: delta.values[f"{name}.weight"].double().norm().item() for name in modules}
+    missed = math.hypot(*(factors.missed for factors in modules.values()))
     adapter = Adapter(
         folder=Path(out),
-        rank=max(factors.a.shape[0] for factors in modules.values()),
-        error=_ratio(_norm(missed.values()), _norm(wanted.values())),
-        errors={module: _ratio(missed[module], wanted[module]) for module in modules},
+        rank=max(len(factors.a) for factors in modules.values()),
+        error=missed / (math.hypot(*norms.values()) or 1.0),
+        errors={name: found.missed / (norms[name] or 1.0) for name, found in modules.items()},
     )
     with new_folder(out) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors")
-        ranks = {module: factors.a.shape[0] for module, factors in modules.items()}
-        config = json.dumps(_config(delta, ranks), indent=1, sort_keys=True)
+        save_file(_tensors(delta, modules, scale), folder / "adapter_model.safetensors")
+        config = json.dumps(_config(delta, modules, adapter.rank), indent=1, sort_keys=True)
         (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
         (folder / CARD).write_text(_card(delta, adapter, scale), encoding="utf-8")
     return adapter
 
 
-def _check_expressible(delta: WeightDelta, weights: list[str]) -> None:
+def _expressible(delta: WeightDelta) -> list[str]:
+    """The modules of the delta, sorted. Raises `CdeltaError` if a LoRA cannot express it."""
     shapes = delta.metadata.get("shapes") or {}
     if not all(name in shapes for name in delta.values):
         raise CdeltaError(
             "the delta does not record its parameters' shapes: "
             "fit it with this version of cdelta to export a LoRA."
         )
-    delta.check_shapes(shapes.get)
-    if not weights:
+    delta.check_shapes(shapes)
+    modules = [n.removesuffix(".weight") for n in sorted(delta.values) if n.endswith(".weight")]
+    if not modules:
         raise CdeltaError("the delta changes no weight: there is nothing to export as a LoRA.")
     for name in delta.values:
-        if not name.endswith(".weight") and name.removesuffix(".bias") + ".weight" not in weights:
+        if not name.endswith(".weight") and name.removesuffix(".bias") not in modules:
             raise CdeltaError(
                 f"{name} is edited without its weight: a LoRA cannot express that, "
                 "use cdelta apply."
             )
+    return modules
 
 
-def _factors(delta: WeightDelta, name: str, rank: int | None) -> tuple[Factors, float]:
-    """The factors of one weight, and the norm of what they miss."""
+def _factors(delta: WeightDelta, module: str, rank: int | None) -> Factors:
+    name = f"{module}.weight"
     (dim, index), values = delta.slices[name], delta.values[name]
+    selector = F.one_hot(index, delta.metadata["shapes"][name][dim]).float()
     if delta.metadata.get("conv1d"):  # stored [in, out]
         dim, values = 1 - dim, values.T
-    size = delta.metadata["shapes"][name][delta.slices[name][0]]
-    selector = torch.zeros(len(index), size)
-    selector[torch.arange(len(index)), index] = 1
     if rank is None:
-        return (Factors(values, selector.T) if dim == 0 else Factors(selector, values)), 0.0
+        return Factors(values, selector.T) if dim == 0 else Factors(selector, values)
     left, singular, right = torch.linalg.svd(values.double(), full_matrices=False)
     root = singular[:rank].sqrt()
     b, a = (left[:, :rank] * root).float(), (root[:, None] * right[:rank]).float()
     missed = (values.double() - b.double() @ a.double()).norm().item()
     b, a = (selector.T @ b, a) if dim == 0 else (b, a @ selector)
-    return Factors(_padded(a, 0, rank), _padded(b, 1, rank)), missed
-
-
-def _padded(factor: Tensor, dim: int, rank: int) -> Tensor:
-    """Zeros up to the rank, for modules with fewer masked rows."""
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim)
+    absent = rank - len(a)  # of modules with fewer masked rows
+    return Factors(F.pad(a, (0, 0, 0, absent)), F.pad(b, (0, absent)), missed)
 
 
 def _tensors(delta: WeightDelta, modules: Mapping[str, Factors], scale: float) -> dict[str, Tensor]:
     tensors = {}
-    for module, (a, b) in modules.items():
+    for module, (a, b, _) in modules.items():
         tensors[f"{PREFIX}.{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}.{module}.lora_B.weight"] = (b * scale).contiguous()
         if _has_biases(delta):
-            bias = torch.zeros(len(b))
-            if f"{module}.bias" in delta.values:
-                put(bias, *delta.slices[f"{module}.bias"], delta.values[f"{module}.bias"])
+            bias, name = torch.zeros(len(b)), f"{module}.bias"
+            if name in delta.values:
+                put(bias, *delta.slices[name], delta.values[name])
             tensors[f"{PREFIX}.{module}.lora_B.bias"] = bias * scale
     return tensors
 
@@ -150,20 +141,20 @@ def _has_biases(delta: WeightDelta) -> bool:
     return any(name.endswith(".bias") for name in delta.values)
 
 
-def _config(delta: WeightDelta, ranks: Mapping[str, int]) -> dict[str, object]:
-    facts, largest = published_facts(delta.metadata), max(ranks.values())
-    odd = {module: rank for module, rank in ranks.items() if rank != largest}
+def _config(delta: WeightDelta, modules: Mapping[str, Factors], rank: int) -> dict[str, object]:
+    facts = published_facts(delta.metadata)
+    odd = {module: len(found.a) for module, found in modules.items() if len(found.a) != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": facts["base"],
         "revision": facts["base_revision"],
         "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
+        "r": rank,
+        "lora_alpha": rank,
         "rank_pattern": odd,
         "alpha_pattern": odd,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(modules),
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": _has_biases(delta),
@@ -172,23 +163,14 @@ def _config(delta: WeightDelta, ranks: Mapping[str, int]) -> dict[str, object]:
 
 
 def _card(delta: WeightDelta, adapter: Adapter, scale: float) -> str:
-    facts = published_facts(delta.metadata)
-    rows = [{"module": "all", "relative error": adapter.error}]
-    rows += [{"module": name, "relative error": error} for name, error in adapter.errors.items()]
+    errors = {"all": adapter.error, **adapter.errors}
+    rows = [{"module": name, "relative error": error} for name, error in errors.items()]
     return render(
         "adapter.md.j2",
-        **facts,
+        **published_facts(delta.metadata),
         category=delta.metadata.get("category") or "one category",
         scale=scale,
         rank=adapter.rank,
         delta_hash=delta.hash(),
         table=markdown_table(rows),
     )
-
-
-def _norm(norms) -> float:
-    return sum(norm * norm for norm in norms) ** 0.5
-
-
-def _ratio(missed: float, wanted: float) -> float:
-    return missed / wanted if wanted else 0.0

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cdelta.circuit.circuit import is_block_parameter
-from cdelta.delta.apply import check_fits
-from cdelta.delta.weight_delta import WeightDelta, put, shifted, take
+from cdelta.delta.weight_delta import WeightDelta, take
 from cdelta.errors import CdeltaError
 from cdelta.models.checkpoint import Checkpoint
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+SCHEMES = ("bf16", "fp16", "int8", "int4", "q8_0", "q4_1")
 GROUP = 32
 """Neighbouring inputs that share a scale in int4, q8_0 and q4_1."""
 
@@ -46,79 +46,42 @@ class Codes(NamedTuple):
 
 def codes(weight: Float[Tensor, "out in"], scheme: str) -> Codes:
     """What `scheme` stores of a weight. Raises `CdeltaError` on an unknown scheme."""
-    if scheme not in _ROUNDING:
+    if scheme not in SCHEMES:
         raise CdeltaError(f"unknown quantisation {scheme!r}: use {', '.join(SCHEMES)}.")
-    return _ROUNDING[scheme](weight.float())
-
-
-def fake_quantised(weight: Float[Tensor, "out in"], scheme: str) -> Float[Tensor, "out in"]:
-    """fp32 values that the rounded weight stands for; see `codes`."""
-    return codes(weight, scheme).values()
-
-
-def _bf16(weight: Tensor) -> Codes:
-    return Codes(weight.to(torch.bfloat16).float().unsqueeze(1))
-
-
-def _fp16(weight: Tensor) -> Codes:
-    return Codes(weight.to(torch.float16).float().unsqueeze(1))
-
-
-def _int8(weight: Tensor) -> Codes:
-    return _symmetric(weight.unsqueeze(1), 8)
-
-
-def _int4(weight: Tensor) -> Codes:
-    """A row that `GROUP` does not divide is one group."""
-    return _symmetric(weight.unsqueeze(1) if weight.shape[1] % GROUP else _blocks(weight), 4)
-
-
-def _symmetric(groups: Tensor, bits: int) -> Codes:
-    scale = groups.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
+    one_group = scheme == "int8" or weight.shape[1] % GROUP != 0
+    groups = weight.float().unflatten(1, (-1, weight.shape[1] if one_group else GROUP))
+    if scheme == "bf16":
+        return Codes(groups.bfloat16().float())
+    if scheme == "fp16" or (one_group and scheme in ("q8_0", "q4_1")):
+        return Codes(groups.half().float())  # GGUF's converters, too, where blocks do not fit
+    if scheme == "q8_0":
+        return _q8_0(groups)
+    if scheme == "q4_1":
+        return _q4_1(groups)
+    limit = 2 ** (int(scheme.removeprefix("int")) - 1)
+    scale = groups.abs().amax(-1, keepdim=True) / (limit - 0.5)
     scale = scale.clamp(min=torch.finfo(torch.float32).eps)
-    limit = 2 ** (bits - 1)
     return Codes((groups / scale).round().clamp(-limit, limit - 1), scale)
 
 
-def _q8_0(weight: Tensor) -> Codes:
+def _q8_0(groups: Tensor) -> Codes:
     """Rounds halves away from zero, and stores the scale in 16 bits."""
-    if weight.shape[1] % GROUP:  # GGUF has no such block; its converters write 16 bits instead
-        return _fp16(weight)
-    groups = _blocks(weight)
     scale = groups.abs().amax(-1, keepdim=True) / 127
     size = (groups * _inverse(scale)).abs()
     numbers = groups.sign() * (size.floor() + (2 * (size - size.floor())).floor())
     return Codes(numbers, scale.half().float())
 
 
-def _q4_1(weight: Tensor) -> Codes:
+def _q4_1(groups: Tensor) -> Codes:
     """Sixteen levels from the smallest to the largest entry, both stored in 16 bits."""
-    if weight.shape[1] % GROUP:
-        return _fp16(weight)
-    groups = _blocks(weight)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
     scale = (high - low) / 15
     numbers = ((groups - low) * _inverse(scale) + 0.5).trunc().clamp(0, 15)
     return Codes(numbers, scale.half().float(), low.half().float())
 
 
-def _blocks(weight: Tensor) -> Tensor:
-    return weight.unflatten(1, (-1, GROUP))
-
-
 def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, 1 / scale)
-
-
-_ROUNDING: Mapping[str, Callable[[Tensor], Codes]] = {
-    "bf16": _bf16,
-    "fp16": _fp16,
-    "int8": _int8,
-    "int4": _int4,
-    "q8_0": _q8_0,
-    "q4_1": _q4_1,
-}
-SCHEMES = tuple(_ROUNDING)
 
 
 @contextmanager
@@ -127,20 +90,21 @@ def quantised(model, scheme: str) -> Iterator[None]:
 
     They are also after an exception.
     """
-    linear = [
-        module
+    old = {
+        module: module.weight.data
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and is_block_parameter(f"{name}.weight")
-    ]
-    old = [module.weight.data for module in linear]
+    }
     try:
-        for module, weight in zip(linear, old, strict=True):
-            flip = isinstance(module, Conv1D)  # stored [in, out]
-            rounded = fake_quantised(weight.T if flip else weight, scheme)
-            module.weight.data = (rounded.T if flip else rounded).to(weight.dtype).contiguous()
+        for module, weight in old.items():
+            if isinstance(module, Conv1D):  # stored [in, out]
+                rounded = codes(weight.T, scheme).values().T
+            else:
+                rounded = codes(weight, scheme).values()
+            module.weight.data = rounded.to(weight.dtype).contiguous()
         yield
     finally:
-        for module, weight in zip(linear, old, strict=True):
+        for module, weight in old.items():
             module.weight.data = weight
 
 
@@ -160,14 +124,14 @@ def quantisation_survival(
     """
     scale = delta.scale_or_own(scale)
     base = Checkpoint(base_path)
-    check_fits(base, delta)
+    delta.check_shapes(base.shapes)
     totals: dict[str, Counter] = {scheme: Counter() for scheme in schemes}
     for name in (n for n in delta.values if n.endswith(".weight")):
         dim, index = delta.slices[name]
         wanted = delta.values[name] * scale
         old = base.get(base.key_of[name]).float()
         new = old.clone()
-        put(new, dim, index, shifted(take(old, dim, index), delta.values[name], scale))
+        delta.add_to(name, new, scale)
         if delta.metadata.get("conv1d"):  # stored [in, out]
             old, new, wanted, dim = old.T, new.T, wanted.T, 1 - dim
         for scheme in schemes:

@@ -9,14 +9,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
 import torch
 
-from cdelta.delta.apply import EDIT, ORIGINAL, RECORD, carried_files, check_fits, read_record
-from cdelta.delta.base import CARD
-from cdelta.delta.storage import METADATA
-from cdelta.delta.weight_delta import WeightDelta, put, shifted, take
+from cdelta.delta.apply import EDIT, ORIGINAL, RECORD, carried_files, read_record, runtime_files
+from cdelta.delta.weight_delta import METADATA, WeightDelta, put, shifted, take
 from cdelta.files import file_hash
 from cdelta.models.checkpoint import INDEX, Checkpoint
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 ENTRIES_AT_ONCE = 1 << 20
 """Entries of a tensor that are compared at once: about 25 MB with everything around them."""
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def verify(
     Raises `CdeltaError` on damaged files or a delta of another model; differences are reported.
     """
     first, second = Checkpoint(base), Checkpoint(edited)
-    check_fits(first, delta)
+    delta.check_shapes(first.shapes)
     if not force:
         delta.check_base(first.folder)
     record = read_record(edited)
@@ -100,10 +97,7 @@ def verify(
         scale = float(record["scale"])
     scale = delta.scale_or_own(scale)
     problems = [*_file_problems(first, second), *_record_problems(second.folder, record, delta)]
-    counts = Counter()
-    name_of = {key: name for name, key in first.key_of.items()}
-    for key in sorted(first.file_of.keys() & second.file_of.keys()):
-        counts += _compared(first, second, key, delta, name_of.get(key, ""), scale, problems)
+    counts = _compare_tensors(first, second, delta, scale, problems)
     return VerifyReport(
         scale,
         n_params=sum(map(prod, first.shapes.values())),
@@ -122,8 +116,9 @@ def verify(
 def _file_problems(first: Checkpoint, second: Checkpoint) -> Iterator[str]:
     for key in sorted(first.file_of.keys() ^ second.file_of.keys()):
         yield f"the tensor {key} is only in {(first if key in first.file_of else second).folder}."
+    ours = set(carried_files(first.folder))
+    theirs = set(runtime_files(second.folder)) - set(map(Path, second.shards))
     same_layout = first.shards == second.shards
-    ours, theirs = set(carried_files(first.folder)), set(_all_files(second))
     if not same_layout:  # the same edit, saved in other files
         ours, theirs = ours - {Path(INDEX)}, theirs - {Path(INDEX)}
     for place in sorted(ours):
@@ -137,15 +132,6 @@ def _file_problems(first: Checkpoint, second: Checkpoint) -> Iterator[str]:
             yield f"the header of {file} differs from the base's."
 
 
-def _all_files(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Everything that a runtime might read, but the shards themselves and the model card."""
-    for path in checkpoint.folder.rglob("*"):
-        place = path.relative_to(checkpoint.folder)
-        own = place.parts[0] in (RECORD, CARD) or str(place) in checkpoint.shards
-        if path.is_file() and not own and not any(part.startswith(".") for part in place.parts):
-            yield place
-
-
 def _header(path: Path) -> bytes:
     """The length and the JSON at the beginning of a safetensors file."""
     with path.open("rb") as file:
@@ -153,15 +139,16 @@ def _header(path: Path) -> bytes:
         return size + file.read(int.from_bytes(size, "little"))
 
 
-def _record_problems(edited: Path, record: dict | None, delta: WeightDelta) -> Iterator[str]:
+def _record_problems(
+    edited: Path, record: dict[str, Any] | None, delta: WeightDelta
+) -> Iterator[str]:
     if record is None:
         return
     if record["delta_hash"] != delta.hash():
         yield f"{EDIT} records another delta than the given one."
-    original = edited / RECORD / ORIGINAL
+    original, beside = edited / RECORD / ORIGINAL, edited / RECORD / "delta"
     if not original.is_file() or file_hash(original) != record["original_sha256"]:
         yield f"{ORIGINAL} is missing or damaged: the edit can no longer be reverted exactly."
-    beside = edited / RECORD / "delta"
     if (beside / METADATA).is_file() and WeightDelta.load(beside).hash() != delta.hash():
         yield f"the delta in {beside} is another than the given one."
 
@@ -169,85 +156,58 @@ def _record_problems(edited: Path, record: dict | None, delta: WeightDelta) -> I
 # ---------------------------------------------------------------------- tensors
 
 
-def _compared(
-    first: Checkpoint,
-    second: Checkpoint,
-    key: str,
-    delta: WeightDelta,
-    name: str,
-    scale: float,
-    problems: list[str],
+def _compare_tensors(
+    first: Checkpoint, second: Checkpoint, delta: WeightDelta, scale: float, problems: list[str]
 ) -> Counter:
-    """Counts of one tensor; what is wrong with it is added to `problems`."""
-    files = [c.folder / c.file_of[key] for c in (first, second)]
-    if os.path.samefile(*files) and name not in delta.values:
-        return Counter()
-    old, new = (c.open(c.file_of[key]).get_slice(key) for c in (first, second))
-    kind, other_kind = _kind(old), _kind(new)
-    if kind != other_kind:
-        problems.append(f"{key} is {other_kind} instead of {kind}.")
-        return Counter()
-    counts = Counter()
-    for start, stop in _row_blocks(old.get_shape()):
-        part = _delta_rows(delta, name, start, stop)
-        counts += _compared_rows(_read(old, start, stop), _read(new, start, stop), part, scale)
-    if counts["outside"]:
-        problems.append(f"{key}: {counts['outside']:,} entries outside the mask changed.")
-    if counts["inside"]:
-        problems.append(f"{key}: {counts['inside']:,} entries are not base + k·delta.")
+    """Counts of all tensors together; what is wrong with one is added to `problems`."""
+    counts: Counter = Counter()
+    name_of = {key: name for name, key in first.key_of.items()}
+    for key in sorted(first.file_of.keys() & second.file_of.keys()):
+        name, views = name_of.get(key, ""), [first.view(key), second.view(key)]
+        kind, other = (f"{view.get_dtype()} {tuple(view.get_shape())}" for view in views)
+        files = [checkpoint.folder / checkpoint.file_of[key] for checkpoint in (first, second)]
+        if kind != other:
+            problems.append(f"{key} is {other} instead of {kind}.")
+        elif name in delta.values or not os.path.samefile(*files):
+            found = sum(_blocks(*views, delta, name, scale), Counter())
+            if found["outside"]:
+                problems.append(f"{key}: {found['outside']:,} entries outside the mask changed.")
+            if found["inside"]:
+                problems.append(f"{key}: {found['inside']:,} entries are not base + k·delta.")
+            counts += found
     return counts
 
 
-def _kind(view) -> str:
-    return f"{view.get_dtype()} {tuple(view.get_shape())}"
-
-
-def _read(view, start: int, stop: int) -> Tensor:
-    """Rows of a tensor on disk; a number without axes is one row."""
-    return view[start:stop] if view.get_shape() else view[...].reshape(1)
-
-
-def _row_blocks(shape: list[int]) -> Iterator[tuple[int, int]]:
-    shape = shape or [1]
-    step = max(1, ENTRIES_AT_ONCE // max(1, prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
-
-
-Part = tuple[int, "Tensor", "Tensor"]
-"""(axis, indices, values) of a delta on some rows of a parameter."""
-
-
-def _delta_rows(delta: WeightDelta, name: str, start: int, stop: int) -> Part | None:
-    if name not in delta.values:
-        return None
-    (dim, index), values = delta.slices[name], delta.values[name]
-    if dim:
-        return dim, index, values[start:stop]
-    first, last = torch.searchsorted(index, torch.tensor([start, stop])).tolist()
-    return dim, index[first:last] - start, values[first:last]
-
-
-def _compared_rows(old: Tensor, new: Tensor, part: Part | None, scale: float) -> Counter:
-    if part is None:
-        return Counter(outside=_n_different(old, new))
-    dim, index, values = part
-    before, after = take(old, dim, index), take(new, dim, index)
-    wanted = shifted(before, values, scale)
-    put(new, dim, index, before)
-    meant = values * scale != 0
-    return Counter(
-        outside=_n_different(old, new),
-        inside=_n_different(wanted, after),
-        nonzero=int(meant.sum()),
-        survived=int((meant & _different(before, after)).sum()),
-    )
+def _blocks(old, new, delta: WeightDelta, name: str, scale: float) -> Iterator[Counter]:
+    """Counts of a few rows of a tensor after the other; a number without axes is one row."""
+    rows, *width = old.get_shape() or [1]
+    step = max(1, ENTRIES_AT_ONCE // max(1, prod(width)))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        before, after = (
+            view[start:stop] if view.get_shape() else view[...].reshape(1) for view in (old, new)
+        )
+        if name not in delta.values:
+            yield Counter(outside=int(_different(before, after).sum()))
+            continue
+        (dim, index), values = delta.slices[name], delta.values[name]
+        if dim:
+            values = values[start:stop]
+        else:
+            here = (index >= start) & (index < stop)
+            index, values = index[here] - start, values[here]
+        was, now = take(before, dim, index), take(after, dim, index)
+        put(after, dim, index, was)
+        meant = values * scale != 0
+        yield Counter(
+            outside=int(_different(before, after).sum()),
+            inside=int(_different(shifted(was, values, scale), now).sum()),
+            nonzero=int(meant.sum()),
+            survived=int((meant & _different(was, now)).sum()),
+        )
 
 
 def _different(first: Tensor, second: Tensor) -> Tensor:
-    integer = INTEGERS[first.element_size()]
-    return first.contiguous().view(integer) != second.contiguous().view(integer)
-
-
-def _n_different(first: Tensor, second: Tensor) -> int:
-    return int(_different(first, second).sum())
+    """Entries whose bits differ."""
+    bits = getattr(torch, f"int{8 * first.element_size()}")
+    return first.contiguous().view(bits) != second.contiguous().view(bits)

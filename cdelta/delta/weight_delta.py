@@ -1,16 +1,22 @@
-"""The weight delta ΔΘ_C: fp32 values on a parameter mask, arithmetic, bit-exact application."""
+"""The weight delta ΔΘ_C: fp32 values on a parameter mask, arithmetic, bit-exact application.
+
+On disk it is safetensors and JSON, both under checksums, so that no bit of either can change
+unnoticed; no pickle.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cdelta.circuit.circuit import (
     ParameterMask,
@@ -20,16 +26,33 @@ from cdelta.circuit.circuit import (
     slices_hash,
     union_slices,
 )
-from cdelta.delta.base import WrongBase, model_hash
-from cdelta.delta.storage import read_delta, write_delta
+from cdelta.delta.base import WrongBase, damaged, model_hash, read_sealed, sealed
 from cdelta.errors import CdeltaError
+from cdelta.files import file_hash, new_folder
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
 
-ShapeOf = Callable[[str], "Sequence[int] | None"]
-"""Shape of a model's parameter by its name; None where it has none of that name."""
+WEIGHTS, METADATA = "delta.safetensors", "delta.json"
+FORMAT, UNSEALED_FORMAT = "cdelta.delta.2", "cdelta.delta.1"
+"""What `WeightDelta.save` writes, and what it wrote before there were checksums."""
+REMEDY = "copy or fit the weight delta again"
+KINDS = {
+    "base": str,
+    "base_hash": str,
+    "base_revision": str,
+    "licence": str,
+    "category": str,
+    "k": int | float,
+    "conv1d": bool,
+    "mask": dict,
+    "shapes": dict,
+}
+"""Types of the metadata that this package reads; each may be absent or null."""
+OVERLAPS = ("sum", "mean", "largest", "elect")
+"""What an entry gets from its owners' values: their ``sum``; their ``mean``; the one of ``largest``
+magnitude (of opposite equals the positive one); or, as TIES does (arXiv 2306.01708, section 3),
+``elect``: the mean of those whose sign is the sum's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +68,7 @@ class WeightDelta:
     """Parameter name -> fp32 values."""
     slices: Slices
     """Parameter name -> (axis, sorted indices along it)."""
-    metadata: Mapping[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """JSON: base, its hash and licence, mask, category, chosen k, seeds, settings, versions."""
 
     def __post_init__(self) -> None:
@@ -66,7 +89,7 @@ class WeightDelta:
     ) -> WeightDelta:
         """The delta that changes nothing, on `mask`."""
         values = {
-            name: torch.zeros(slice_shape(mask.shapes[name], dim, index))
+            name: torch.zeros(_slice_shape(mask.shapes[name], dim, index))
             for name, (dim, index) in mask.slices.items()
         }
         return cls(values, mask.slices, metadata or {})
@@ -74,11 +97,47 @@ class WeightDelta:
     @classmethod
     def load(cls, folder: str | Path) -> WeightDelta:
         """Read what `save` wrote. Raises `CdeltaError` for a folder that is none or is damaged."""
-        return cls(*read_delta(Path(folder)))
+        weights, facts = Path(folder) / WEIGHTS, Path(folder) / METADATA
+        if not weights.is_file() or not facts.is_file():
+            raise CdeltaError(
+                f"{folder} holds no weight delta: expected {WEIGHTS} and {METADATA} in it."
+            )
+        header: dict[str, Any] = read_sealed(facts, REMEDY, [UNSEALED_FORMAT])
+        try:
+            sealed_one = header.get("format") != UNSEALED_FORMAT
+            if sealed_one and header.get("weights_sha256") != file_hash(weights):
+                raise ValueError("its checksum is another")
+            dims, metadata = header["dims"], header["metadata"]
+            _check_header(dims, metadata)
+            with safe_open(weights, framework="pt") as file:
+                values = {name: file.get_tensor(f"values/{name}") for name in dims}
+                slices = {name: (dims[name], file.get_tensor(f"index/{name}")) for name in dims}
+            for name, (_, index) in slices.items():
+                _check_tensors(values[name], index)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(weights, error, REMEDY) from error
+        return cls(values, slices, metadata)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `delta.safetensors` and `delta.json` into a new folder, atomically."""
-        write_delta(self.values, self.slices, self.metadata, Path(folder))
+        """Write `delta.safetensors` and `delta.json` into a new folder, atomically; byte for byte
+        the same for equal deltas.
+
+        Raises `CdeltaError` for values that are not finite, and for a folder that is there already
+        or cannot be written.
+        """
+        if not all(torch.isfinite(value).all() for value in self.values.values()):
+            raise CdeltaError("the weight delta holds values that are not finite: fit it again.")
+        tensors = {f"values/{name}": value.contiguous() for name, value in self.values.items()}
+        tensors |= {f"index/{name}": index.contiguous() for name, (_, index) in self.slices.items()}
+        with new_folder(folder) as partial:
+            save_file(dict(sorted(tensors.items())), partial / WEIGHTS)
+            content = {
+                "format": FORMAT,
+                "dims": {name: dim for name, (dim, _) in self.slices.items()},
+                "metadata": self.metadata,
+                "weights_sha256": file_hash(partial / WEIGHTS),
+            }
+            (partial / METADATA).write_text(sealed(content), encoding="utf-8")
         return Path(folder)
 
     # ------------------------------------------------------------------ algebra
@@ -89,19 +148,19 @@ class WeightDelta:
     def __sub__(self, other: WeightDelta) -> WeightDelta:
         return self + -other
 
+    def __neg__(self) -> WeightDelta:
+        return -1.0 * self
+
     def __mul__(self, factor: float) -> WeightDelta:
         check_scale(factor)
-        return self._with({name: value * factor for name, value in self.values.items()})
+        return replace(self, values={name: v * factor for name, v in self.values.items()})
 
     __rmul__ = __mul__
-
-    def __neg__(self) -> WeightDelta:
-        return self._with({name: -value for name, value in self.values.items()})
 
     def scaled_by_layer(self, scales: Mapping[int, float]) -> WeightDelta:
         """Each layer's values times its own scale; layers without one keep 1."""
         factors = {name: check_scale(scales.get(layer_of(name), 1.0)) for name in self.values}
-        return self._with({name: value * factors[name] for name, value in self.values.items()})
+        return replace(self, values={name: v * factors[name] for name, v in self.values.items()})
 
     def restrict(self, mask: ParameterMask) -> WeightDelta:
         """The part on the entries of `mask`."""
@@ -149,21 +208,21 @@ class WeightDelta:
 
     def with_metadata(self, **entries: object) -> WeightDelta:
         """The same values with more metadata."""
-        return WeightDelta(self.values, self.slices, {**self.metadata, **entries})
+        return replace(self, metadata={**self.metadata, **entries})
 
     # ------------------------------------------------------------------ on a model
 
-    def check_shapes(self, shape_of: ShapeOf) -> None:
+    def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise `WrongBase` unless every slice fits the model with these parameter shapes."""
-        shapes = self.metadata.get("shapes") or {}
+        own = self.metadata.get("shapes") or {}
         for name, (dim, index) in self.slices.items():
-            shape = shape_of(name)
+            shape = shapes.get(name)
             if (
                 shape is None
-                or list(shapes.get(name, shape)) != list(shape)
+                or list(own.get(name, shape)) != list(shape)
                 or dim >= len(shape)
                 or index.max() >= shape[dim]
-                or tuple(self.values[name].shape) != slice_shape(shape, dim, index)
+                or tuple(self.values[name].shape) != _slice_shape(shape, dim, index)
             ):
                 raise WrongBase(
                     f"the delta does not fit this model (parameter {name}): "
@@ -172,8 +231,7 @@ class WeightDelta:
 
     def check_base(self, model_or_path) -> str:
         """The model's content hash. Raises `WrongBase` unless the delta was made for it."""
-        expected = self.metadata.get("base_hash")
-        own = model_hash(model_or_path)
+        expected, own = self.metadata.get("base_hash"), model_hash(model_or_path)
         if expected != own:
             name = self.metadata.get("base") or "an unknown model"
             raise WrongBase(
@@ -182,29 +240,34 @@ class WeightDelta:
             )
         return own
 
+    def add_to(self, name: str, tensor: Tensor, scale: float) -> Tensor:
+        """Add ``scale × values`` to the parameter of that name, in place; its entries as they were.
+
+        The sum is formed in fp32 and rounded once to the parameter's dtype.
+        """
+        dim, index = self.slices[name]
+        old = take(tensor, dim, index)
+        put(tensor, dim, index, shifted(old, self.values[name], scale))
+        return old
+
     @contextmanager
     def applied(self, model, scale: float = 1.0) -> Iterator[None]:
         """Add ``scale × values`` to the model's weights; on exit the old bits are back.
 
-        They are also after an exception, and uses nest. The sum is formed in fp32 and rounded once
-        to the parameter's dtype, as `delta.apply.save_edited` does.
+        They are also after an exception, and uses nest. The bits are those that
+        `delta.apply.save_edited` writes.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.check_shapes(lambda name: parameters[name].shape if name in parameters else None)
+        self.check_shapes({name: parameter.shape for name, parameter in parameters.items()})
         check_scale(scale)
         old: dict[str, Tensor] = {}
         try:
-            for name, (dim, index) in self.slices.items():
-                weight = parameters[name].data
-                old[name] = take(weight, dim, index)
-                put(weight, dim, index, shifted(old[name], self.values[name], scale))
+            for name in self.values:
+                old[name] = self.add_to(name, parameters[name].data, scale)
             yield
         finally:
             for name, values in old.items():
                 put(parameters[name].data, *self.slices[name], values)
-
-    def _with(self, values: Mapping[str, Tensor]) -> WeightDelta:
-        return WeightDelta(values, self.slices, self.metadata)
 
 
 # ---------------------------------------------------------------------- several deltas
@@ -226,7 +289,7 @@ def combine(deltas: Sequence[WeightDelta], overlap: str = "sum") -> WeightDelta:
 
     Args:
         deltas: all of one base.
-        overlap: a key of `OVERLAPS`; settles entries that several deltas own.
+        overlap: one of `OVERLAPS`; settles entries that several deltas own.
 
     Raises `CdeltaError` for no delta or an unknown rule, `WrongBase` for different bases.
     """
@@ -241,72 +304,78 @@ def combine(deltas: Sequence[WeightDelta], overlap: str = "sum") -> WeightDelta:
         )
     slices = reduce(union_slices, [d.slices for d in deltas])
     values = {}
-    for name, where in slices.items():
+    for name, (dim, index) in slices.items():
         owners = [delta for delta in deltas if name in delta.values]
-        values[name] = _combined(name, where, owners, OVERLAPS[overlap])
+        shape = _slice_shape(owners[0].values[name].shape, dim, index)
+        owned = torch.zeros(len(owners), *shape, dtype=torch.float64)
+        n_owners = torch.zeros_like(owned[0])
+        for part, delta in zip(owned, owners, strict=True):
+            rows = torch.searchsorted(index, delta.slices[name][1])
+            own = delta.values[name].double()
+            put(part, dim, rows, own)
+            n_owners.index_add_(dim, rows, torch.ones_like(own))
+        values[name] = _settled(owned.sort(0).values, n_owners, overlap).float()
     return WeightDelta(values, slices, _agreed([d.metadata for d in deltas]))
 
 
-def _combined(
-    name: str, where: tuple[int, Tensor], owners: Sequence[WeightDelta], rule: Overlap
-) -> Tensor:
-    dim, index = where
-    shape = slice_shape(owners[0].values[name].shape, dim, index)
-    values = torch.zeros(len(owners), *shape, dtype=torch.float64)
-    n_owners = torch.zeros_like(values[0])
-    for part, delta in zip(values, owners, strict=True):
-        rows = torch.searchsorted(index, delta.slices[name][1])
-        own = delta.values[name].double()
-        put(part, dim, rows, own)
-        n_owners.index_add_(dim, rows, torch.ones_like(own))
-    return rule(values.sort(0).values, n_owners).float()
+def _settled(owned: Tensor, n_owners: Tensor, overlap: str) -> Tensor:
+    """One value for each entry, from its sorted values of all owners (0 where one does not own it)
+    and their number.
+    """
+    total = owned.sum(0)
+    if overlap == "sum":
+        return total
+    if overlap == "mean":
+        return total / n_owners
+    if overlap == "largest":
+        low, high = owned.amin(0), owned.amax(0)
+        return torch.where(high >= -low, high, low)
+    agree = (owned.sign() == total.sign()) & (owned != 0)
+    return (owned * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
-def _sum(values: Tensor, n_owners: Tensor) -> Tensor:
-    return values.sum(0)
-
-
-def _mean(values: Tensor, n_owners: Tensor) -> Tensor:
-    return values.sum(0) / n_owners
-
-
-def _largest(values: Tensor, n_owners: Tensor) -> Tensor:
-    low, high = values.amin(0), values.amax(0)
-    return torch.where(high >= -low, high, low)
-
-
-def _elected(values: Tensor, n_owners: Tensor) -> Tensor:
-    agree = (values.sign() == values.sum(0).sign()) & (values != 0)
-    return (values * agree).sum(0) / agree.sum(0).clamp(min=1)
-
-
-Overlap = Callable[
-    ["Float[Tensor, 'owner *entry']", "Float[Tensor, '*entry']"], "Float[Tensor, '*entry']"
-]
-"""From sorted values of all owners (0 where one does not own the entry) and their number."""
-OVERLAPS: Mapping[str, Overlap] = {
-    "sum": _sum,
-    "mean": _mean,
-    "largest": _largest,
-    "elect": _elected,
-}
-"""What an entry gets from its owners' values: their ``sum``; their ``mean``; the one of ``largest``
-magnitude (of opposite equals the positive one); or, as TIES does (arXiv 2306.01708, section 3),
-``elect``: the mean of those whose sign is the sum's."""
-
-
-def _agreed(metadata: Sequence[Mapping[str, object]]) -> dict[str, object]:
+def _agreed(metadata: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     """What all deltas say alike, and the shapes of all their parameters."""
     first, *rest = metadata
-    missing = object()
     shared = {
         key: value
         for key, value in first.items()
-        if all(facts.get(key, missing) == value for facts in rest)
+        if all(key in facts and facts[key] == value for facts in rest)
     }
     if all(facts.get("shapes") for facts in metadata):
         shared["shapes"] = {name: n for facts in metadata for name, n in facts["shapes"].items()}
     return shared
+
+
+# ---------------------------------------------------------------------- what a file may hold
+
+
+def _check_header(dims: Any, metadata: Any) -> None:
+    """Raise ValueError unless `dims` maps parameters to axes, and the metadata have their types."""
+    axes = dims.values() if isinstance(dims, dict) else ()
+    if not axes or not all(type(dim) is int and dim >= 0 for dim in axes):
+        raise ValueError("dims does not map parameters to axes")
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata is no object")
+    for key, kind in KINDS.items():
+        value = metadata.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{key} is {value!r:.50}")
+    if not math.isfinite(metadata.get("k") or 0.0):
+        raise ValueError("k is not finite")
+    for name, shape in (metadata.get("shapes") or {}).items():
+        if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(f"the shape of {name} is {shape!r:.50}")
+
+
+def _check_tensors(value: Tensor, index: Tensor) -> None:
+    """Raise ValueError unless values are finite and indices sorted, unique and not negative."""
+    if value.dtype != torch.float32 or not torch.isfinite(value).all():
+        raise ValueError("values are not finite fp32 numbers")
+    if index.dtype != torch.int64 or index.dim() != 1 or not len(index):
+        raise ValueError("indices are not a row of integers")
+    if index[0] < 0 or not (index.diff() > 0).all():
+        raise ValueError("indices are not sorted")
 
 
 # ---------------------------------------------------------------------- slices of tensors
@@ -338,6 +407,6 @@ def shifted(old: Tensor, value: Tensor, scale: float) -> Tensor:
     return torch.where(change == 0, old, (old.float() + change).to(old.dtype))
 
 
-def slice_shape(shape: Sequence[int], dim: int, index: Tensor) -> tuple[int, ...]:
+def _slice_shape(shape: Sequence[int], dim: int, index: Tensor) -> tuple[int, ...]:
     """Shape of ``index_select(dim, index)`` of a tensor of this shape."""
     return (*shape[:dim], len(index), *shape[dim + 1 :])

@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta import apply
-from cdelta.delta.apply import save_edited
+from cdelta.delta.apply import revert, save_edited
 from cdelta.delta.base import WrongBase
-from cdelta.delta.revert import revert
 from cdelta.delta.verify import verify
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError

@@ -6,7 +6,7 @@ from edits import mask_of, random_delta
 from huggingface_hub.repocard import metadata_load
 
 from cdelta.delta.apply import read_record, save_edited
-from cdelta.delta.card import markdown_table
+from cdelta.delta.base import markdown_table
 from cdelta.delta.weight_delta import compose
 from cdelta.errors import CdeltaError
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdelta.delta.base import WrongBase, model_hash
-from cdelta.delta.storage import METADATA, WEIGHTS
-from cdelta.delta.weight_delta import OVERLAPS, WeightDelta, combine, compose
+from cdelta.delta.weight_delta import METADATA, OVERLAPS, WEIGHTS, WeightDelta, combine, compose
 from cdelta.errors import CdeltaError
 from cdelta.files import new_folder
 

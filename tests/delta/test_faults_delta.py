@@ -11,13 +11,11 @@ from huggingface_hub.repocard import metadata_load
 
 from cdelta import fit_delta, load_model
 from cdelta.cli import main
-from cdelta.delta.apply import read_record, save_edited
+from cdelta.delta.apply import read_record, revert, save_edited
 from cdelta.delta.base import WrongBase, public_name
 from cdelta.delta.lora import export_lora
-from cdelta.delta.revert import revert
-from cdelta.delta.storage import METADATA, WEIGHTS
 from cdelta.delta.verify import verify
-from cdelta.delta.weight_delta import WeightDelta
+from cdelta.delta.weight_delta import METADATA, WEIGHTS, WeightDelta
 from cdelta.errors import CdeltaError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{0}\nsize 12345\n".format(

@@ -17,13 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cdelta.delta.apply import read_record, save_edited
-from cdelta.delta.card import model_card
+from cdelta.delta.apply import model_card, read_record, revert, save_edited
 from cdelta.delta.lora import export_lora
-from cdelta.delta.revert import revert
-from cdelta.delta.storage import METADATA, WEIGHTS
 from cdelta.delta.verify import verify
-from cdelta.delta.weight_delta import WeightDelta, compose
+from cdelta.delta.weight_delta import METADATA, WEIGHTS, WeightDelta, compose
 from cdelta.errors import CdeltaError
 
 TRIALS = int(os.environ.get("CDELTA_FUZZ", 150))
@@ -62,7 +59,7 @@ def used(folder: Path) -> str:
     """Load a delta and do with it what commands do; the error's text, or "" if all went well."""
     try:
         delta = WeightDelta.load(folder)
-        model_card(delta, delta.k)
+        model_card(delta, delta.k, [], folder)
         compose([delta, delta])
         with tempfile.TemporaryDirectory() as scratch:
             export_lora(delta, Path(scratch) / "lora")

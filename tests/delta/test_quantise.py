@@ -5,10 +5,15 @@ import torch
 import toys
 from edits import random_delta, same_weights, weights
 
-from cdelta.delta.quantise import SCHEMES, fake_quantised, quantisation_survival, quantised
+from cdelta.delta.quantise import SCHEMES, codes, quantisation_survival, quantised
 from cdelta.errors import CdeltaError
 
 WEIGHT = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+
+
+def fake_quantised(weight: torch.Tensor, scheme: str) -> torch.Tensor:
+    """fp32 values that the rounded weight stands for."""
+    return codes(weight, scheme).values()
 
 
 @pytest.mark.parametrize("scheme, bits, width", [("int8", 8, 64), ("int4", 4, 32)])
