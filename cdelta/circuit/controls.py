@@ -142,7 +142,8 @@ def dense_mask(spec: ModelSpec) -> ParameterMask:
 
 def whole_layers(spec: ModelSpec, mask: ParameterMask) -> ParameterMask:
     """All linear layers of the blocks that the mask touches (SafeTune's layer masks)."""
-    return ParameterMask.from_units(spec, all_units(spec, mask.sizes_by(layer_of)))
+    layers = {layer_of(name) for name in mask.slices}
+    return ParameterMask.from_units(spec, all_units(spec, layers))
 
 
 def whole_tensors(mask: ParameterMask) -> ParameterMask:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -158,8 +158,8 @@ def evaluate(
     total = torch.zeros(len(circuits) + 2, len(pairs), 2, dtype=torch.float64)
     with torch.no_grad():
         if True in by_edge:
-            keep = [kept_edges(spec, circuit) ^ ablate for circuit in circuits]
-            values_of = partial(edge_values, model, spec, keep)
+            edges = [kept_edges(spec, circuit) ^ ablate for circuit in circuits]
+            values_of: Callable = partial(edge_values, model, spec, edges)
         else:
             kept = kept_channels(spec, circuits)
             keep = {kind: channels ^ ablate for kind, channels in kept.items()}

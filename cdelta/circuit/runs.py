@@ -61,7 +61,7 @@ class UnitRuns:
         self, model, keep: Mapping[str, Tensor], outside: str, todo: Sequence[Batch], rows: int
     ):
         self.model, self.keep, self.rows = model, keep, rows
-        self.projections = {}
+        self.projections: dict = {}
         for layer, block in enumerate(ModelSpec.from_model(model).blocks(model)):
             self.projections |= {("attn", layer): block.o, ("mlp", layer): block.down}
         self.fixed: dict = {}
@@ -150,6 +150,7 @@ class EdgePass(SourceDifferences):
         self, model, spec: ModelSpec, batch: Batch, metric, keep: Bool[Tensor, "source reader"]
     ):
         self.outside, final = ~keep, Wiring(spec).logits()
+        self.stream: Tensor
         with hooked(before(spec.final_norm(model), partial(self._read, final, len(keep)))):
             super().__init__(model, spec, batch, metric)
 
