@@ -39,8 +39,8 @@ for position, stage in enumerate(STAGES):
             fingerprint=fingerprint(stage.name, preset),
         threads: threads_of_a_stage
         resources:
-            mem_mb=preset.resources.memory_mb,
-            gpus=preset.resources.gpus,
+            mem_mb=lambda wildcards, attempt: attempt * preset.resources.memory_mb,
+            gpu=preset.resources.gpus,
             runtime=preset.resources.minutes,
         priority: len(STAGES) - position
         shell:

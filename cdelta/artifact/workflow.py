@@ -183,6 +183,8 @@ def snakemake_arguments(plan: Plan) -> list[str]:
         options["--forcerun"] = [f"{name}/stage.json" for name in plan.stages]
     if plan.executor:
         options |= {"--executor": [plan.executor], "--jobs": [str(plan.jobs)]}
+        profile = ROOT / "profiles" / plan.executor
+        options |= {"--profile": [str(profile)]} if profile.exists() else {}
     given = [word for flag, words in options.items() for word in (flag, *words)]
     targets = [f"{name}/stage.json" for name in sorted(needed)]
     return [*given, "--nolock", "--rerun-incomplete", "--nocolor", "--", *targets]
