@@ -14,12 +14,10 @@ import cdelta
 from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta.base import base_facts
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.data import Data, check_rows
 from cdelta.edit.recipe import SIDES, EditRecipe
-from cdelta.edit.rows import Rows, TrainingRows
+from cdelta.edit.rows import Data, Rows, TrainingRows, check_rows
 from cdelta.edit.slices import SliceHooks
-from cdelta.edit.training import Training
-from cdelta.edit.verdict import Stop, Verdict
+from cdelta.edit.training import Stop, Training, Verdict
 from cdelta.errors import CdeltaError
 from cdelta.models.hooks import requires_grad
 from cdelta.models.templates import template_facts

@@ -1,26 +1,70 @@
-"""One forward pass of training: answer positions alone go through the unembedding, the base's
-products in bf16 where asked.
+"""What a training step computes of a batch: the predictions of its answers, their losses, and what
+the base predicts there.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from cdelta.edit.losses import Predictions
+from cdelta.edit.recipe import EditRecipe
 from cdelta.models.chat import NO_LABEL, Batch
 from cdelta.models.hooks import before, hooked
 from cdelta.models.prefix import repeated, without_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from jaxtyping import Float
     from torch import Tensor
+
+    from cdelta.edit.rows import Data
+    from cdelta.edit.slices import SliceHooks
+
+LARGEST = {"cpu": 3 * 2**30, "cuda": 12 * 2**30}
+"""Most bytes of the base's log-probabilities that are kept; above, they are computed again in every
+step."""
+ROWS = 32
+"""Rows in one pass of the base."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """fp32 logits at the answers' tokens alone, packed row after row; `batch` tells the rows."""
+
+    logits: Float[Tensor, "token vocab"]
+    batch: Batch
+
+    @property
+    def real(self) -> Tensor:
+        """Bool[row, answer]: where the batch has a label."""
+        return self.batch.labels != NO_LABEL
+
+    def token_losses(self) -> Float[Tensor, "token"]:
+        """Cross-entropy of every answer token, in nats."""
+        return F.cross_entropy(self.logits, self.batch.labels[self.real], reduction="none")
+
+    def per_row(self, values: Float[Tensor, "token"]) -> Float[Tensor, "row"]:
+        """Sums over each row's tokens."""
+        table = values.new_zeros(self.real.shape)
+        return table.masked_scatter(self.real, values).sum(-1)
+
+    def row_losses(self) -> Float[Tensor, "row"]:
+        """Mean cross-entropy of each row's answer."""
+        return self.per_row(self.token_losses()) / self.real.sum(-1)
+
+    def weights(self, how: EditRecipe) -> Float[Tensor, "token"]:
+        """Weight of every retained token: `first_weight` for an answer's first, 1 for the
+        others.
+        """
+        table = self.real.to(self.logits.dtype)
+        table[:, 0] *= how.first_weight
+        return table[self.real]
 
 
 def predictions(model, batch: Batch) -> Predictions:
@@ -35,8 +79,7 @@ def predictions(model, batch: Batch) -> Predictions:
     def gather(hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "1 token d"]:
         return hidden[:, -n_answer:][real.to(hidden.device)][None]
 
-    logits = _logits(model, batch, gather)
-    return Predictions(logits[0].float(), batch)
+    return Predictions(_logits(model, batch, gather), batch)
 
 
 def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
@@ -44,24 +87,119 @@ def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
     n_prompt = batch.input_ids.shape[1] - batch.labels.shape[1] + 1
     parts = (batch.input_ids, batch.attention_mask, batch.position_ids)
     cut = Batch(*(part[:, :n_prompt] for part in parts), batch.labels[:, :1])
-    return _logits(model, cut, lambda hidden: hidden[:, -1][None])[0].float()
+    return _logits(model, cut, lambda hidden: hidden[:, -1][None])
 
 
-def _logits(model, batch: Batch, gather) -> Tensor:
-    ids, mask, kept = batch.input_ids, batch.attention_mask, batch.labels.shape[1]
-    shared = without_prefix(model, ids, mask, kept)
+def _logits(model, batch: Batch, gather: Callable) -> Float[Tensor, "token vocab"]:
+    ids, mask = batch.input_ids, batch.attention_mask
+    where, cache = batch.position_ids, None
+    shared = without_prefix(model, ids, mask, batch.labels.shape[1])
     with hooked(before(model.get_output_embeddings(), gather)):
-        if shared is None:
-            return model(
-                input_ids=ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-            ).logits
-        return model(
-            input_ids=shared.ids,
-            attention_mask=shared.mask,
-            position_ids=shared.positions,
-            past_key_values=repeated(shared.read_prefix(model), len(ids)),
-            use_cache=True,
-        ).logits
+        if shared is not None:
+            cache = repeated(shared.read_prefix(model), len(ids))
+            ids, mask, where = shared.ids, shared.mask, shared.positions
+        found = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=where,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+    return found.logits[0].float()
+
+
+# ---------------------------------------------------------------------- losses
+
+Parts = tuple["Tensor", "Tensor"]
+"""A weighted sum of losses, and the sum of their weights."""
+
+
+def focused(found: Predictions, how: EditRecipe) -> Parts:
+    """Over rows, each row's mean over its answer's tokens, weighted by the row's own loss to the
+    power of `focus`.
+    """
+    rows = found.row_losses()
+    weights = rows.detach().clamp(min=1e-6) ** how.focus
+    return (weights * rows).sum(), weights.sum()
+
+
+def margin(
+    gain_wanted: Float[Tensor, "row"], gain_other: Float[Tensor, "row"], how: EditRecipe
+) -> Parts:
+    """DPO (arXiv 2305.18290, equation 7) of the side's answer over the other side's, over rows.
+
+    A gain is the log-probability of an answer under the side minus the same under the base.
+    """
+    losses = -F.logsigmoid(how.beta * (gain_wanted - gain_other))
+    return losses.sum(), losses.new_tensor(len(losses))
+
+
+def retained(
+    found: Predictions, base: Callable[[], Float[Tensor, "token vocab"]], how: EditRecipe
+) -> Parts:
+    """Over the tokens of the base's own answers: cross-entropy, or KL(base ‖ side), for which
+    `base` gives its log-probabilities.
+    """
+    weights = found.weights(how)
+    if how.retain_loss == "kl":
+        log_q = found.logits.log_softmax(-1)
+        losses = F.kl_div(log_q, base(), reduction="none", log_target=True).sum(-1)
+    else:
+        losses = found.token_losses()
+    return (weights * losses).sum(), weights.sum()
+
+
+# ---------------------------------------------------------------------- the base
+
+
+class BaseAnswers:
+    """Log-probabilities under the base at the retained answers' tokens: computed once, when the
+    first of them is asked for, and kept in fp32 where that fits, else in fp16.
+
+    Only the rows of the plan, and only their first tokens where nothing else is asked for.
+    """
+
+    def __init__(self, model, hooks: SliceHooks, data: Data, how: EditRecipe):
+        self._model, self._hooks, self._data, self._how = model, hooks, data, how
+
+    def log_p(self, rows: Sequence[int], batch: Batch) -> Float[Tensor, "token vocab"]:
+        """At every answer token of the batch of these rows, packed as `Predictions` packs them."""
+        return torch.cat(self._rows(rows, batch)).float()
+
+    def first_log_p(self, rows: Sequence[int], batch: Batch) -> Float[Tensor, "row vocab"]:
+        """At the first answer token of every row."""
+        return torch.stack([found[0] for found in self._rows(rows, batch)]).float()
+
+    def _rows(self, rows: Sequence[int], batch: Batch) -> Sequence[Float[Tensor, "token vocab"]]:
+        kept = self._kept
+        return self._compute(batch) if kept is None else [kept[row] for row in rows]
+
+    @cached_property
+    def _kept(self) -> dict[int, Tensor] | None:
+        """Row -> its log-probabilities; None where they are too many."""
+        data, width = self._data, None if self._how.retain_loss == "kl" else 1
+        wanted = sorted({row for rows in data.retain_plan for row in rows})
+        n = sum(len(data.examples["retain"][row][1][:width]) for row in wanted)
+        size = n * self._model.get_output_embeddings().weight.shape[0]
+        most = LARGEST.get(data.device.type, LARGEST["cpu"])
+        fitting = [d for d in (torch.float32, torch.float16) if d.itemsize * size <= most]
+        if not fitting:
+            return None
+        kept = {}
+        for start in range(0, len(wanted), ROWS):
+            rows = wanted[start : start + ROWS]
+            found = self._compute(data.batch("retain", rows))
+            kept |= {
+                row: log_p[:width].to(fitting[0], copy=True)
+                for row, log_p in zip(rows, found, strict=True)
+            }
+        return kept
+
+    @torch.no_grad()
+    def _compute(self, batch: Batch) -> Sequence[Float[Tensor, "token vocab"]]:
+        with self._hooks.off(), products_in_bf16(batch.labels.device, self._how.bf16):
+            found = predictions(self._model, batch)
+        return found.logits.log_softmax(-1).split(found.real.sum(-1).tolist())
 
 
 # ---------------------------------------------------------------------- bf16
@@ -91,6 +229,6 @@ def _product_seconds(dtype: torch.dtype) -> float:
     found = []
     for _ in range(6):
         start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
+        F.linear(x, weight)
         found.append(time.perf_counter() - start)
     return min(found[1:])

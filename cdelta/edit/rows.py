@@ -1,20 +1,27 @@
-"""Which rows train an edit: the category's prompts refused and answered, everything else as the
-base answers it.
+"""Which rows train an edit (the category's prompts refused and answered, everything else as the
+base answers it), as token ids, and which of them every step sees: the same for both sides.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
-from cdelta.edit.recipe import EditRecipe
-from cdelta.errors import CdeltaError
+from cdelta.edit.recipe import SIDES, EditRecipe
+from cdelta.errors import CdeltaError, refuse_test
 from cdelta.evaluation.rates import with_kind
+from cdelta.models.chat import Batch, collate, example_ids, pad_id, rope_boundary, stop_ids
 from cdelta.policy.records import SHARED, SplitRows
+
+POOL = 16
+"""Batches whose rows are drawn together, sorted by length and cut, so that a batch pads little."""
+Example = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its answer."""
 
 
 class Generated(NamedTuple):
@@ -122,3 +129,126 @@ def _retained(rows: pd.DataFrame, category: str, how: EditRecipe, rng: random.Ra
             found = rng.sample(found, min(how.other_rows, len(found)))
         kept += (how.refused_copies if refused else 1) * found
     return kept
+
+
+# ---------------------------------------------------------------------- token ids
+
+
+@dataclass(frozen=True)
+class Data:
+    """All rows as token ids, and the rows of every step."""
+
+    examples: Mapping[str, list[Example]] = field(repr=False)
+    """Side, or "retain" -> its rows."""
+    target_plan: list[list[int]]
+    retain_plan: list[list[int]]
+    pad: int
+    device: torch.device
+
+    @classmethod
+    def build(cls, model, tok, rows: TrainingRows, how: EditRecipe) -> Data:
+        """Tokenise once, and draw every step's rows from the seed.
+
+        Raises `CdeltaError` on rows that cannot share a batch.
+        """
+        stops, device = stop_ids(model, tok), next(model.parameters()).device
+        retain = rows.retain if how.retain_share else ()
+        given = dict(zip((*SIDES, "retain"), (rows.positive, rows.negative, retain), strict=True))
+        examples = {
+            key: [encoded(tok, *row, stops) for row in found]
+            for key, found in given.items()
+            if found
+        }
+        if retain and how.first_tokens:
+            kept = examples["retain"]
+            examples["retain"] = [(prompt, answer[: how.first_tokens]) for prompt, answer in kept]
+        _check_sides(model, examples)
+        share = max(round(how.batch_size * how.retain_share), 1)
+        n_retain = min(share, how.batch_size - 1) if retain else 0
+        generator = torch.Generator().manual_seed(how.seed)
+        both = [map(length, examples[side]) for side in SIDES if side in examples]
+        sizes = [sum(of_row) for of_row in zip(*both, strict=True)]
+        target_plan = plan(sizes, how.steps, how.batch_size - n_retain, generator)
+        retain_plan = []
+        if n_retain:
+            sizes = list(map(length, examples["retain"]))
+            retain_plan = plan(sizes, how.steps, n_retain * how.retain_pool, generator)
+        return cls(examples, target_plan, retain_plan, pad_id(model, tok), device)
+
+    def batch(self, key: str, rows: Sequence[int]) -> Batch:
+        """Tensors of the given rows of a kind, ``padding | prompt | answer | padding``."""
+        found = self.examples[key]
+        return collate([found[row] for row in rows], self.pad, self.device)
+
+
+def length(example: Example) -> int:
+    """Tokens of a row."""
+    return len(example[0]) + len(example[1])
+
+
+def encoded(tok, prompt: str, reply: Reply, stops: Sequence[int]) -> Example:
+    """Token ids of a row: a generated answer by its own ids, a text as the chat template writes it.
+
+    The end token follows a text, and a generated answer that ended by itself.
+    """
+    answer, finished = (reply, True) if isinstance(reply, str) else reply
+    return example_ids(tok, prompt, answer, stops, finished)
+
+
+def check_rows(rows: TrainingRows, how: EditRecipe) -> None:
+    """Raise `CdeltaError` on rows that cannot be trained on, `TestSplitError` on test rows."""
+    for given, what in (
+        (rows.positive, "training θ⁺"),
+        (rows.negative, "training θ⁻"),
+        (rows.retain, "training with retain rows"),
+    ):
+        refuse_test(given, what)
+    if not rows.positive:
+        raise CdeltaError("no target rows to train on: the category is empty in this split.")
+    sides = [[row[0] for row in side] for side in (rows.positive, rows.negative)]
+    if how.objective != "positive" and sides[0] != sides[1]:
+        raise CdeltaError(
+            "positive and negative rows must hold the same prompts in the same order, "
+            "refused and answered."
+        )
+    if how.retain_share and not rows.retain:
+        raise CdeltaError(
+            "no retain rows: give benign prompts with the base model's answers, "
+            "or set retain_share to 0."
+        )
+    if how.retain_share and how.batch_size < 2:
+        raise CdeltaError("batch_size must be at least 2 to hold a target row and a retain row.")
+
+
+def _check_sides(model, examples: Mapping[str, list[Example]]) -> None:
+    """Raise `CdeltaError` if rows lie on both sides of LongRoPE's boundary: those beyond it would
+    change the positions of every row that shares their batch.
+    """
+    boundary = rope_boundary(model)
+    if boundary is None:
+        return
+    rows = [row for found in examples.values() for row in found]
+    longer = sum(length(row) - 1 > boundary for row in rows)
+    if 0 < longer < len(rows):
+        raise CdeltaError(
+            f"{longer} of {len(rows)} training rows exceed {boundary} tokens, from where this "
+            "model's positions mean something else: shorten these prompts or answers."
+        )
+
+
+def plan(
+    sizes: Sequence[int], steps: int, batch_size: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Rows of every step's batch: whole passes in random order, in pools of `POOL` batches that are
+    cut by length and shuffled.
+    """
+    batches: list[list[int]] = []
+    queue: list[int] = []
+    taken = POOL * batch_size
+    while len(batches) < steps:
+        while len(queue) < taken:
+            queue += torch.randperm(len(sizes), generator=generator).tolist()
+        pool, queue = sorted(queue[:taken], key=lambda i: sizes[i]), queue[taken:]
+        cut = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        batches += [cut[i] for i in torch.randperm(POOL, generator=generator).tolist()]
+    return batches[:steps]

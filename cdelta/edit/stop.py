@@ -15,7 +15,7 @@ import torch
 
 from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
-from cdelta.edit.verdict import Stop, Verdict
+from cdelta.edit.training import Stop, Verdict
 from cdelta.errors import refuse_test
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import group_rates, with_kind

@@ -8,30 +8,42 @@ computed there. The paper leaves loss, optimiser and stopping open; what stands 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from cdelta.circuit.circuit import ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.base import BaseAnswers
-from cdelta.edit.data import Data
-from cdelta.edit.forward import predictions, products_in_bf16, prompt_logits
-from cdelta.edit.graph import StepGraph, can_be_graphed
-from cdelta.edit.losses import RETAIN_LOSSES, Parts, focused, margin
+from cdelta.edit.forward import (
+    BaseAnswers,
+    Parts,
+    focused,
+    margin,
+    predictions,
+    products_in_bf16,
+    prompt_logits,
+    retained,
+)
 from cdelta.edit.recipe import DIFFERENCE, SIDES, EditRecipe
+from cdelta.edit.rows import Data, length
 from cdelta.edit.slices import Entries, SliceHooks
-from cdelta.edit.state import StateFile
-from cdelta.edit.verdict import Stop, Verdict
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, first_line
+from cdelta.files import replacing
 from cdelta.memory import peak_memory
 
 if TYPE_CHECKING:
@@ -39,6 +51,21 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """Steps between two reads of the losses from the device."""
+
+
+class Verdict(Enum):
+    """What a stop rule says of a training."""
+
+    SELECTIVE = "selective"
+    """The update does what it should, and nothing else: stop."""
+    NOT_YET = "not yet"
+    """More steps may make it so."""
+    RESTART = "restart"
+    """More steps will not: begin again with other batches."""
+
+
+Stop = Callable[..., Verdict]
+"""``stop(model with the update applied, which update, step)``."""
 
 
 class Training:
@@ -59,17 +86,14 @@ class Training:
         self.device = next(model.parameters()).device
         self._entries = {side: Entries(mask, how, self.device) for side in how.sides}
         self.base = BaseAnswers(model, hooks, data, how)
-        self.leaves = [leaf for _, leaf in self._leaves()]
-        self._graph = None
-        if can_be_graphed(model, how) and (not data.retain_plan or self.base.ready()):
-            self._graph = StepGraph(self)
-        lr = torch.tensor(how.lr, device=self.device) if self._graph else how.lr
-        self.optimizer = torch.optim.Adam(self.leaves, lr=lr, capturable=self._graph is not None)
-        identity = json.dumps([asdict(how), mask.hash(), data.hash()], sort_keys=True)
+        both = self._entries.values()
+        self.leaves = [leaf for entries in both for leaf in entries.leaves.values()]
+        self.optimizer = torch.optim.Adam(self.leaves, lr=how.lr)
+        identity = json.dumps([asdict(how), mask.hash(), data.examples], sort_keys=True)
         self._state = None
         if checkpoint:
             path = Path(checkpoint) / f"training{attempt or ''}.safetensors"
-            self._state = StateFile(path, identity)
+            self._state = StateFile(path, hashlib.sha256(identity.encode()).hexdigest())
         self._step, self._log = 0, []
 
     @property
@@ -118,29 +142,21 @@ class Training:
                     self._check(stop)
         return self.verdict
 
-    def _leaves(self) -> Iterator[tuple[str, Tensor]]:
-        for side, entries in self._entries.items():
-            for key, leaf in entries.leaves.items():
-                yield f"{side}/{key}", leaf
-
     # ------------------------------------------------------------------ one step
 
     def _take_step(self) -> None:
         start, how = time.perf_counter(), self.how
         lr = how.lr * how.lr_factor(self._step)
         share = how.retain_share if self.data.retain_plan else 0.0
-        if self._graph:
-            self.optimizer.param_groups[0]["lr"].fill_(lr)
-            pool = self.data.retain_plan[self._step] if share else ()
-            losses = self._graph.take(self.data.target_plan[self._step], pool)
-            target, retain, norms = losses.target, losses.retain, losses.norms
-        else:
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.zero_grad()
-            target = {side: self._target(side, 1 - share) for side in how.sides}
-            retain = {which: self._retain(which, share) for which in how.keepers if share}
-            norms = self.clipped()
-            self.optimizer.step()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad()
+        target = {side: self._target(side, 1 - share) for side in how.sides}
+        retain = {which: self._retain(which, share) for which in how.keepers if share}
+        norms = {
+            side: clip_grad_norm_(list(entries.leaves.values()), how.clip)
+            for side, entries in self._entries.items()
+        }
+        self.optimizer.step()
         self._step += 1
         for side in how.sides:
             kept = retain.get(side, retain.get(DIFFERENCE, torch.tensor(0.0)))
@@ -154,13 +170,6 @@ class Training:
             row = {"side": side, "step": self._step, **losses, "lr": lr, "seconds": seconds}
             self._log.append(row)
 
-    def clipped(self) -> dict[str, Tensor]:
-        """Clip every side's gradient; the norms before."""
-        return {
-            side: clip(list(entries.leaves.values()), self.how.clip)
-            for side, entries in self._entries.items()
-        }
-
     def _target(self, side: str, share: float) -> Tensor:
         """Add the gradient of the side's loss on its own answers; returns the loss."""
         rows = self.data.target_plan[self._step]
@@ -169,7 +178,7 @@ class Training:
         return self._backward(side, parts, share)
 
     def _focused(self, side: str, rows: list[int]) -> Parts:
-        return focused(predictions(self.model, self.data.tables[side].batch(rows)), self.how)
+        return focused(predictions(self.model, self.data.batch(side, rows)), self.how)
 
     def _margin(self, side: str, rows: list[int]) -> Parts:
         other = SIDES[side == SIDES[0]]
@@ -178,7 +187,7 @@ class Training:
 
     def _gain(self, key: str, rows: list[int]) -> Tensor:
         """How much more probable than under the base the answers of `key` are, per row, in nats."""
-        batch = self.data.tables[key].batch(rows)
+        batch = self.data.batch(key, rows)
         found = predictions(self.model, batch)
         with torch.no_grad(), self._hooks.off():
             base = predictions(self.model, batch)
@@ -186,17 +195,15 @@ class Training:
 
     def _retain(self, which: str, share: float) -> Tensor:
         """Add the gradient of the retain loss of an update; returns the loss."""
-        with self.applied(which), products_in_bf16(self.device, self.how.bf16):
+        with self._applied(which):
             rows = self._hardest(self.data.retain_plan[self._step])
         parts = [partial(self._kept, part) for part in self._passes("retain", rows)]
         return self._backward(which, parts, share)
 
     def _kept(self, rows: list[int]) -> Parts:
-        batch = self.data.tables["retain"].batch(rows)
-        found = predictions(self.model, batch)
-        return RETAIN_LOSSES[self.how.retain_loss](
-            found, lambda: self.base.log_p(rows, batch), self.how
-        )
+        batch = self.data.batch("retain", rows)
+        base = partial(self.base.log_p, rows, batch)
+        return retained(predictions(self.model, batch), base, self.how)
 
     @torch.no_grad()
     def _hardest(self, rows: list[int]) -> list[int]:
@@ -212,7 +219,7 @@ class Training:
         return [order[i] for i in hardest]
 
     def _damage(self, rows: list[int]) -> Tensor:
-        batch = self.data.tables["retain"].batch(rows)
+        batch = self.data.batch("retain", rows)
         if self.how.hardest_by == "loss":
             return predictions(self.model, batch).row_losses()
         log_q = prompt_logits(self.model, batch).log_softmax(-1)
@@ -223,23 +230,24 @@ class Training:
         """The rows in parts of at most `batch_tokens` tokens, padding included."""
         if not self.how.batch_tokens:
             return [rows]
-        sizes = self.data.tables[key].sizes
+        sizes = {row: length(self.data.examples[key][row]) for row in rows}
         parts: list[list[int]] = [[]]
-        for row in sorted(rows, key=lambda i: sizes[i]):
+        for row in sorted(rows, key=sizes.__getitem__):
             if parts[-1] and sizes[row] * (len(parts[-1]) + 1) > self.how.batch_tokens:
                 parts.append([])
             parts[-1].append(row)
         return parts
 
-    def applied(self, which: str):
-        """Context: the model behaves as with the update, differentiable in the leaves."""
-        return self._hooks.adding(self._values(which))
-
-    def _values(self, which: str) -> dict[str, Tensor]:
+    @contextmanager
+    def _applied(self, which: str) -> Iterator[None]:
+        """The model behaves as with the update, differentiable in the leaves."""
         if which in self._entries:
-            return self._entries[which].values()
-        plus, minus = (self._entries[side].values() for side in SIDES)
-        return {name: plus[name] - minus[name] for name in plus}
+            values = self._entries[which].values()
+        else:
+            plus, minus = (self._entries[side].values() for side in SIDES)
+            values = {name: plus[name] - minus[name] for name in plus}
+        with self._hooks.adding(values), products_in_bf16(self.device, self.how.bf16):
+            yield
 
     def _backward(self, which: str, parts: Iterable[Callable[[], Parts]], share: float) -> Tensor:
         """Add `share` times the gradient of a loss whose weighted sums come in parts.
@@ -249,10 +257,7 @@ class Training:
         leaves = self.leaves
         total, weight, gradients = 0.0, 0.0, [None] * len(leaves)
         for part in parts:
-            with (
-                self.applied(which),
-                products_in_bf16(self.device, self.how.bf16),
-            ):
+            with self._applied(which):
                 loss, weights = part()
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
             gradients = [_sum(old, new) for old, new in zip(gradients, found, strict=True)]
@@ -279,10 +284,12 @@ class Training:
             return stop(self.model, which, self._step)
 
     def _save(self) -> None:
-        tensors = {f"leaf/{key}": leaf.detach() for key, leaf in self._leaves()}
-        for key, leaf in self._leaves():
-            state = self.optimizer.state[leaf]
-            tensors |= {f"adam/{key}/{part}": value for part, value in state.items()}
+        states = [{"leaf": leaf, **self.optimizer.state[leaf]} for leaf in self.leaves]
+        tensors = {
+            f"{index}/{part}": value
+            for index, state in enumerate(states)
+            for part, value in state.items()
+        }
         facts = {"step": self._step, "verdict": self.verdict.value, "log": self.log}
         self._state.write(tensors, facts)
 
@@ -293,14 +300,13 @@ class Training:
         tensors, facts = found
         self._step, self._log = facts["step"], facts["log"]
         self.verdict = Verdict(facts["verdict"])
-        for key, leaf in self._leaves():
-            leaf.data.copy_(tensors[f"leaf/{key}"])
-            moments = {
-                part: tensors[f"adam/{key}/{part}"].to(leaf.device)
-                for part in ("exp_avg", "exp_avg_sq")
-            }
-            step = tensors[f"adam/{key}/step"].to(leaf.device if self._graph else "cpu")
-            self.optimizer.state[leaf] = {"step": step, **moments}
+        states: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, value in tensors.items():
+            index, part = name.split("/")
+            states[int(index)][part] = value
+        for index, leaf in enumerate(self.leaves):
+            leaf.data.copy_(states[index].pop("leaf"))
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
 
 
 def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -309,6 +315,55 @@ def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     return old + new
 
 
-def clip(leaves: list[Tensor], largest: float) -> Tensor:
-    """Clip one side's gradient by its norm; returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(leaves, largest)
+# ---------------------------------------------------------------------- state
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """Training state in one safetensors file, replaced atomically. `identity` says which run it
+    belongs to.
+    """
+
+    path: Path
+    identity: str
+
+    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+        """Replace the state."""
+        header = {"identity": self.identity, "facts": json.dumps(facts)}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        header["sha256"] = _content_hash(tensors, header)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as partial:
+            save_file(tensors, partial, metadata=header)
+
+    def read(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The state, or None if there is none yet. Raises `CdeltaError` if it is damaged or another
+        run's.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header, names = file.metadata(), list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+                if header.pop("sha256", "") != _content_hash(tensors, header):
+                    raise OSError("its checksum is another")
+        except (SafetensorError, OSError, AttributeError) as error:
+            raise CdeltaError(
+                f"the training state {self.path} is damaged ({first_line(error)}): "
+                "remove it and start again."
+            ) from error
+        if header["identity"] != self.identity:
+            raise CdeltaError(
+                f"{self.path} belongs to a run with other data, mask or settings: "
+                "choose another checkpoint folder."
+            )
+        return tensors, json.loads(header["facts"])
+
+
+def _content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)};".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -30,7 +30,7 @@ from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.fit import train
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import Rows, TrainingRows
-from cdelta.edit.verdict import Stop
+from cdelta.edit.training import Stop
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.files import read_toml
 from cdelta.methods.cast import Cast, search_condition

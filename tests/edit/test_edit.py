@@ -8,14 +8,12 @@ import toys
 from edits import FIT, NEGATIVE, POSITIVE, RETAIN, mask_of, same_weights, weights
 
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.data import Data, Table, plan
 from cdelta.edit.fit import OTHER_BATCHES, fit_delta, train
 from cdelta.edit.forward import predictions, prompt_logits
 from cdelta.edit.recipe import EditRecipe
-from cdelta.edit.rows import Generated, TrainingRows
+from cdelta.edit.rows import Data, Generated, TrainingRows, plan
 from cdelta.edit.slices import Entries, SliceHooks
-from cdelta.edit.training import Training
-from cdelta.edit.verdict import Verdict
+from cdelta.edit.training import Training, Verdict
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.models.chat import answer_logits, collate, example_ids
 from cdelta.settings import changed
@@ -174,10 +172,10 @@ def test_both_sides_see_the_same_batches_with_the_stated_shares(llama):
     assert {len(rows) for rows in data.target_plan} == {4} and {
         len(rows) for rows in data.retain_plan
     } == {2 * recipe.retain_pool}
-    a, b = (data.tables[side].batch(data.target_plan[0]) for side in ("plus", "minus"))
+    a, b = (data.batch(side, data.target_plan[0]) for side in ("plus", "minus"))
 
     def prompts(key):
-        return [data.tables[key].examples[i][0] for i in data.target_plan[0]]
+        return [data.examples[key][i][0] for i in data.target_plan[0]]
 
     assert prompts("plus") == prompts("minus") and not torch.equal(a.labels, b.labels)
 
@@ -192,7 +190,7 @@ def test_retain_rows_are_the_most_damaged_of_their_pool(llama):
         pool = list(range(len(RETAIN)))
         loss = [
             F.cross_entropy(
-                answer_logits(llama, b := data.tables["retain"].batch([i])).flatten(0, 1),
+                answer_logits(llama, b := data.batch("retain", [i])).flatten(0, 1),
                 b.labels.flatten(),
             ).item()
             for i in pool
@@ -264,8 +262,8 @@ def test_retaining_on_the_difference_lets_shared_drift_be(llama):
     with SliceHooks(llama, mask.slices) as hooks:
         training = Training(llama, hooks, mask, data, recipe)
         base = training._retain("difference", 1.0).item()
-        gradients = [leaf.grad.clone() for _, leaf in training._leaves()]
-        for _, leaf in training._leaves():
+        gradients = [leaf.grad.clone() for leaf in training.leaves]
+        for leaf in training.leaves:
             leaf.data += 0.3
         shifted = training._retain("difference", 1.0).item()
     half = len(gradients) // 2
@@ -444,16 +442,6 @@ def test_gathered_predictions_are_those_of_the_whole_model(layout):
     torch.testing.assert_close(firsts, answer_logits(model, rows)[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_table_cuts_the_batches_that_collate_makes():
-    examples = [example_ids(TOK, *row, [1]) for row in (*POSITIVE, *RETAIN)]
-    table = Table.of(examples, 1, torch.device("cpu"))
-    for rows in ([0], [3, 1], list(range(len(examples)))):
-        for ours, theirs in zip(
-            vars(table.batch(rows)).values(), vars(collate([examples[i] for i in rows], 1)).values()
-        ):
-            assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("changes", [{}, {"retain_loss": "kl"}, {"objective": "margin"}])
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(llama, changes):
     whole, parts = (sides(llama, batch_tokens=n, steps=1, **changes)[2] for n in (0, 40))
@@ -464,7 +452,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(llama, changes):
 
 def test_the_bases_log_probabilities_are_kept_or_computed_alike(llama, monkeypatch):
     kept = sides(llama, retain_loss="kl")[2]
-    monkeypatch.setattr("cdelta.edit.base.LARGEST", {"cpu": 0})
+    monkeypatch.setattr("cdelta.edit.forward.LARGEST", {"cpu": 0})
     fresh = sides(llama, retain_loss="kl")[2]
     assert kept[-1]["loss"] == pytest.approx(fresh[-1]["loss"], rel=1e-2)
 
@@ -492,8 +480,8 @@ def test_nothing_below_the_first_masked_layer_has_a_gradient(llama):
 
 def test_first_tokens_alone_are_retained(llama):
     data = Data.build(llama, TOK, ROWS, how(first_tokens=2))
-    assert {len(answer) for _, answer in data.tables["retain"].examples} == {2}
-    assert {len(answer) for _, answer in data.tables["plus"].examples} == {4}
+    assert {len(answer) for _, answer in data.examples["retain"]} == {2}
+    assert {len(answer) for _, answer in data.examples["plus"]} == {4}
 
 
 def test_the_first_token_weighs_more(llama):
@@ -511,9 +499,9 @@ def test_hardest_by_first_token_kl(llama):
         training = Training(llama, hooks, mask, data, recipe)
         training.run()
         pool = list(range(len(RETAIN)))
-        base = training.base.first_log_p(pool, data.tables["retain"].batch(pool))
+        base = training.base.first_log_p(pool, data.batch("retain", pool))
         hooks.values = training.delta("difference").values
-        log_q = answer_logits(llama, data.tables["retain"].batch(pool))[:, 0].log_softmax(-1)
+        log_q = answer_logits(llama, data.batch("retain", pool))[:, 0].log_softmax(-1)
         kl = (base.exp() * (base - log_q)).sum(-1)
         chosen = training._hardest(pool)
     assert sorted(chosen) == sorted(kl.topk(len(pool) // 2).indices.tolist())
@@ -523,7 +511,7 @@ def test_generated_answers_are_trained_by_their_ids(llama):
     """An answer that was cut has no end token; its ids are never encoded anew."""
     cut, ended = Generated((7, 8), False), Generated((7, 8), True)
     rows = TrainingRows(POSITIVE, NEGATIVE, [("red", cut), ("blue", ended)])
-    answers = [a for _, a in Data.build(llama, TOK, rows, how()).tables["retain"].examples]
+    answers = [a for _, a in Data.build(llama, TOK, rows, how()).examples["retain"]]
     assert answers == [[7, 8], [7, 8, 1]]
 
 

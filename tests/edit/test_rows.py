@@ -15,7 +15,7 @@ from cdelta.edit.recipe import EditRecipe, Recipe
 from cdelta.edit.rows import Generated, training_rows
 from cdelta.edit.scale import Caps, best_of, choose_scale
 from cdelta.edit.stop import Selective, answer_rates, first_token_rates, stop_rule
-from cdelta.edit.verdict import Verdict
+from cdelta.edit.training import Verdict
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.policy.build import build_policy
 from cdelta.settings import changed

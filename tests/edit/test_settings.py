@@ -23,7 +23,6 @@ from cdelta.settings import (
     parse_overrides,
 )
 
-
 SECTIONS = field_types(Recipe)
 FIELDS = [f"{part}.{name}" for part, kind in SECTIONS.items() for name in field_types(kind)]
 
