@@ -24,7 +24,7 @@ _HOMES = {
     "WeightDelta": "delta.weight_delta",
     "attribute": "attribution.scores",
     "build_policy": "policy.build",
-    "choose_scale": "edit.scale",
+    "choose_scale": "edit.validation",
     "find_circuit": "edit.find",
     "fit_delta": "edit.fit",
     "load_model": "models.loading",

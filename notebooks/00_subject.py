@@ -44,8 +44,8 @@ from cdelta.artifact.overview import (
     sample_answers,
 )
 from cdelta.artifact.run import open_run
-from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
+from cdelta.edit.validation import answer_options
 from cdelta.evaluation.measure import evaluate
 from cdelta.models.chat import chat_ids
 from cdelta.policy.build import build_policy

@@ -46,8 +46,8 @@ from cdelta.artifact.overview import (
     tokenizers,
 )
 from cdelta.artifact.run import open_run
-from cdelta.edit.answers import answer_options
 from cdelta.edit.recipe import Recipe
+from cdelta.edit.validation import answer_options
 from cdelta.evaluation.measure import evaluate
 from cdelta.policy.build import build_policy
 from cdelta.policy.records import limited

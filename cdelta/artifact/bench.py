@@ -14,14 +14,12 @@ from cdelta.attribution.metrics import Metric, SequenceMetric, refusal_log_odds
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit, ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.answers import answer_options
 from cdelta.edit.find import first_token_metric
 from cdelta.edit.fit import Fit, train
 from cdelta.edit.forward import bf16_is_faster
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
-from cdelta.edit.scale import Caps, Choice, choose_scale
-from cdelta.edit.stop import stop_rule
+from cdelta.edit.validation import Caps, Choice, answer_options, choose_scale, stop_rule
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import edit_name
 from cdelta.files import read_json

@@ -19,7 +19,7 @@ from cdelta.artifact.jobs import EDITED, Job, Jobs, save_table
 from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import RunReader
 from cdelta.edit.rows import training_rows
-from cdelta.edit.stop import stop_rule
+from cdelta.edit.validation import stop_rule
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.capability import (
     TASKS,

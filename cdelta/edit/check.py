@@ -1,19 +1,24 @@
-"""What an edit would meet, found in seconds and without loading a weight."""
+"""What an edit would meet, found in seconds and without loading a weight; and what it would cost:
+one sentence, from the model's size and one measured pass.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch.nn.functional import linear
 
+from cdelta.attribution.cost import passes
 from cdelta.circuit.selection import budget_entries
-from cdelta.edit.answers import bound
-from cdelta.edit.estimate import estimated
-from cdelta.edit.job import EditJob
+from cdelta.edit.recipe import Recipe
+from cdelta.edit.validation import bound
 from cdelta.errors import CdeltaError
-from cdelta.models.chat import chat_ids
+from cdelta.models.chat import chat_ids, collate, example_ids, pad_id, stop_ids
 from cdelta.models.checkpoint import meta_model, read_config
 from cdelta.models.loading import Finding, check_model, load_tokenizer, resolve_device
 from cdelta.models.spec import ModelSpec
@@ -21,54 +26,63 @@ from cdelta.models.templates import parse_template_args
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.pairs import category_pairs
 
+if TYPE_CHECKING:
+    from cdelta.edit.job import EditJob
+
+BACKWARD = 2
+"""A backward pass costs about two forward passes."""
+ENTRY_BYTES = 16
+"""Of a trained entry: its value, gradient and two moments in fp32."""
+
 
 def check_edit(job: EditJob) -> list[Finding]:
     """Everything that would stop or surprise this edit: problems first, then warnings, facts.
 
     Without a policy, only the model is looked at.
     """
-    findings, policy = [], None
+    findings, policy, recipe = [], None, job.recipe
+    names = [job.category] if job.category else None
     try:
-        policy = _policy(job) if job.policy else None
+        if job.policy:
+            policy = build_policy(job.policy, names, everyday=recipe.edit.everyday)
     except CdeltaError as error:
         findings.append(Finding("problem", "policy", str(error)))
-    answers = job.recipe.answers
     findings += check_model(
         job.model,
         revision=job.revision,
         dtype=job.dtype,
         device=job.device,
         prompts=[] if policy is None else policy.records["prompt"].tolist(),
-        max_new_tokens=answers.max_new_tokens,
+        max_new_tokens=recipe.answers.max_new_tokens,
         out=job.out,
-        system=answers.system,
-        template_args=parse_template_args(answers.template_args),
+        system=recipe.answers.system,
+        template_args=parse_template_args(recipe.answers.template_args),
     )
     broken = any(finding.level == "problem" for finding in findings)
     if policy is not None and not broken:
         try:
-            findings += _prompts(job, policy)
-            findings += _cost(job, policy)
+            tok = bound(load_tokenizer(job.model, job.revision), recipe)
+            findings += _prompts(job, policy, tok)
+            findings += _cost(job, policy, tok)
         except CdeltaError as error:
             findings.append(Finding("problem", "prompts", str(error)))
     order = ("problem", "warning", "fact")
     return sorted(findings, key=lambda finding: order.index(finding.level))
 
 
-def _policy(job: EditJob) -> Policy:
-    names = [job.category] if job.category else None
-    return build_policy(job.policy, names, everyday=job.recipe.edit.everyday)
+def drops(policy: Policy) -> str:
+    """How many prompts were dropped for which reason."""
+    counts = policy.dropped["reason"].value_counts().items()
+    return ", ".join(f"{n} {reason}" for reason, n in counts)
 
 
-def _prompts(job: EditJob, policy: Policy) -> Iterator[Finding]:
+def _prompts(job: EditJob, policy: Policy, tok) -> Iterator[Finding]:
     """Splits, drops and pairs per category."""
     for text in policy.warnings:
         yield Finding("warning", "policy", text)
     if len(policy.dropped):
-        counts = policy.dropped["reason"].value_counts().items()
-        text = ", ".join(f"{n} {reason}" for reason, n in counts)
-        yield Finding("warning", "policy", f"{len(policy.dropped)} prompts are dropped: {text}")
-    tok = bound(load_tokenizer(job.model, job.revision), job.recipe)
+        text = f"{len(policy.dropped)} prompts are dropped: {drops(policy)}"
+        yield Finding("warning", "policy", text)
     for category in [job.category] if job.category else policy.categories:
         rows = policy.records[policy.records["category"].isin((category, "benign"))]
         splits = ", ".join(f"{n} {split}" for split, n in rows["split"].value_counts().items())
@@ -81,10 +95,9 @@ def _prompts(job: EditJob, policy: Policy) -> Iterator[Finding]:
         yield Finding("fact", "pairs", text)
 
 
-def _cost(job: EditJob, policy: Policy) -> Iterator[Finding]:
+def _cost(job: EditJob, policy: Policy, tok) -> Iterator[Finding]:
     """Memory of the trained entries, and time from the speed of this device's products."""
     spec = ModelSpec.from_model(meta_model(read_config(job.model, job.revision)))
-    tok = bound(load_tokenizer(job.model, job.revision), job.recipe)
     few = policy.records["prompt"].sample(min(50, len(policy.records)), random_state=0)
     width = sum(len(chat_ids(tok, prompt)) for prompt in few) / len(few)
     width += job.recipe.answers.max_new_tokens
@@ -104,3 +117,57 @@ def products_per_second(device: str) -> float:
     start = time.perf_counter()
     linear(x, weight).sum().item()
     return 2 * x.numel() * len(weight) / (time.perf_counter() - start)
+
+
+# ---------------------------------------------------------------------- cost
+
+
+def estimate(model, tok, records: pd.DataFrame, recipe: Recipe) -> str:
+    """Memory and time at most, from one pass of this model."""
+    tokens, seconds = _measured_pass(model, tok, records, recipe)
+    width = tokens / recipe.edit.batch_size
+    return estimated(ModelSpec.from_model(model), records, recipe, width, seconds / tokens)
+
+
+def estimated(
+    spec: ModelSpec, records: pd.DataFrame, recipe: Recipe, width: float, per_token: float
+) -> str:
+    """The same from the tokens of a row and the seconds of a token's forward pass."""
+    how, prompts = recipe.edit, records["split"].value_counts()
+    entries = len(how.sides) * budget_entries(spec, recipe.circuit.param_budget)
+    share = {"target": len(how.sides) * (1 - how.retain_share), "retain": how.retain_share}
+    forward = share["target"] * (1 + BACKWARD) + share["retain"] * (how.retain_pool + 1 + BACKWARD)
+    val, checks = prompts.get("val", 0), how.steps // how.check_every + 1
+    training = how.attempts * (how.steps * forward * how.batch_size + checks * val) * width
+    answers = len(records) + len(recipe.answers.grid) * val + prompts.get("test", 0)
+    answering = answers * (width + recipe.answers.max_new_tokens)
+    pairs = min(prompts.get("discover", 0) / 2, recipe.attribution.max_pairs or math.inf)
+    attribution = pairs * width * passes(spec, recipe.attribution.ig_steps)
+    times = [duration(tokens * per_token) for tokens in (attribution, training, answering)]
+    return (
+        f"Estimate: model of {spec.n_params:,} parameters, at most {entries:,} trained entries "
+        f"({ENTRY_BYTES * entries / 2**20:,.1f} MB with gradients and optimiser state); at most "
+        f"{times[0]} of attribution, {times[1]} of training and {times[2]} of answers."
+    )
+
+
+def _measured_pass(model, tok, records: pd.DataFrame, recipe: Recipe) -> tuple[int, float]:
+    """(tokens, seconds) of one forward pass of a training batch."""
+    how, stops = recipe.edit, stop_ids(model, tok)
+    prompts = records.loc[records["split"] == "edit", "prompt"].tolist()[: how.batch_size]
+    rows = [example_ids(tok, prompt, how.refusal, stops) for prompt in prompts]
+    rows = [rows[i % len(rows)] for i in range(how.batch_size)]
+    batch = collate(rows, pad_id(model, tok), model.device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        model(**inputs, use_cache=False, logits_to_keep=1).logits.sum().item()
+    return batch.input_ids.numel(), time.perf_counter() - start
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

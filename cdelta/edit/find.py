@@ -22,10 +22,10 @@ from cdelta.attribution.scores import Scores, attribute
 from cdelta.circuit.circuit import Circuit
 from cdelta.circuit.controls import random_mask
 from cdelta.circuit.selection import score_facts, select_units, unit_scores
-from cdelta.edit.answers import answer_options
 from cdelta.edit.fit import train
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import Generated, reply, training_rows
+from cdelta.edit.validation import answer_options
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import evaluate
 from cdelta.models.spec import ModelSpec

@@ -20,9 +20,8 @@ from cdelta.circuit.circuit import Circuit
 from cdelta.delta.apply import RECORD, save_edited
 from cdelta.delta.verify import VerifyReport, verify
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.answers import answer_options, bound
 from cdelta.edit.ask import save_metric
-from cdelta.edit.estimate import duration, estimate
+from cdelta.edit.check import drops, duration, estimate
 from cdelta.edit.find import (
     find_circuit,
     first_token_metric,
@@ -33,8 +32,7 @@ from cdelta.edit.find import (
 from cdelta.edit.fit import Fit, train
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
-from cdelta.edit.scale import Choice, choose_scale
-from cdelta.edit.stop import stop_rule
+from cdelta.edit.validation import Choice, answer_options, bound, choose_scale, stop_rule
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import kind_rates
@@ -162,12 +160,10 @@ def read_policy(job: EditJob, model, tok) -> Policy:
 
 def _drops(policy: Policy) -> str:
     """One sentence: how many prompts were dropped for which reason, and the first of them."""
-    reasons = policy.dropped["reason"].value_counts().items()
-    counts = ", ".join(f"{n} {reason}" for reason, n in reasons)
     first = ", ".join(policy.dropped["source_id"].head(5))
     total = len(policy.dropped) + len(policy.records)
     return (
-        f"Dropped {len(policy.dropped)} of {total} prompts ({counts}), first {first}; "
+        f"Dropped {len(policy.dropped)} of {total} prompts ({drops(policy)}), first {first}; "
         "policy.json beside the delta will name all."
     )
 

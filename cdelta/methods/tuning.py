@@ -14,7 +14,7 @@ import pandas as pd
 
 from cdelta.circuit.circuit import layer_of
 from cdelta.delta.weight_delta import WeightDelta
-from cdelta.edit.scale import Caps, best_of
+from cdelta.edit.validation import Caps, best_of
 from cdelta.errors import refuse_test
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import curve_row, edit_name

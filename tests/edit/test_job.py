@@ -15,8 +15,7 @@ import pytest
 from test_cli import edit_arguments, save_editable, write_policy
 
 from cdelta.cli import main
-from cdelta.edit.check import check_edit
-from cdelta.edit.estimate import duration
+from cdelta.edit.check import check_edit, duration
 from cdelta.edit.job import EditJob
 from cdelta.edit.recipe import Recipe
 from cdelta.settings import changed

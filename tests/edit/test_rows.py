@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from cdelta.attribution.metrics import SequenceMetric
-from cdelta.edit import stop as stop_module
+from cdelta.edit import validation
 from cdelta.edit.find import first_token_metric, refusal_metric, refusal_tokens
 from cdelta.edit.recipe import EditRecipe, Recipe
 from cdelta.edit.rows import Generated, training_rows
-from cdelta.edit.scale import Caps, best_of, choose_scale
-from cdelta.edit.stop import Selective, answer_rates, first_token_rates, stop_rule
 from cdelta.edit.training import Verdict
+from cdelta.edit.validation import (
+    Caps,
+    Selective,
+    answer_rates,
+    best_of,
+    choose_scale,
+    first_token_rates,
+    stop_rule,
+)
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.policy.build import build_policy
 from cdelta.settings import changed
@@ -192,17 +199,17 @@ def test_the_stop_rule_asks_first_tokens_then_whole_answers(
         n = round(refused * len(rows))
         return rows.assign(outcome=["refuse"] * n + ["incoherent"] * (len(rows) - n))
 
-    monkeypatch.setattr(stop_module, "evaluate", answers)
-    monkeypatch.setattr(stop_module, "first_logits", Readable("nothing"))
+    monkeypatch.setattr(validation, "evaluate", answers)
+    monkeypatch.setattr(validation, "first_logits", Readable("nothing"))
     stop = stop_rule(None, None, val, "crime", RECIPE, metric)
-    monkeypatch.setattr(stop_module, "first_logits", Readable(refusing, confused))
+    monkeypatch.setattr(validation, "first_logits", Readable(refusing, confused))
     assert stop(None, which, 60) is verdict
 
 
 def test_first_token_rates_by_hand(base, monkeypatch):
     val = base[base["split"] == "val"].reset_index(drop=True)
-    rows = stop_module.with_kind(val, "crime").assign(first=9)
-    monkeypatch.setattr(stop_module, "first_logits", Readable(" rob "))
+    rows = validation.with_kind(val, "crime").assign(first=9)
+    monkeypatch.setattr(validation, "first_logits", Readable(" rob "))
     rates = first_token_rates(None, None, rows, "crime", metric, 8)
     own = rows[rows["kind"] == "target"]
     assert rates["target"] == pytest.approx(own["prompt"].str.contains(" rob ").mean())
@@ -212,8 +219,8 @@ def test_first_token_rates_by_hand(base, monkeypatch):
 
 def test_without_first_tokens_whole_answers_decide(base, monkeypatch):
     val = base[base["split"] == "val"].reset_index(drop=True)
-    monkeypatch.setattr(stop_module, "evaluate", lambda model, tok, rows, **options: rows)
-    rates = answer_rates(None, None, stop_module.with_kind(val, "crime"), "crime")
+    monkeypatch.setattr(validation, "evaluate", lambda model, tok, rows, **options: rows)
+    rates = answer_rates(None, None, validation.with_kind(val, "crime"), "crime")
     assert rates["refused"] == 1.0 and rates["benign"] == 0.0 and rates["skills"] == 1.0
     assert (
         stop_rule(None, None, val, "crime", RECIPE, None)(None, "difference", 1) is Verdict.NOT_YET

@@ -24,7 +24,7 @@ from cdelta.circuit.controls import (
 )
 from cdelta.edit.recipe import EditRecipe, Recipe
 from cdelta.edit.rows import TrainingRows
-from cdelta.edit.scale import Caps
+from cdelta.edit.validation import Caps
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.evaluation.measure import evaluate
 from cdelta.methods.attacks import (
