@@ -90,15 +90,15 @@ def control_circuits(
         rankings: of every category, from this seed's pairs. Of the others, each seed takes the
         next.
     """
-    model, spec, own = study.model, study.spec, rankings[category]
+    model, spec, units = study.model, study.spec, rankings[category]
     chain = partial(unit_circuits, spec, fractions=study.how.fractions)
-    found = {("circuit", 0): chain(*own)}
+    found = {("circuit", 0): chain(*units)}
     for i in range(study.how.draws):
         draw = 1000 * seed + i
         found["random", i] = chain(*random_scores(spec, draw))
         found["random_layer", i] = [
-            Circuit(layer_matched(circuit, spec, draw).units) if circuit.nodes else circuit
-            for circuit in found["circuit", 0]
+            Circuit(layer_matched(own.to_mask(spec), spec, draw).units) if own.nodes else own
+            for own in found["circuit", 0]
         ]
     if seed == 0:
         gradients = metric_gradients(model, study.discover[category], study.metric)
@@ -106,8 +106,8 @@ def control_circuits(
         found["gradient", 0] = chain(*gradient_scores(model, spec, gradients))
     if others := [name for name in rankings if name != category]:
         found["other_circuit", 0] = chain(*rankings[others[seed % len(others)]])
-        largest = torch.stack([shares(units.flat()) for units in rankings.values()]).amax(0)
-        found["union", 0] = chain(*own.like(largest))
+        largest = torch.stack([shares(own.flat()) for own in rankings.values()]).amax(0)
+        found["union", 0] = chain(*units.like(largest))
     return found
 
 

@@ -128,7 +128,7 @@ def runtime_answers(
         raise CdeltaError(reason)
     script = Path(__file__).with_name("runtimes.py")
     done = subprocess.run(
-        [sys.executable, script, folder.resolve(), str(limit), runtime, TOOLS],
+        [sys.executable, "-P", script, folder.resolve(), str(limit), runtime, TOOLS],
         input=json.dumps(prompts),
         capture_output=True,
         text=True,

@@ -1,16 +1,16 @@
 """Greedy answers of a checkpoint folder in a process that cannot import `cdelta`.
 
-``python cdelta/artifact/runtimes.py FOLDER MAX_NEW_TOKENS RUNTIME TOOLS < prompts.json`` prints a
-JSON list of answers: what a user of the edited checkpoint gets. `prompts.json` is a list of lists
-of token ids. RUNTIME is one of
+``python -P cdelta/artifact/runtimes.py FOLDER MAX_NEW_TOKENS RUNTIME TOOLS < prompts.json`` prints
+a JSON list of answers: what a user of the edited checkpoint gets. (-P: modules beside this file
+are no part of it.) `prompts.json` is a list of lists of token ids. RUNTIME is one of
 
 - ``transformers``: the folder through plain `transformers`, in fp32;
 - ``gguf:TYPE``: through `transformers` from the GGUF file that llama.cpp's own converter writes;
 - ``llama.cpp:TYPE``: the same file through llama.cpp,
 
 TYPE being one that the converter knows (``f32``, ``f16``, ``bf16``, ``q8_0``). The last two need
-the packages of `deployment.TOOLS_COMMAND` in the folder TOOLS. Exit code 2
-and one line on stderr where the converter does not know the model or its tokenizer.
+the packages of `deployment.TOOLS_COMMAND` in the folder TOOLS. Exit code 2 and one line on stderr
+where the converter does not know the model or its tokenizer.
 """
 
 from __future__ import annotations
