@@ -122,11 +122,10 @@ def _check(arguments: Namespace) -> int:
 
 def _ask(arguments: Namespace) -> int:
     """Answers of a base and an edited checkpoint side by side."""
-    from cdelta.edit.ask import Question, compare
+    from cdelta.edit.ask import compare
 
     how = (arguments.max_new_tokens, arguments.device, arguments.system, arguments.template_arg)
-    question = Question(_lines(arguments.prompts), *how)
-    for line in compare(arguments.base, arguments.edited, question):
+    for line in compare(arguments.base, arguments.edited, _lines(arguments.prompts), *how):
         _say(line)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cdelta.attribution.metrics import Metric, TokenSets, refusal_log_odds
@@ -20,41 +19,38 @@ METRIC = "metric.json"
 """Beside the delta: the first tokens of refusals and of compliances."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What both models are asked, and how."""
-
-    prompts: Sequence[str]
-    max_new_tokens: int = 64
-    device: str = "auto"
-    system: str = ""
-    template_args: Sequence[str] = ()
-    """Keywords for the chat template, NAME=VALUE."""
-
-
-def compare(base: str, edited: str, question: Question) -> Iterator[str]:
+def compare(
+    base: str,
+    edited: str,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    device: str = "auto",
+    system: str = "",
+    template_args: Sequence[str] = (),
+) -> Iterator[str]:
     """Lines: every prompt, and under it both answers with their outcome and, where the edited
     folder records the metric, the refusal log-odds in nats.
+
+    `template_args`: keywords for the chat template, NAME=VALUE.
     """
     folders = {"base": local_folder(base), "edited": local_folder(edited)}
     metric, judge = load_metric(folders["edited"]), Rules()
-    answers = {name: _answers(folder, question, metric) for name, folder in folders.items()}
-    for i, prompt in enumerate(question.prompts):
+    told = {"system": system, "template_args": parse_template_args(template_args)}
+
+    def answers(folder: Path) -> list[Answer]:
+        """Only one model is in memory at a time."""
+        model, tok = load_model(folder, "auto", device, **told)
+        return answer(model, tok, prompts, metric, max_new_tokens=max_new_tokens)
+
+    found = {name: answers(folder) for name, folder in folders.items()}
+    for i, prompt in enumerate(prompts):
         yield f"> {prompt}"
-        for name, found in answers.items():
-            each = found[i]
+        for name in found:
+            each = found[name][i]
             (outcome,) = judge([prompt], [each.text])
             odds = "" if each.log_odds is None else f"{each.log_odds:>+7.2f}"
             rest = "" if each.finished else " …"
             yield f"  {name:<7}{outcome:<11}{odds}  {each.text!r}{rest}"
-
-
-def _answers(folder: Path, question: Question, metric: Metric | None) -> list[Answer]:
-    """One model's answers; only one model is in memory at a time."""
-    keywords = parse_template_args(question.template_args)
-    system = question.system
-    model, tok = load_model(folder, "auto", question.device, system=system, template_args=keywords)
-    return answer(model, tok, question.prompts, metric, max_new_tokens=question.max_new_tokens)
 
 
 def save_metric(sets: TokenSets, record: Path) -> None:

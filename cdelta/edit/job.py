@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors import SafetensorError
 
-from cdelta.attribution.metrics import Metric, SequenceMetric, TokenSets
+from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.circuit.circuit import Circuit
 from cdelta.delta.apply import RECORD, save_edited
 from cdelta.delta.verify import VerifyReport, verify
@@ -111,13 +111,9 @@ def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
         reason = getattr(error, "strerror", None) or error
         raise CdeltaError(f"cannot write {job.out}: {reason}.") from error
     finally:
-        if not _interrupted():
+        # ended by the user or the system, the same job may go on later
+        if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
             remove_folder(job.work)
-
-
-def _interrupted() -> bool:
-    """Whether the user or the system ends the process, so that the same job may go on later."""
-    return isinstance(sys.exception(), (KeyboardInterrupt, SystemExit))
 
 
 def _run(job: EditJob, say: Say, progress: bool) -> Summary:
@@ -127,27 +123,26 @@ def _run(job: EditJob, say: Say, progress: bool) -> Summary:
     bound(tok, job.recipe)
     if tok.chat_template is None:
         say(f"The tokenizer has no chat template; prompts are written as {FALLBACK_TEMPLATE!r}.")
-    policy = read_policy(job, model, tok)
+    policy = _policy(job, model, tok)
     if len(policy.dropped):
         say(_drops(policy))
     for warning in policy.warnings:
         say(warning)
     say(estimate(model, tok, policy.records, job.recipe))
     recipe_pairs(policy.records, job.category, tok, job.recipe)  # too few: before any answer
-    _resume(job, folder, policy, say)
-    study = Study(model, tok, job, policy, progress)
-    circuit, fit = study.circuit, study.fit
+    study = Study(job, folder, model, tok, policy, progress)
+    if study.begun():
+        say(f"Going on with the edit that was begun ({job.work}).")
     choice = study.choice
     _check_effect(choice)
-    delta = fit.delta.with_metadata(k=choice.k, within_caps=choice.within_caps)
-    table = study.table(delta, choice.k)
-    tokens = refusal_tokens(tok, study.base, job.recipe)
-    report = _write(job, folder, policy, delta, circuit, choice, table, fit, tokens)
+    delta = study.fit.delta.with_metadata(k=choice.k, within_caps=choice.within_caps)
+    table = study.table(delta)
+    report = study.write(delta, table)
     ended, seconds = delta.metadata["training"], time.monotonic() - start
     return Summary(choice, table, ended, report, seconds, peak_memory(model.device))
 
 
-def read_policy(job: EditJob, model, tok) -> Policy:
+def _policy(job: EditJob, model, tok) -> Policy:
     """The category's records, without prompts that are too long for the model, or whose answers
     would cross LongRoPE's boundary.
     """
@@ -168,62 +163,54 @@ def _drops(policy: Policy) -> str:
     )
 
 
-def _resume(job: EditJob, folder: Path, policy: Policy, say: Say) -> None:
-    """Keep the work folder if it belongs to this very job, else begin with an empty one."""
-    weights = [(file.name, file.stat().st_size) for file in sorted(folder.glob("*.safetensors"))]
-    prompts = policy.records.to_csv(index=False).encode()
-    identity = {
-        "job": asdict(job) | {"out": "", "model": str(folder)},
-        "weights": weights,
-        "prompts": hashlib.sha256(prompts).hexdigest(),
-    }
-    identity = json.loads(json.dumps(identity))
-    path = job.work / "job.json"
-    if _recorded(path) == identity:
-        say(f"Going on with the edit that was begun ({job.work}).")
-        return
-    shutil.rmtree(job.work, ignore_errors=True)
-    job.work.mkdir(parents=True)
-    write_json(path, identity)
-
-
-def _recorded(path: Path) -> object:
-    """What a JSON file holds; None if it is not there or is damaged."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 @dataclass(frozen=True)
 class Study:
     """One model and one category: every step once, from what an earlier try left."""
 
+    job: EditJob
+    folder: Path
+    """Where the base lies."""
     model: object
     tok: object
-    job: EditJob
     policy: Policy
     progress: bool = False
 
-    @property
-    def recipe(self) -> Recipe:
-        """The job's recipe."""
-        return self.job.recipe
+    def begun(self) -> bool:
+        """Whether the work folder is this very job's; an empty one takes the place of another's."""
+        job, path = self.job, self.job.work / "job.json"
+        prompts = self.policy.records.to_csv(index=False).encode()
+        files = sorted(self.folder.glob("*.safetensors"))
+        identity = {
+            "job": asdict(job) | {"out": "", "model": str(self.folder)},
+            "weights": [(file.name, file.stat().st_size) for file in files],
+            "prompts": hashlib.sha256(prompts).hexdigest(),
+        }
+        try:
+            if read_json(path) == json.loads(json.dumps(identity)):
+                return True
+        except (OSError, ValueError, RecursionError):
+            pass  # none, or damaged
+        shutil.rmtree(job.work, ignore_errors=True)
+        write_json(path, identity)
+        return False
 
     @cached_property
     def base(self) -> pd.DataFrame:
         """The model's own answers to every prompt, judged by their words."""
-        store = RowStore(self.job.work / "answers")
-        options = answer_options(self.recipe)
-        records = self.policy.records
-        return evaluate(
-            self.model, self.tok, records, store=store, progress=self.progress, **options
-        )
+        return self._answers("answers", self.policy.records, progress=self.progress)
+
+    def _answers(
+        self, store: str, records: pd.DataFrame, metric: Metric | None = None, **under: object
+    ) -> pd.DataFrame:
+        """Judged answers of the model as it stands, kept in the work folder."""
+        options = answer_options(self.job.recipe, metric)
+        kept = RowStore(self.job.work / store)
+        return evaluate(self.model, self.tok, records, store=kept, **options, **under)
 
     @cached_property
     def attributed(self) -> Metric | SequenceMetric:
         """What is attributed."""
-        return refusal_metric(self.tok, self.base, self.recipe)
+        return refusal_metric(self.tok, self.base, self.job.recipe)
 
     @property
     def metric(self) -> Metric | None:
@@ -234,12 +221,7 @@ class Study:
     def val(self) -> pd.DataFrame:
         """Base rows of the validation split."""
         rows = self.base[self.base["split"] == "val"]
-        return limited(rows, self.recipe.answers.validation_limit)
-
-    @cached_property
-    def test(self) -> pd.DataFrame:
-        """Base rows of the test split."""
-        return self.base[self.base["split"] == "test"]
+        return limited(rows, self.job.recipe.answers.validation_limit)
 
     @cached_property
     def circuit(self) -> Circuit:
@@ -250,22 +232,22 @@ class Study:
                 self.model,
                 self.tok,
                 self.policy,
-                self.recipe,
+                self.job.recipe,
                 self.job.category,
                 base=self.base,
                 metric=self.attributed,
-                checkpoint=self.job.work / "refusing",
+                checkpoint=work / "refusing",
                 progress=self.progress,
             )
-            circuit.save(work / "circuit.partial")
-            write_hashed(work, "circuit", (work / "circuit.partial").read_bytes(), ".json")
+            unnamed = circuit.save(work / "circuit.partial")
+            write_hashed(work, "circuit", unnamed.read_bytes(), ".json")
         return Circuit.load(hashed_files(work, "circuit-*.json")[0])
 
     @cached_property
     def fit(self) -> Fit:
         """ΔΘ_C on the edit split, until it is selective on val."""
-        job, how = self.job, self.recipe.edit
-        rows = training_rows(self.base, job.category, how)
+        job, recipe = self.job, self.job.recipe
+        rows = training_rows(self.base, job.category, recipe.edit)
         if not len(rows.retain):
             raise CdeltaError(
                 "the model answers every benign prompt with nothing: "
@@ -276,8 +258,8 @@ class Study:
             self.tok,
             self.circuit.to_mask(ModelSpec.from_model(self.model)),
             rows,
-            how,
-            stop=stop_rule(self.model, self.tok, self.val, job.category, self.recipe, self.metric),
+            recipe.edit,
+            stop=stop_rule(self.model, self.tok, self.val, job.category, recipe, self.metric),
             checkpoint=job.work / "training",
             progress=self.progress,
             metadata={"category": job.category, "policy": Path(job.policy).name},
@@ -286,25 +268,17 @@ class Study:
     @cached_property
     def choice(self) -> Choice:
         """The scale k."""
-        return choose_scale(
-            self.model,
-            self.tok,
-            self.fit.delta,
-            self.val,
-            self.job.category,
-            self.recipe,
-            self.metric,
-            store=self.job.work / "scale",
-        )
+        job, delta = self.job, self.fit.delta
+        known = (self.val, job.category, job.recipe, self.metric)
+        return choose_scale(self.model, self.tok, delta, *known, store=job.work / "scale")
 
-    def table(self, delta: WeightDelta, scale: float) -> list[dict[str, object]]:
+    def table(self, delta: WeightDelta) -> list[dict[str, object]]:
         """Test refusal before and after, per kind of prompt."""
-        category, options = self.job.category, answer_options(self.recipe, self.metric)
-        under = {"method": "cdelta", "edit_category": category, "k": scale}
-        store = RowStore(self.job.work / "test")
-        with delta.applied(self.model, scale):
-            after = evaluate(self.model, self.tok, self.test, store=store, **options, **under)
-        rates = kind_rates(pd.concat([self.test, after], ignore_index=True), category)
+        test, k = self.base[self.base["split"] == "test"], self.choice.k
+        under = {"method": "cdelta", "edit_category": self.job.category, "k": k}
+        with delta.applied(self.model, k):
+            after = self._answers("test", test, self.metric, **under)
+        rates = kind_rates(pd.concat([test, after], ignore_index=True), self.job.category)
         rates = rates.set_index(["method", "kind"])
         return [
             {
@@ -317,6 +291,34 @@ class Study:
             }
             for kind, row in rates.loc["cdelta"].iterrows()
         ]
+
+    def write(self, delta: WeightDelta, table: list[dict]) -> VerifyReport:
+        """The whole output folder, verified before it appears."""
+        recipe, choice = self.job.recipe, self.choice
+        log = pd.DataFrame(self.fit.log).drop(columns="seconds").to_dict("records")
+        curve = choice.curve.to_dict("records")
+        dropped = self.policy.dropped[["source_id", "reason", "match"]].to_dict("records")
+        tokens = refusal_tokens(self.tok, self.base, recipe)
+        with new_folder(self.job.out) as partial:
+            save_edited(self.folder, delta, partial / "new", choice.k, selectivity=table)
+            for path in (partial / "new").iterdir():
+                path.rename(partial / path.name)
+            (partial / "new").rmdir()
+            record = partial / RECORD
+            delta.save(record / "delta")
+            self.circuit.save(record / "circuit.json")
+            if tokens is not None:
+                save_metric(tokens, record)
+            write_json(record / "policy.json", self.policy.manifest | {"dropped": dropped})
+            write_json(record / "recipe.json", asdict(recipe))
+            write_json(record / "training.json", {"curve": curve, "table": table, "log": log})
+            report = verify(self.folder, partial, delta)
+            if not report.ok:
+                raise CdeltaError(
+                    f"the written checkpoint fails verification: {report.problems[0]}"
+                )
+            (record / "verify.json").write_text(report.to_json(), encoding="utf-8")
+        return report
 
 
 def _check_effect(choice: Choice) -> None:
@@ -334,41 +336,6 @@ def _check_effect(choice: Choice) -> None:
             f"the edit has no effect on validation ({now:.0%} of the target refused at "
             f"k = {choice.k:g}): {remedy}, and see that --refusal reads as a refusal."
         )
-
-
-def _write(
-    job: EditJob,
-    folder: Path,
-    policy: Policy,
-    delta: WeightDelta,
-    circuit: Circuit,
-    choice: Choice,
-    table: list[dict],
-    fit: Fit,
-    tokens: TokenSets | None,
-) -> VerifyReport:
-    """The whole output folder, verified before it appears."""
-    log = [{key: value for key, value in row.items() if key != "seconds"} for row in fit.log]
-    dropped = policy.dropped[["source_id", "reason", "match"]].to_dict("records")
-    curve = choice.curve.to_dict("records")
-    with new_folder(job.out) as partial:
-        save_edited(folder, delta, partial / "new", choice.k, selectivity=table)
-        for path in (partial / "new").iterdir():
-            path.rename(partial / path.name)
-        (partial / "new").rmdir()
-        record = partial / RECORD
-        delta.save(record / "delta")
-        circuit.save(record / "circuit.json")
-        if tokens is not None:
-            save_metric(tokens, record)
-        write_json(record / "policy.json", policy.manifest | {"dropped": dropped})
-        write_json(record / "recipe.json", asdict(job.recipe))
-        write_json(record / "training.json", {"curve": curve, "table": table, "log": log})
-        report = verify(folder, partial, delta)
-        if not report.ok:
-            raise CdeltaError(f"the written checkpoint fails verification: {report.problems[0]}")
-        (record / "verify.json").write_text(report.to_json(), encoding="utf-8")
-    return report
 
 
 def summary_lines(job: EditJob, summary: Summary) -> Iterator[str]:
