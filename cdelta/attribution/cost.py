@@ -11,7 +11,7 @@ from typing import Callable, TypeVar
 import torch
 
 from cdelta.attribution.batch import Batch, batches, compute_dtype
-from cdelta.attribution.wiring import Wiring
+from cdelta.attribution.linear import Wiring
 from cdelta.errors import CdeltaError
 from cdelta.memory import GpuPeak, ResidentPeak, free_memory
 from cdelta.models.spec import ModelSpec

@@ -1,21 +1,26 @@
-"""What sources write: the corrupted run minus the clean run, from one pass over both."""
+"""What sources write, the corrupted run minus the clean run, from one pass over both; and exact
+patching with it: one edge or unit at a time carries the corrupted run's value. The slow oracle.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable, Iterator
 
 import torch
 
 from cdelta.attribution.batch import Batch, compute_dtype, run
-from cdelta.attribution.linear import Writer, norm_scale, per_unit, wide, writers
-from cdelta.attribution.wiring import Wiring
+from cdelta.attribution.linear import Wiring, Writer, norm_scale, per_unit, wide, writers
 from cdelta.models.hooks import after, before, hooked
 from cdelta.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+ROWS = 64
+"""Patched rows in one forward pass."""
+Hooks = Callable[["Float[Tensor, 'row pos d']"], list]
 
 
 class SourceDifferences:
@@ -82,3 +87,101 @@ class SourceDifferences:
     def _difference(self, x: Float[Tensor, "rows pos in"]) -> Float[Tensor, "n in"]:
         clean, corrupted = x.flatten(0, 1).chunk(2)
         return (wide(corrupted) - wide(clean)).to(self.dtype)
+
+
+# ---------------------------------------------------------------------- exact patching
+
+
+def patch_all(
+    model, differences: SourceDifferences, batch: Batch, metric, edges, heads, neurons
+) -> None:
+    """Add the change of the metric, patched minus clean, to `edges` (summed over rows), `heads`
+    and `neurons`.
+    """
+    patch = partial(patched_changes, model, batch, metric, differences.metric_clean)
+    for upstream, column, hooks in readers(model, differences):
+        edges[:upstream, column] += patch(differences.dense[:upstream], hooks).sum(-1)
+    for layer, block in enumerate(differences.blocks):
+        attn, mlp = writers(differences.spec, block).values()
+        outputs = differences.dense[differences.wiring.heads(layer)]
+        heads[:, layer] += patch(outputs, partial(write_more, attn)).T
+        changes = patch(neuron_outputs(differences, layer, mlp), partial(write_more, mlp)).T
+        neurons[:, layer] += changes if len(neurons) > 1 else changes.sum(0, keepdim=True)
+
+
+def patched_changes(
+    model,
+    batch: Batch,
+    metric,
+    clean: Float[Tensor, "row"],
+    differences: Float[Tensor, "u n d"],
+    hooks: Hooks,
+) -> Float[Tensor, "u row"]:
+    """Change of every row's metric when `hooks` adds each of `differences` in its own forward
+    pass.
+    """
+    rows = len(batch.rows)
+    changes = []
+    for chunk in differences.split(max(1, ROWS // rows)):
+        repeated = batch.repeat(len(chunk))
+        shift = chunk.reshape(len(repeated.rows), -1, chunk.shape[-1])
+        with torch.no_grad(), hooked(*hooks(shift)):
+            value = run(model, repeated.clean, repeated, metric)
+        changes.append(value.unflatten(0, (len(chunk), rows)) - clean)
+    return torch.cat(changes)
+
+
+def readers(model, differences: SourceDifferences) -> Iterator[tuple[int, int, Hooks]]:
+    """For every reader: (number of upstream sources, column in edges, hooks that shift what it
+    alone reads).
+    """
+    spec, wiring = differences.spec, differences.wiring
+    for layer, block in enumerate(differences.blocks):
+        upstream, column = (
+            wiring.upstream(layer, "attention"),
+            wiring.attention_readers(layer).start,
+        )
+        for _, module, start, units in spec.qkv_parts():
+            for first in range(start, start + units * spec.head_dim, spec.head_dim):
+                rows = slice(first, first + spec.head_dim)
+                yield (
+                    upstream,
+                    column,
+                    partial(project_shifted, block.attn_norm, block.qkv[module], rows),
+                )
+                column += 1
+        yield wiring.upstream(layer, "mlp"), column, partial(read_shifted, block.mlp_norm)
+    yield len(wiring.sources), wiring.logits().start, partial(read_shifted, spec.final_norm(model))
+
+
+def read_shifted(norm, shift: Float[Tensor, "row pos d"]) -> list:
+    """Hooks: the norm reads x + shift."""
+    return [before(norm, lambda x: (x + shift.to(x.device)).to(x.dtype))]
+
+
+def project_shifted(norm, projection, rows: slice, shift: Float[Tensor, "row pos d"]) -> list:
+    """Hooks: the named output rows of the projection are computed from x + shift, the others from
+    x.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def replace_rows(out):
+        x = seen.pop("x")
+        shifted = projection.forward(norm.forward((x + shift.to(x.device)).to(x.dtype)))
+        out = out.clone()
+        out[..., rows] = shifted[..., rows]
+        return out
+
+    return [before(norm, lambda x: seen.__setitem__("x", x)), after(projection, replace_rows)]
+
+
+def write_more(writer: Writer, shift: Float[Tensor, "row pos d"]) -> list:
+    """Hooks: the writer adds `shift` to what it writes."""
+    return [after(writer.out, lambda out: (out + shift.to(out.device)).to(out.dtype))]
+
+
+def neuron_outputs(
+    differences: SourceDifferences, layer: int, mlp: Writer
+) -> Float[Tensor, "neuron n d"]:
+    """What each neuron writes in the corrupted run minus the clean run."""
+    return differences.inputs["mlp", layer].T[..., None] * mlp.weight(differences.dtype)[:, None]

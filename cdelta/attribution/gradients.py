@@ -23,6 +23,7 @@ from torch import nn
 from cdelta.attribution.batch import Batch, compute_dtype, run
 from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.linear import (
+    Wiring,
     Writer,
     bias_of,
     centred,
@@ -34,7 +35,6 @@ from cdelta.attribution.linear import (
     wide_matmul,
     writers,
 )
-from cdelta.attribution.wiring import Wiring
 from cdelta.models.hooks import after, before, hooked
 from cdelta.models.spec import Block, ModelSpec
 

@@ -50,15 +50,6 @@ class TokenSets:
         """`refusal_log_odds` on these sets."""
         return refusal_log_odds(list(self.refuse), list(self.comply))
 
-    def rows(self, tok) -> list[dict]:
-        """For the reader: one dict (side, token, id, share) per token, most frequent first."""
-        sides = (("refuse", self.refuse), ("comply", self.comply))
-        return [
-            {"side": side, "token": tok.decode([token]), "id": token, "share": share}
-            for side, shares in sides
-            for token, share in shares.items()
-        ]
-
 
 def first_token_sets(
     tok, answers: Sequence[str | Sequence[int]], outcomes: Sequence[str], top: int = 64
@@ -145,19 +136,13 @@ class SequenceMetric:
         """How many last positions' logits the metric needs."""
         return len(self.refusal) + 1
 
-    def compliances(self, n: int) -> Sequence[tuple[int, ...]]:
-        """What each of `n` pairs is followed by when it is answered."""
-        return [self.compliance] * n
-
     def extend(self, pairs: PromptPairs) -> PromptPairs:
         """Each pair twice: followed by the refusal and by the compliance."""
-        compliances = self.compliances(len(pairs))
-
-        def followed(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-            answers = ((self.refusal, compliance) for compliance in compliances)
-            return [row + answer for row, both in zip(rows, answers) for answer in both]
-
-        clean, corrupted = followed(pairs.clean), followed(pairs.corrupted)
+        both = (self.refusal, self.compliance)
+        clean, corrupted = (
+            [row + answer for row in side for answer in both]
+            for side in (pairs.clean, pairs.corrupted)
+        )
         return PromptPairs.from_tokens(clean, corrupted, pairs.split)
 
     def __call__(
@@ -168,35 +153,6 @@ class SequenceMetric:
         log_p = logits[:, :-1].log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
         refused = (answers == answers.new_tensor(self.refusal)).all(-1)
         return torch.where(refused, log_p, -log_p)
-
-
-@dataclass(frozen=True)
-class OwnAnswerMetric(SequenceMetric):
-    """`SequenceMetric` of a refusal against each pair's own answer, for a model that hardly
-    refuses.
-
-    `answers` holds one row of token ids per pair, in the pairs' order (the base's answers to the
-    clean prompts, as generated). All are cut to the shortest; both sides of a pair are followed
-    by it.
-    """
-
-    compliance: tuple[int, ...] = ()
-    answers: tuple[tuple[int, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        n = min(map(len, (self.refusal, *self.answers)))
-        object.__setattr__(self, "refusal", tuple(self.refusal[:n]))
-        object.__setattr__(self, "answers", tuple(tuple(answer[:n]) for answer in self.answers))
-        if not n or self.refusal in self.answers:
-            raise CdeltaError(
-                "an own answer is empty or starts with the refusal's tokens: leave its pair out."
-            )
-
-    def compliances(self, n: int) -> Sequence[tuple[int, ...]]:
-        """Each pair's own answer. Raises `CdeltaError` unless there are as many as pairs."""
-        if n != len(self.answers):
-            raise CdeltaError(f"{len(self.answers)} own answers for {n} pairs: give one a pair.")
-        return self.answers
 
 
 def kl_divergence(

@@ -31,12 +31,11 @@ from cdelta.attribution.cost import (
     memory_needed,
     passes,
 )
-from cdelta.attribution.differences import SourceDifferences
-from cdelta.attribution.exact import patch_all
+from cdelta.attribution.differences import SourceDifferences, patch_all
 from cdelta.attribution.gim import modified_gradients
 from cdelta.attribution.gradients import GradientPass, Schedule
+from cdelta.attribution.linear import Wiring
 from cdelta.attribution.metrics import Metric, SequenceMetric
-from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, refuse_test
 from cdelta.files import read_json
 from cdelta.models.hooks import requires_grad

@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from cdelta.attribution.batch import batches, input_device, run, seen_by
-from cdelta.attribution.differences import SourceDifferences
-from cdelta.attribution.exact import patched_changes, read_shifted
-from cdelta.attribution.linear import writers
+from cdelta.attribution.differences import SourceDifferences, patched_changes, read_shifted
+from cdelta.attribution.linear import Wiring, writers
 from cdelta.attribution.metrics import Metric, SequenceMetric, WithKL, after_prompt
-from cdelta.attribution.wiring import Wiring
 from cdelta.circuit.circuit import Circuit, all_units, unit_name, unit_sizes
 from cdelta.circuit.runs import UnitRuns, edge_places, edge_values, kept_channels, kept_edges
 from cdelta.circuit.selection import select_edges, select_units

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from cdelta.attribution.batch import Batch, run
 from cdelta.attribution.differences import SourceDifferences
-from cdelta.attribution.linear import Writer, in_out, wide
-from cdelta.attribution.wiring import Wiring
+from cdelta.attribution.linear import Wiring, Writer, in_out, wide
 from cdelta.circuit.circuit import Circuit, Edge, node_units
 from cdelta.errors import CdeltaError
 from cdelta.models.hooks import after, before, hooked, loaded

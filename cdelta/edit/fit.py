@@ -78,7 +78,7 @@ def train(
             "the model is in training mode, where dropout makes the sides differ: "
             "call model.eval() first."
         )
-    facts = {**_facts(model, mask, how), **_prompt_facts(tok), **(metadata or {})}
+    facts = _facts(model, tok, mask, how) | dict(metadata or {})
     with requires_grad(model, on=False), SliceHooks(model, mask.slices) as hooks:
         for attempt in range(how.attempts):
             again = replace(how, seed=how.seed + OTHER_BATCHES * attempt)
@@ -132,14 +132,9 @@ def fit_delta(
     ).delta
 
 
-def _prompt_facts(tok) -> dict[str, str]:
-    """What the prompts were written with: the date that the chat template was told."""
+def _facts(model, tok, mask: ParameterMask, how: EditRecipe) -> dict[str, object]:
+    """What is recorded with a delta; the date only where the chat template was told one."""
     date = template_facts(tok).date if tok.chat_template else ""
-    return {"template_date": date} if date else {}
-
-
-def _facts(model, mask: ParameterMask, how: EditRecipe) -> dict[str, object]:
-    """What is recorded with a delta."""
     return {
         **base_facts(model),
         "conv1d": any(isinstance(module, Conv1D) for module in model.modules()),
@@ -152,4 +147,5 @@ def _facts(model, mask: ParameterMask, how: EditRecipe) -> dict[str, object]:
             "torch": torch.__version__,
             "transformers": transformers_version,
         },
+        **({"template_date": date} if date else {}),
     }

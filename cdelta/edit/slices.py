@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,22 +34,22 @@ class SliceHooks:
     def __init__(self, model: nn.Module, slices: Slices):
         self.values: Mapping[str, Tensor] = {}
         self._model, self._slices = model, slices
-        self._handles: list = []
+        self._stack = ExitStack()
 
     def __enter__(self) -> SliceHooks:
         for name, (dim, index) in self._slices.items():
-            path, kind = name.rsplit(".", 1)
-            module = self._model.get_submodule(path)
-            self._handles.append(
-                module.register_forward_hook(
-                    self._hook(name, _addition(module, kind, dim), index.to(module.weight.device))
+            module = self._model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                raise CdeltaError(
+                    f"only plain linear layers can be edited, not {type(module).__name__}: "
+                    "load the model unquantised."
                 )
-            )
+            hook = partial(self._add, name, dim, index.to(module.weight.device))
+            self._stack.callback(module.register_forward_hook(hook).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._stack.close()
 
     @contextmanager
     def adding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -64,46 +64,28 @@ class SliceHooks:
         """The base model, inside the block."""
         return self.adding({})
 
-    def _hook(self, name: str, add: Callable, index: Tensor):
-        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            if name in self.values:
-                add(output, inputs[0], self.values[name], index)
-
-        return hook
-
-
-def _addition(
-    module: nn.Module, kind: str, dim: int
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """How values on a slice of a layer's weight or bias change its output (in place: nothing else
-    has seen it yet).
-    """
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        raise CdeltaError(
-            f"only plain linear layers can be edited, not {type(module).__name__}: "
-            "load the model unquantised."
-        )
-    if kind == "bias":
-        return _add_bias
-    output_axis = 1 if isinstance(module, Conv1D) else 0
-    add = _add_rows if dim == output_axis else _add_columns
-    return partial(_transposed, add) if output_axis else add
-
-
-def _transposed(add: Callable, y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> None:
-    add(y, x, values.T, index)
-
-
-def _add_rows(y: Tensor, x: Tensor, values: Float[Tensor, "rows in"], index: Tensor) -> None:
-    y.index_add_(-1, index, F.linear(x, values.to(x.dtype)).to(y.dtype))
-
-
-def _add_columns(y: Tensor, x: Tensor, values: Float[Tensor, "out columns"], index: Tensor) -> None:
-    y.add_(F.linear(x.index_select(-1, index), values.to(x.dtype)))
-
-
-def _add_bias(y: Tensor, x: Tensor, values: Float[Tensor, "rows"], index: Tensor) -> None:
-    y.index_add_(-1, index, values.to(y.dtype).expand(*y.shape[:-1], -1))
+    def _add(
+        self,
+        name: str,
+        dim: int,
+        index: Tensor,
+        module: nn.Module,
+        inputs: tuple[Tensor],
+        y: Float[Tensor, "*n out"],
+    ) -> None:
+        """Change a layer's output in place: nothing else has seen it yet."""
+        if name not in self.values:
+            return
+        values, (x, *_) = self.values[name], inputs
+        if values.dim() == 1:
+            y.index_add_(-1, index, values.to(y.dtype).expand(*y.shape[:-1], -1))
+            return
+        output_axis = int(isinstance(module, Conv1D))
+        values = (values.T if output_axis else values).to(x.dtype)
+        if dim == output_axis:
+            y.index_add_(-1, index, F.linear(x, values).to(y.dtype))
+        else:
+            y.add_(F.linear(x.index_select(-1, index), values))
 
 
 class Entries:
@@ -113,18 +95,17 @@ class Entries:
 
     def __init__(self, mask: ParameterMask, how: EditRecipe, device: torch.device):
         zeros = WeightDelta.zeros(mask).values
-        self.leaves: dict[str, Tensor] = {}
+        leaves: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(how.seed)
         for name, value in zeros.items():
-            if how.rank and value.dim() == 2:
-                rank = min(how.rank, *value.shape)
-                self.leaves[f"{name}:down"] = torch.randn(
-                    rank, value.shape[1], generator=generator
-                ) / math.sqrt(value.shape[1])
-                self.leaves[f"{name}:up"] = value.new_zeros(value.shape[0], rank)
-            else:
-                self.leaves[name] = value
-        self.leaves = {key: leaf.to(device).requires_grad_() for key, leaf in self.leaves.items()}
+            if not how.rank or value.dim() == 1:
+                leaves[name] = value
+                continue
+            rows, columns = value.shape
+            down = torch.randn(min(how.rank, rows, columns), columns, generator=generator)
+            leaves[f"{name}:down"] = down / math.sqrt(columns)
+            leaves[f"{name}:up"] = value.new_zeros(rows, len(down))
+        self.leaves = {key: leaf.to(device).requires_grad_() for key, leaf in leaves.items()}
         self._names, self._slices = tuple(zeros), mask.slices
 
     def values(self) -> dict[str, Tensor]:
@@ -137,6 +118,5 @@ class Entries:
 
     def delta(self) -> WeightDelta:
         """A frozen copy."""
-        return WeightDelta(
-            {n: v.detach().cpu().clone() for n, v in self.values().items()}, self._slices
-        )
+        frozen = {name: value.detach().cpu().clone() for name, value in self.values().items()}
+        return WeightDelta(frozen, self._slices)

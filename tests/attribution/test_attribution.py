@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from cdelta.attribution.batch import make_batch
 from cdelta.attribution.differences import SourceDifferences
+from cdelta.attribution.linear import Wiring
 from cdelta.attribution.metrics import SequenceMetric
 from cdelta.attribution.scores import METHODS, Scores, attribute
-from cdelta.attribution.wiring import Wiring
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.models.loading import load_model
 from cdelta.models.spec import FAMILIES, ModelSpec, UnsupportedArchitecture

@@ -7,8 +7,8 @@ from toys import toy, toy_pairs
 
 from cdelta.attribution import gim
 from cdelta.attribution.gim import WarmSoftmax, modified_gradients, scaled
+from cdelta.attribution.linear import Wiring
 from cdelta.attribution.scores import attribute
-from cdelta.attribution.wiring import Wiring
 from cdelta.models.spec import ModelSpec
 
 

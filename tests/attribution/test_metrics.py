@@ -46,12 +46,6 @@ def test_first_tokens_come_from_the_models_own_answers(tokenizer):
     sets = first_token_sets(tokenizer, answers, outcomes)
     please, make = tokenizer.convert_tokens_to_ids(["please", "make"])
     assert sets.refuse == {please: 1.0} and sets.comply == {make: 1.0}
-    assert sets.rows(tokenizer)[0] == {
-        "side": "refuse",
-        "token": "please",
-        "id": please,
-        "share": 1.0,
-    }
     assert torch.equal(sets.metric()(LOGITS), refusal_log_odds([please], [make])(LOGITS))
 
 

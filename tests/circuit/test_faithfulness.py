@@ -9,12 +9,10 @@ import torch
 import toys
 
 from cdelta.attribution.batch import batches, make_batch, run
-from cdelta.attribution.differences import SourceDifferences
-from cdelta.attribution.exact import readers
-from cdelta.attribution.linear import norm_scale, writers
+from cdelta.attribution.differences import SourceDifferences, readers
+from cdelta.attribution.linear import Wiring, norm_scale, writers
 from cdelta.attribution.metrics import SequenceMetric
 from cdelta.attribution.scores import attribute
-from cdelta.attribution.wiring import Wiring
 from cdelta.circuit.circuit import Circuit, parse_unit
 from cdelta.circuit.faithfulness import (
     FRACTIONS,
