@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -102,7 +102,7 @@ def measure(claim: Claim, figures: Path) -> Verdict:
 # ---------------------------------------------------------------------- against the recorded run
 
 
-def tolerance_of(table: str) -> dict[str, float]:
+def tolerance_of(table: str) -> dict[str, Any]:
     """How far a table's numbers may be from the recorded ones: the last pattern that fits."""
     patterns = read_toml(FILE)["tolerance"]
     return [values for name, values in patterns.items() if fnmatch.fnmatch(table, name)][-1]

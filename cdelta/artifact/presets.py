@@ -300,8 +300,8 @@ def resolve(
         changed_to = json.dumps(changes, sort_keys=True).encode()
         run_name = f"{name}-{hashlib.sha256(changed_to).hexdigest()[:8]}"
     sets = {text.partition("=")[0]: text for text in (*preset.external, *external)}
-    own = {"external": tuple(sets.values()), "name": run_name or name}
-    return changed(replace(preset, **own), changes)
+    preset = replace(preset, external=tuple(sets.values()), name=run_name or name)
+    return changed(preset, changes)
 
 
 def file_categories(path: str) -> tuple[str, ...]:
