@@ -14,7 +14,6 @@ from cdelta.errors import CdeltaError
 from cdelta.policy.pairs import PromptPairs
 
 if TYPE_CHECKING:
-    import pandas as pd
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -28,7 +27,16 @@ def refusal_log_odds(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> Me
 
     Raises `CdeltaError` if a set is empty or a token is in both.
     """
-    check_token_sets(refuse_ids, comply_ids)
+    if not len(refuse_ids) or not len(comply_ids):
+        raise CdeltaError(
+            "refusal log-odds need at least one refusal token and one compliance token."
+        )
+    shared = sorted(set(refuse_ids) & set(comply_ids))
+    if shared:
+        raise CdeltaError(
+            f"tokens {shared[:5]} are in both sets: "
+            "a first token must tell refusal from compliance."
+        )
     refuse, comply = list(refuse_ids), list(comply_ids)
 
     def metric(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
@@ -67,31 +75,23 @@ def first_token_sets(
     Raises `CdeltaError` if a side ends up without tokens: then the answers differ later, and
     `SequenceMetric` is the metric.
     """
-    starts = {
-        side: first_token_shares(tok, answers, outcomes, side) for side in ("refuse", "comply")
-    }
-    refuse = distinctive(starts["refuse"], starts["comply"], top)
-    comply = distinctive(starts["comply"], starts["refuse"], top)
+    shares = {}
+    for side in ("refuse", "comply"):
+        rows = [
+            encode_answer(tok, answer)
+            for answer, outcome in zip(answers, outcomes, strict=True)
+            if outcome == side
+        ]
+        counts = Counter(row[0] for row in rows if row)
+        shares[side] = {token: n / counts.total() for token, n in counts.most_common()}
+    refuse = distinctive(shares["refuse"], shares["comply"], top)
+    comply = distinctive(shares["comply"], shares["refuse"], top)
     for side, tokens in (("refusals", refuse), ("compliances", comply)):
         if not tokens:
             raise CdeltaError(
                 f"no first token tells {side} apart: label more answers, or use SequenceMetric."
             )
     return TokenSets(refuse, comply)
-
-
-def first_token_shares(tok, answers, outcomes: Sequence[str], side: str) -> dict[int, float]:
-    """Share of each first token among the answers with outcome `side`, most frequent first.
-
-    Empty answers are left out.
-    """
-    rows = [
-        encode_answer(tok, answer)
-        for answer, outcome in zip(answers, outcomes, strict=True)
-        if outcome == side
-    ]
-    counts = Counter(row[0] for row in rows if row)
-    return {token: count / counts.total() for token, count in counts.most_common()}
 
 
 def distinctive(
@@ -191,22 +191,3 @@ def after_prompt(logits: Tensor) -> Float[Tensor, "row vocab"]:
     one.
     """
     return logits[:, 0] if logits.dim() == 3 else logits
-
-
-def check_token_sets(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> None:
-    """Raise `CdeltaError` unless both sets have tokens and share none."""
-    if not len(refuse_ids) or not len(comply_ids):
-        raise CdeltaError(
-            "refusal log-odds need at least one refusal token and one compliance token."
-        )
-    shared = sorted(set(refuse_ids) & set(comply_ids))
-    if shared:
-        raise CdeltaError(
-            f"tokens {shared[:5]} are in both sets: "
-            "a first token must tell refusal from compliance."
-        )
-
-
-def labelled(base: pd.DataFrame) -> pd.DataFrame:
-    """The base's outcome rows that a metric may be built from: no test rows, no skills."""
-    return base[(base["split"] != "test") & (base["role"] != "utility")]

@@ -27,7 +27,7 @@ from cdelta.models.spec import ModelSpec, Slice
 Unit = tuple[str, int, int]
 """("a", layer, head) or ("m", layer, neuron)."""
 Edge = tuple[str, str]
-"""(source, reader), by the names of `attribution.wiring`."""
+"""(source, reader), by the names of `attribution.linear`."""
 Slices = Mapping[str, tuple[int, Tensor]]
 """Parameter name -> (axis of the stored tensor, sorted unique indices along it)."""
 

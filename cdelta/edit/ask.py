@@ -35,11 +35,11 @@ def compare(
     """
     folders = {"base": local_folder(base), "edited": local_folder(edited)}
     metric, judge = load_metric(folders["edited"]), Rules()
-    told = {"system": system, "template_args": parse_template_args(template_args)}
+    keywords = parse_template_args(template_args)
 
     def answers(folder: Path) -> list[Answer]:
         """Only one model is in memory at a time."""
-        model, tok = load_model(folder, "auto", device, **told)
+        model, tok = load_model(folder, "auto", device, system=system, template_args=keywords)
         return answer(model, tok, prompts, metric, max_new_tokens=max_new_tokens)
 
     found = {name: answers(folder) for name, folder in folders.items()}

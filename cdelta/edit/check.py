@@ -123,10 +123,19 @@ def products_per_second(device: str) -> float:
 
 
 def estimate(model, tok, records: pd.DataFrame, recipe: Recipe) -> str:
-    """Memory and time at most, from one pass of this model."""
-    tokens, seconds = _measured_pass(model, tok, records, recipe)
-    width = tokens / recipe.edit.batch_size
-    return estimated(ModelSpec.from_model(model), records, recipe, width, seconds / tokens)
+    """Memory and time at most, from one forward pass of a training batch."""
+    how, stops = recipe.edit, stop_ids(model, tok)
+    prompts = records.loc[records["split"] == "edit", "prompt"].tolist()[: how.batch_size]
+    rows = [example_ids(tok, prompt, how.refusal, stops) for prompt in prompts]
+    rows = [rows[i % len(rows)] for i in range(how.batch_size)]
+    batch = collate(rows, pad_id(model, tok), model.device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        model(**inputs, use_cache=False, logits_to_keep=1).logits.sum().item()
+    seconds, tokens = time.perf_counter() - start, batch.input_ids.numel()
+    spec, width = ModelSpec.from_model(model), tokens / how.batch_size
+    return estimated(spec, records, recipe, width, seconds / tokens)
 
 
 def estimated(
@@ -149,20 +158,6 @@ def estimated(
         f"({ENTRY_BYTES * entries / 2**20:,.1f} MB with gradients and optimiser state); at most "
         f"{times[0]} of attribution, {times[1]} of training and {times[2]} of answers."
     )
-
-
-def _measured_pass(model, tok, records: pd.DataFrame, recipe: Recipe) -> tuple[int, float]:
-    """(tokens, seconds) of one forward pass of a training batch."""
-    how, stops = recipe.edit, stop_ids(model, tok)
-    prompts = records.loc[records["split"] == "edit", "prompt"].tolist()[: how.batch_size]
-    rows = [example_ids(tok, prompt, how.refusal, stops) for prompt in prompts]
-    rows = [rows[i % len(rows)] for i in range(how.batch_size)]
-    batch = collate(rows, pad_id(model, tok), model.device)
-    start = time.perf_counter()
-    with torch.no_grad():
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        model(**inputs, use_cache=False, logits_to_keep=1).logits.sum().item()
-    return batch.input_ids.numel(), time.perf_counter() - start
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,6 @@ from cdelta.attribution.metrics import (
     TokenSets,
     encode_answer,
     first_token_sets,
-    labelled,
 )
 from cdelta.attribution.scores import Scores, attribute
 from cdelta.circuit.circuit import Circuit
@@ -178,9 +177,11 @@ def first_token_metric(metric: Metric | SequenceMetric) -> Metric | None:
 
 
 def _samples(base: pd.DataFrame, recipe: Recipe) -> tuple[list, list]:
-    """Refusals and compliances: answers of the base, or the recipe's texts."""
-    rows = labelled(base)
-    rows = rows[rows["answer"].str.strip() != ""]
+    """Refusals and compliances: answers of the base (no test rows, no skills), or the recipe's
+    texts.
+    """
+    seen = (base["split"] != "test") & (base["role"] != "utility")
+    rows = base[seen & (base["answer"].str.strip() != "")]
     found = {
         outcome: [reply(row) for row in rows[rows["outcome"] == outcome].to_dict("records")]
         for outcome in ("refuse", "comply")

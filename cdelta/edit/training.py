@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -174,8 +174,7 @@ class Training:
         """Add the gradient of the side's loss on its own answers; returns the loss."""
         rows = self.data.target_plan[self._step]
         loss_of = self._margin if self.how.objective == "margin" else self._focused
-        parts = [partial(loss_of, side, part) for part in self._passes(side, rows)]
-        return self._backward(side, parts, share)
+        return self._backward(side, share, side, rows, partial(loss_of, side))
 
     def _focused(self, side: str, rows: list[int]) -> Parts:
         return focused(predictions(self.model, self.data.batch(side, rows)), self.how)
@@ -197,8 +196,7 @@ class Training:
         """Add the gradient of the retain loss of an update; returns the loss."""
         with self._applied(which):
             rows = self._hardest(self.data.retain_plan[self._step])
-        parts = [partial(self._kept, part) for part in self._passes("retain", rows)]
-        return self._backward(which, parts, share)
+        return self._backward(which, share, "retain", rows, self._kept)
 
     def _kept(self, rows: list[int]) -> Parts:
         batch = self.data.batch("retain", rows)
@@ -249,16 +247,18 @@ class Training:
         with self._hooks.adding(values), products_in_bf16(self.device, self.how.bf16):
             yield
 
-    def _backward(self, which: str, parts: Iterable[Callable[[], Parts]], share: float) -> Tensor:
-        """Add `share` times the gradient of a loss whose weighted sums come in parts.
+    def _backward(
+        self, which: str, share: float, key: str, rows: list[int], loss_of: Callable[..., Parts]
+    ) -> Tensor:
+        """Add `share` times the gradient of the loss of an update on some rows; returns the loss.
 
         Target and retain rows, and parts, go through the model one after the other to save memory.
         """
         leaves = self.leaves
         total, weight, gradients = 0.0, 0.0, [None] * len(leaves)
-        for part in parts:
+        for part in self._passes(key, rows):
             with self._applied(which):
-                loss, weights = part()
+                loss, weights = loss_of(part)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
             gradients = [_sum(old, new) for old, new in zip(gradients, found, strict=True)]
             total, weight = total + loss.detach(), weight + weights
