@@ -36,6 +36,7 @@ policy = ""  # a CSV, JSONL or Parquet file, or a source and its path, by defaul
 import pandas as pd
 
 from cdelta.artifact import findings
+from cdelta.artifact import study as tables
 from cdelta.artifact.controls import (
     CONTROLS,
     compare_controls,
@@ -45,24 +46,10 @@ from cdelta.artifact.controls import (
 )
 from cdelta.artifact.figures import circuits as draw
 from cdelta.artifact.run import open_run
-from cdelta.artifact.study import (
-    CircuitStudy,
-    attention_table,
-    chance_overlap,
-    component_table,
-    jaccard_matrix,
-    mask_depths,
-    mask_table,
-    overlap,
-    ranked_heads,
-    sharing,
-    stability,
-    strongest_parts,
-)
 from cdelta.circuit.faithfulness import unit_parameters
 
 run = open_run("03_circuit", preset, run_dir, device, model_path, policy)
-study = CircuitStudy(run)
+study = tables.CircuitStudy(run)
 settings, names = run.settings.study, run.settings.categories
 
 # %% [markdown]
@@ -72,11 +59,11 @@ settings, names = run.settings.study, run.settings.categories
 circuits = study.circuits
 for category, circuit in circuits.items():
     circuit.save(run.path(f"{category}.json"))
-table = mask_table(study)
+table = tables.mask_table(study)
 run.table("tab_masks", table, "The parameter masks, counted exactly.", digits=4)
 
 # %%
-depth = mask_depths(study)
+depth = tables.mask_depths(study)
 run.figure(
     "fig_depth",
     draw.by_layer(depth, study.spec.n_layers, "share of the mask (%)"),
@@ -84,7 +71,7 @@ run.figure(
 )
 
 # %%
-top = study.per_category(ranked_heads).groupby("category", sort=False).head(3)
+top = study.per_category(tables.ranked_heads).groupby("category", sort=False).head(3)
 run.table("tab_top_units", top, "The three strongest heads by the masks' ranking.")
 
 # %%
@@ -152,7 +139,7 @@ findings.section("does_the_circuit_do_it", controls=controls, faithful=faithful)
 # words), fewer or more steps, and whole openings of answers as metric.
 
 # %%
-table = study.per_category(stability)
+table = study.per_category(tables.stability)
 run.table(
     "tab_stability",
     table,
@@ -172,10 +159,12 @@ run.figure(
 # random masks of this size share.
 
 # %%
-jaccard, chance = jaccard_matrix(circuits), chance_overlap(study)
-overlaps = overlap(study)
+jaccard, chance = tables.jaccard_matrix(circuits), tables.chance_overlap(study)
+overlaps = tables.overlap(study)
 run.table("tab_overlap", overlaps, f"Overlap of every two circuits, {settings.bootstrap} redraws.")
-run.table("tab_sharing", sharing(circuits), "Units by how many categories' circuits own them.")
+run.table(
+    "tab_sharing", tables.sharing(circuits), "Units by how many categories' circuits own them."
+)
 run.figure(
     "fig_overlap_circuits",
     draw.overlap_map(jaccard, chance),
@@ -196,7 +185,7 @@ findings.section(
 # layers. *Left out*: the circuit's own run loses this much without the part.
 
 # %%
-parts = strongest_parts(study.per_category(component_table))
+parts = tables.strongest_parts(study.per_category(tables.component_table))
 run.table("tab_components", parts, "Effect of the circuits' parts (nats), bootstrap 95 %.")
 run.figure("fig_parts", draw.part_effects(parts, names), "Effect of the parts (tab_components).")
 
@@ -204,7 +193,7 @@ run.figure("fig_parts", draw.part_effects(parts, names), "Effect of the parts (t
 # Attention from the last prompt token, where the answer starts.
 
 # %%
-attention = study.per_category(attention_table)
+attention = study.per_category(tables.attention_table)
 run.figure(
     "fig_attention",
     draw.attention_bars(attention),

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cdelta.artifact.numbers import rate_columns, readable
+from cdelta.artifact.numbers import rate_columns, read_table, readable
 from cdelta.artifact.run import read_manifest
 from cdelta.errors import CdeltaError
 from cdelta.files import read_toml
@@ -82,7 +82,7 @@ def measure(claim: Claim, figures: Path) -> Verdict:
     path = figures / f"{claim.table}.csv"
     if not path.exists():
         return Verdict(claim, f"no {claim.table}")
-    table = pd.read_csv(path)
+    table = read_table(path)
     try:
         rows = table.query(claim.where) if claim.where else table
         values = rows[claim.column].astype(float) / (rows[claim.over] if claim.over else 1)
@@ -114,7 +114,7 @@ def differences(figures: Path, recorded: Path) -> dict[str, str]:
     for path in sorted(recorded.glob("tab_*.csv")):
         found[path.stem] = "is missing"
         if (figures / path.name).exists():
-            tables = pd.read_csv(figures / path.name), pd.read_csv(path)
+            tables = read_table(figures / path.name), read_table(path)
             found[path.stem] = _difference(*tables, **tolerance_of(path.stem))
     return found
 

@@ -29,6 +29,8 @@ def title(name: str, table: pd.DataFrame | None = None, **facts: object) -> str:
 
     name: the block of the template.
     """
+    if table is not None and not len(table):
+        return ""
     return " ".join(block("findings.j2", name, table=table, **facts).split())
 
 

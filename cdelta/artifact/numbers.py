@@ -8,7 +8,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 RATE = re.compile(
@@ -25,6 +27,14 @@ def rate_columns(columns: Iterable[str]) -> set[str]:
     names = [str(name) for name in columns]
     rates = {name for name in names if RATE.fullmatch(name)}
     return rates | {name for name in names if name in BOUNDS and rates}
+
+
+def read_table(path: Path, **options: object) -> pd.DataFrame:
+    """A recorded table; empty where it is not there, or was written without rows."""
+    try:
+        return pd.read_csv(path, **options)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return pd.DataFrame()
 
 
 # ---------------------------------------------------------------------- cells of tables

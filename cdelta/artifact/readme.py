@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
 from cdelta.artifact.ablations import budget_lines
 from cdelta.artifact.claims import load_claims, measure
 from cdelta.artifact.findings import block
+from cdelta.artifact.numbers import read_table
 from cdelta.artifact.presets import load_preset, preset_names
 from cdelta.errors import CdeltaError
 from cdelta.files import write_text
@@ -29,9 +28,11 @@ def results(figures: Path = FIGURES) -> str:
     recorded = [name for name in SUBJECTS if (figures / name / "tab_selectivity.csv").exists()]
     if not recorded:
         return block(TEMPLATE, "not_recorded")
-    tables = {path.stem: pd.read_csv(path) for path in (figures / recorded[0]).glob("tab_*.csv")}
-    lines = budget_lines(tables["tab_ablations"]) if "tab_ablations" in tables else None
-    facts = {"table": tables["tab_selectivity"], "lines": lines}
+    names = ("selectivity", "targets", "ablations")
+    paths = [figures / recorded[0] / f"tab_{name}.csv" for name in names]
+    selectivity, targets, ablations = (read_table(path) for path in paths)
+    lines = budget_lines(ablations) if len(ablations) else None
+    facts = {"table": selectivity, "targets": targets, "lines": lines}
     return block(TEMPLATE, "results", preset=load_preset(recorded[0]), **facts)
 
 

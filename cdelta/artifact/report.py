@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cdelta.artifact.claims import claims_of, measure
-from cdelta.artifact.numbers import formats, page
+from cdelta.artifact.numbers import formats, page, read_table
 from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import collect_figures, read_manifest, read_settings
 from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read_stage
@@ -87,7 +87,7 @@ def _cells(folder: Path, id: str) -> dict[str, Any]:
     path = folder / f"{id}.csv"
     if not path.exists():
         return {}
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    table = read_table(path, keep_default_na=False, na_values=[""])
     numeric = [name in table.select_dtypes("number") for name in table]
     shown = table.astype(object).where(table.notna(), "")
     for name, form in formats(table.columns).items():
@@ -107,7 +107,7 @@ def aggregate(runs: Sequence[Path]) -> Path:
         if not path.exists():
             raise CdeltaError(f"run {run_dir.name} has no tab_selectivity: run its stage 05 first.")
         facts = {"run": run_dir.name, "model": _subject(run_dir)}
-        parts.append(pd.read_csv(path).assign(**facts))
+        parts.append(read_table(path).assign(**facts))
     table = pd.concat(parts).set_index(["run", "model", "category", "method"]).reset_index()
     folder = RUNS / "+".join(run_dir.name for run_dir in runs)
     remove_folder(folder)

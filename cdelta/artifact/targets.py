@@ -102,12 +102,13 @@ def _edit(seen: pd.DataFrame, category: str) -> dict:
     seen = seen[seen["edit"] == category]
     skills = seen.query("kind == 'skills' and attack == ''")
     own, base = seen[seen["method"] == METHOD], skills[skills["method"] == BASE]
-    facts = {"share": own["param_fraction"].mean()}
+    facts = dict.fromkeys(("skills", "skills_low", "skills_high"), np.nan)
+    facts["share"] = own["param_fraction"].mean()
     if len(base) and base["right"].any():
         ratio = bootstrap_ratio(
             *paired_means(skills[skills["method"] == METHOD], base, "right", "id")
         )
-        facts |= dict(zip(("skills", "skills_low", "skills_high"), ratio))
+        facts |= dict(zip(facts, ratio))
     inside = own[own["attack"].str.startswith("wrapper")].query(
         "kind == 'target' and ood_set == ''"
     )
