@@ -46,7 +46,7 @@ def variants(bench: Bench) -> list[Variant]:
     if unknown := [name for name in how.updates if name not in UPDATES]:
         raise CdeltaError(f"unknown update {', '.join(unknown)}: use {', '.join(UPDATES)}.")
     rest = rest if how.smaller else []
-    budgets = (*how.budgets, settings.circuit.param_budget)
+    budgets = (*how.budgets, settings.circuit.param_budget) if how.budgets else ()
     return [
         *((category, AS_IS, "", 0) for category in (first, *rest)),
         *((first, "update", name, 0) for name in how.updates),

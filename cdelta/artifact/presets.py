@@ -171,7 +171,8 @@ class Ablation:
     """Values that notebook 09 varies, one at a time."""
 
     budgets: tuple[float, ...] = (0.01,)
-    """Sizes of circuits and random masks beside the preset's own, for the first category."""
+    """Sizes of circuits and random masks beside the preset's own, for the first category (none: no
+    random masks either)."""
     smaller: tuple[float, ...] = ()
     """Sizes of circuits for all other categories."""
     updates: tuple[str, ...] = ()
