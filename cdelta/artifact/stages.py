@@ -51,6 +51,7 @@ SETTINGS = "run.json"
 """What a run was asked for, in its folder: the preset's values, the device, and the start."""
 PARAMETERS = ("preset", "run_dir", "device")
 """What a run gives every notebook; notebook 00 also takes ``retrain``."""
+DATA_FILE = re.compile(r"[\w.]+\.(toml|j2|css|mplstyle)")
 LARGE = 2**26
 """Bytes from which on a file's size and time stand for its content."""
 
@@ -173,16 +174,22 @@ def imported_modules(path: Path) -> list[Path]:
 
 @lru_cache
 def _imports(path: Path) -> frozenset[Path]:
-    """Files of this package that one file names; cached, since many stages share modules."""
-    names = set()
+    """Files of this package that one file names: modules, and data and templates beside it; cached,
+    since many stages share modules.
+    """
+    if path.suffix != ".py":
+        return frozenset()
+    names, data = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and DATA_FILE.fullmatch(str(node.value)):
+            data |= {folder / node.value for folder in (path.parent, path.parent / "templates")}
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     bases = [ROOT.joinpath(*name.split(".")) for name in names if name.split(".")[0] == "cdelta"]
     candidates = [f for base in bases for f in (base.with_suffix(".py"), base / "__init__.py")]
-    return frozenset(file for file in candidates if file.exists())
+    return frozenset(file for file in (*candidates, *data) if file.exists())
 
 
 def content(path: Path) -> str:

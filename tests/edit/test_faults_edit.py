@@ -100,7 +100,7 @@ def test_fault_24_every_flag_that_a_message_names_exists():
         for action in command._actions
         for option in action.option_strings
     }
-    workflow = (ROOT / "cdelta" / "artifact" / "flags.py").read_text(encoding="utf-8")
+    workflow = (ROOT / "cdelta" / "artifact" / "workflow.toml").read_text(encoding="utf-8")
     for path in sorted((ROOT / "cdelta").rglob("*.py")):
         if "artifact" in path.parts:
             continue
