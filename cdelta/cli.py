@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # unwinds, so that half-written output is removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        arguments = parser().parse_args(argv)
+        given_words = sys.argv[1:] if argv is None else list(argv)
+        if given_words.count("--") > 1:  # argparse makes lists of the words between them
+            raise CdeltaError("-- may be given once: what follows it is not read as flags.")
+        arguments = parser().parse_args(given_words)
         _quiet()
         return arguments.run(arguments)
     except CdeltaError as error:
