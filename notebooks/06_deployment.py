@@ -141,9 +141,9 @@ run.table("tab_lora", lora, caption, digits=7)
 # %% [markdown]
 # ## Other dtypes and files, and memory
 #
-# The base as it is and (a small model) saved in other dtypes and numbers of files, edited and
-# verified, with the memory that it takes. In 16 bits small changes round away: `survived` counts
-# those that did not.
+# The base as it is and (a small model) saved in other dtypes and numbers of files, edited by a
+# process whose memory is measured. In 16 bits small changes round away: `survived` counts those
+# that did not.
 
 # %%
 small = bench.spec.n_params < deployment.SMALL

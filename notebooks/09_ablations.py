@@ -72,7 +72,7 @@ run.table(
 # %%
 lines = budget_lines(table)
 base = bench.base[bench.base["split"].isin(("edit", "val"))]
-words = text_classifier(base, {job.category for job in jobs}, "val").query("kind == 'target'")
+words = text_classifier(base, set(table["category"]), "val").query("kind == 'target'")
 words_line = dict(zip(words["category"], words["rate"]))
 run.figure(
     "fig_budget",

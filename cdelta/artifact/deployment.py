@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +21,15 @@ import pandas as pd
 import torch
 
 from cdelta.artifact.bench import Bench
-from cdelta.attribution.cost import measured
 from cdelta.circuit.circuit import module_of
 from cdelta.delta.apply import save_edited
 from cdelta.delta.quantise import SCHEMES, quantisation_survival, quantised
 from cdelta.delta.verify import verify
-from cdelta.delta.weight_delta import WeightDelta
+from cdelta.delta.weight_delta import WEIGHTS, WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import judged
 from cdelta.evaluation.rates import kind_rates
+from cdelta.memory import release_free_memory
 from cdelta.models.chat import chat_ids
 from cdelta.models.checkpoint import Checkpoint, rewrite_tensors
 from cdelta.models.loading import load_model
@@ -47,7 +50,7 @@ RUNTIMES = ("transformers", "gguf", "llama.cpp")
 def files_table(base: Path, edited: Path) -> pd.DataFrame:
     """Sizes of the files of two checkpoints, in bytes."""
     sizes = {
-        f"{name} bytes": {path.name: path.stat().st_size for path in folder.iterdir()}
+        f"{name} bytes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}
         for name, folder in (("edited", edited), ("base", base))
     }
     table = pd.DataFrame(sizes)[["base bytes", "edited bytes"]].dropna(subset="edited bytes")
@@ -165,11 +168,43 @@ def runtimes_table(
     return pd.DataFrame(found, columns=columns)
 
 
+def apply_memory(base: Path, saved: Path, out: Path, scale: float) -> dict[str, int]:
+    """Write the edited checkpoint, verify it, and say in bytes what that took (Linux).
+
+    ``peak`` and ``verify``: resident memory that `save_edited` and `verify` needed beyond what was
+    there before; ``delta``: fp32 values and indices; ``largest`` and ``total``: of the base's files
+    of weights.
+    """
+    delta, checkpoint = WeightDelta.load(saved), Checkpoint(base).check()
+    files = [(checkpoint.folder / file).stat().st_size for file in checkpoint.shards]
+    return {
+        "peak": _needed(partial(save_edited, base, delta, out, scale, force=True)),
+        "verify": _needed(partial(verify, base, out, delta, force=True)),
+        "delta": (saved / WEIGHTS).stat().st_size,
+        "largest": max(files),
+        "total": sum(files),
+    }
+
+
+def _needed(work: Callable[[], object]) -> int:
+    """Peak of the resident memory during a call, beyond what was there before it."""
+    release_free_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1])
+
+
 def formats_table(
     base: Path, delta: WeightDelta, saved: Path, formats: Iterable[str], work: Path
 ) -> pd.DataFrame:
     """The edit in other dtypes and numbers of files: verification, entries that survive rounding,
-    and peak memory on top of what was there before.
+    and peak memory of a fresh process.
 
     Args:
         saved: folder of the delta.
@@ -184,26 +219,18 @@ def formats_table(
             model, _ = load_model(base, dtype=dtype, device="cpu")
             size = 2 * model.num_parameters() // int(files) + 1024
             model.save_pretrained(source, max_shard_size=size)
-        apply = partial(save_edited, source, delta, out, delta.metadata["k"], force=True)
-        _, applied = measured(apply)
-        report, checked = measured(partial(verify, source, out, delta, force=True))
-        shards = [path.stat().st_size for path in sorted(source.glob("*.safetensors"))]
-        memory = {
-            "peak": applied.memory,
-            "verify": checked.memory,
-            "delta": (saved / "delta.safetensors").stat().st_size,
-            "largest": max(shards),
-            "total": sum(shards),
-        }
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            used = fresh.submit(apply_memory, source, saved, out, delta.metadata["k"]).result()
+        report = verify(source, out, delta, force=True)
         found.append(
             {
                 "base": name,
-                "files": len(shards),
+                "files": len(Checkpoint(source).shards),
                 "verified": report.ok,
                 "outside": report.changed_outside,
                 "survived": report.survived,
                 "of": report.nonzero,
-                **{f"{key} (MB)": value / 2**20 for key, value in memory.items()},
+                **{f"{key} (MB)": value / 2**20 for key, value in used.items()},
             }
         )
     return pd.DataFrame(found)
