@@ -28,11 +28,11 @@ def results(figures: Path = FIGURES) -> str:
     recorded = [name for name in SUBJECTS if (figures / name / "tab_selectivity.csv").exists()]
     if not recorded:
         return block(TEMPLATE, "not_recorded")
-    names = ("selectivity", "targets", "ablations")
+    names = ("selectivity", "scale", "targets", "ablations")
     paths = [figures / recorded[0] / f"tab_{name}.csv" for name in names]
-    selectivity, targets, ablations = (read_table(path) for path in paths)
+    selectivity, scale, targets, ablations = (read_table(path) for path in paths)
     lines = budget_lines(ablations) if len(ablations) else None
-    facts = {"table": selectivity, "targets": targets, "lines": lines}
+    facts = {"table": selectivity, "scale": scale, "targets": targets, "lines": lines}
     return block(TEMPLATE, "results", preset=load_preset(recorded[0]), **facts)
 
 

@@ -8,7 +8,7 @@ import html
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,19 @@ from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read
 from cdelta.errors import CdeltaError
 from cdelta.files import new_folder, read_json, remove_folder, write_text
 from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, ROOT, RUNS
+from cdelta.policy.build import Policy
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+OWN_SOURCES = ("synthetic", "everyday")
+"""Sources of prompts that are ours."""
+PICTURES = {"fig_seen": "01_dataset"}
+"""Figures that show prompts -> the notebook that has them."""
+NOT_SHOWN = "<em>Not shown here: this picture holds prompts that are not ours to ship.</em>"
+TEXTS = (".csv", ".tex", ".html", ".ipynb")
+SHORT = 12
+"""Prompts of fewer characters are everyone's."""
 LONG = 20
 """Lines of a notebook's output from which on it is folded."""
 MARKDOWN = re.compile(
@@ -214,7 +223,47 @@ def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[P
         written.append(_copy_folder(model, ORGANISM))
     if figures:
         written.append(_copy_folder(run_dir / "figures", figures))
+    policy = run_dir / NAMES[1] / "policy"
+    if policy.exists():
+        records = Policy.load(policy).records
+        others = records[~records["source"].isin(OWN_SOURCES)]
+        hide_prompts(written, dict(zip(others["prompt"], others["id"])))
+        if figures and len(others):
+            hide_pictures(figures)
     return written
+
+
+def hide_prompts(places: Sequence[Path], ids: Mapping[str, str]) -> None:
+    """Put ids in place of other people's prompts in text files and folders of them: the repository
+    ships none.
+    """
+    files = [f for place in places for f in (place.rglob("*") if place.is_dir() else [place])]
+    for path in (f for f in files if f.suffix in TEXTS):
+        text = old = path.read_text(encoding="utf-8")
+        for prompt, id in ids.items():
+            for form in _spellings(prompt) if len(prompt) >= SHORT else ():
+                text = text.replace(form, f"[prompt {id}]")
+        if text != old:
+            write_text(path, text)
+
+
+def hide_pictures(figures: Path) -> None:
+    """Take figures that show prompts out of a recorded folder and its pages."""
+    for id, stage in PICTURES.items():
+        for path in figures.glob(f"{id}.*"):
+            path.unlink()
+        for path in (figures / "report.html", figures / "report" / f"{stage}.html"):
+            text = path.read_text(encoding="utf-8")
+            text = re.sub(rf'<img[^>]*src="(data:image|{id}\.)[^>]*>', NOT_SHOWN, text)
+            write_text(path, re.sub(rf'<a[^>]*href="{id}\.[^>]*>', "<a>", text))
+
+
+def _spellings(prompt: str) -> set[str]:
+    """A prompt as it is, and as HTML, JSON, CSV and LaTeX write it."""
+    tex = re.sub(r"([#$%&_{}])", r"\\\1", prompt)
+    quoted = prompt.replace('"', '""')
+    pages = {html.escape(prompt), html.escape(prompt, quote=False), prompt.replace("'", "&#39;")}
+    return {prompt, tex, quoted, json.dumps(prompt)[1:-1], *pages}
 
 
 def _copy_folder(source: Path, target: Path) -> Path:
