@@ -244,8 +244,7 @@ def apply(model, sizes: Sizes) -> dict:
     from toys import toy_tokenizer
 
     from cdelta.circuit.controls import random_mask
-    from cdelta.delta.storage import WEIGHTS
-    from cdelta.delta.weight_delta import WeightDelta
+    from cdelta.delta.weight_delta import WEIGHTS, WeightDelta
 
     spec = ModelSpec.from_model(model)
     with tempfile.TemporaryDirectory() as folder:
