@@ -181,8 +181,8 @@ def _imports(path: Path) -> frozenset[Path]:
         return frozenset()
     names, data = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and DATA_FILE.fullmatch(str(node.value)):
-            data |= {folder / node.value for folder in (path.parent, path.parent / "templates")}
+        if isinstance(node, ast.Constant) and DATA_FILE.fullmatch(name := str(node.value)):
+            data |= {path.parent / name, path.parent / "templates" / name}
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
