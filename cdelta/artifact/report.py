@@ -20,7 +20,7 @@ from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import collect_figures, read_manifest, read_settings
 from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read_stage
 from cdelta.errors import CdeltaError
-from cdelta.files import new_folder, read_json, remove_folder, write_text
+from cdelta.files import file_hash, new_folder, read_json, remove_folder, write_json, write_text
 from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, ROOT, RUNS
 from cdelta.policy.build import Policy
 
@@ -256,6 +256,11 @@ def hide_pictures(figures: Path) -> None:
             text = path.read_text(encoding="utf-8")
             text = re.sub(rf'<img[^>]*src="(data:image|{id}\.)[^>]*>', NOT_SHOWN, text)
             write_text(path, re.sub(rf'<a[^>]*href="{id}\.[^>]*>', "<a>", text))
+    manifest = read_manifest(figures)
+    kept = [item for item in manifest["items"] if item["id"] not in PICTURES]
+    for item in kept:
+        item["sha256"] = {name: file_hash(figures / name) for name in item["files"]}
+    write_json(figures / "manifest.json", manifest | {"items": kept})
 
 
 def _spellings(prompt: str) -> set[str]:
