@@ -63,7 +63,8 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
             table = pd.DataFrame(table, columns=[*by, *Rate._fields])
         else:
             table = rates(part[measure.value], part, by)
-        found.append(table.assign(measure=name))
+        if len(table):  # an empty one has no types
+            found.append(table.assign(measure=name))
     return pd.concat(found, ignore_index=True).rename(columns={"edit": "category"})
 
 
