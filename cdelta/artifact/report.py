@@ -22,7 +22,6 @@ from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, new_folder, read_json, remove_folder, write_json, write_text
 from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, ROOT, RUNS
-from cdelta.policy.build import Policy
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -225,6 +224,8 @@ def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[P
         written.append(_copy_folder(run_dir / "figures", figures))
     policy = run_dir / NAMES[1] / "policy"
     if policy.exists():
+        from cdelta.policy.build import Policy  # takes seconds
+
         records = Policy.load(policy).records
         others = records[~records["source"].isin(OWN_SOURCES)]
         hide_prompts(written, dict(zip(others["prompt"], others["id"])))
