@@ -31,7 +31,7 @@ OWN_SOURCES = ("synthetic", "everyday")
 PICTURES = {"fig_seen": "01_dataset"}
 """Figures that show prompts -> the notebook that has them."""
 NOT_SHOWN = "<em>Not shown here: this picture holds prompts that are not ours to ship.</em>"
-TEXTS = (".csv", ".tex", ".html", ".ipynb")
+TEXTS = (".csv", ".tex", ".html")
 SHORT = 12
 """Prompts of fewer characters are everyone's."""
 LONG = 20
@@ -207,13 +207,14 @@ def paired(name: str, executed: NotebookNode) -> NotebookNode:
 def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[Path]:
     """Copy a run into the repository for commit; returns what was written.
 
-    The executed notebooks of `stages`, the embedded model if stage 00 is among them and trained it,
+    The executed notebooks of `stages` (not of a run on other people's prompts, which are hidden in
+    figures and report), the embedded model if stage 00 is among them and trained it,
     and, unless None is given for them, figures and report to the folder `figures`.
     """
     import nbformat
 
-    written = []
-    for name in stages:
+    others, written = others_prompts(run_dir), []
+    for name in stages if not others else ():  # their outputs show prompts, in pictures too
         executed = nbformat.read(run_dir / "notebooks" / f"{name}.ipynb", as_version=4)
         written.append(NOTEBOOKS / f"{name}.ipynb")
         nbformat.write(paired(name, executed), written[-1])
@@ -222,24 +223,29 @@ def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[P
         written.append(_copy_folder(model, ORGANISM))
     if figures:
         written.append(_copy_folder(run_dir / "figures", figures))
-    policy = run_dir / NAMES[1] / "policy"
-    if policy.exists():
-        from cdelta.policy.build import Policy  # takes seconds
-
-        records = Policy.load(policy).records
-        others = records[~records["source"].isin(OWN_SOURCES)]
-        hide_prompts(written, dict(zip(others["prompt"], others["id"])))
-        if figures and len(others):
-            hide_pictures(figures)
+    if figures and others:
+        hide_prompts(figures, others)
+        hide_pictures(figures)
     return written
 
 
-def hide_prompts(places: Sequence[Path], ids: Mapping[str, str]) -> None:
-    """Put ids in place of other people's prompts in text files and folders of them: the repository
-    ships none.
+def others_prompts(run_dir: Path) -> dict[str, str]:
+    """Prompt -> id of the run's prompts that are not ours."""
+    policy = run_dir / NAMES[1] / "policy"
+    if not policy.exists():
+        return {}
+    from cdelta.policy.build import Policy  # takes seconds
+
+    records = Policy.load(policy).records
+    found = records[~records["source"].isin(OWN_SOURCES)]
+    return dict(zip(found["prompt"], found["id"]))
+
+
+def hide_prompts(folder: Path, ids: Mapping[str, str]) -> None:
+    """Put ids in place of other people's prompts in a folder's text files: the repository ships
+    none.
     """
-    files = [f for place in places for f in (place.rglob("*") if place.is_dir() else [place])]
-    for path in (f for f in files if f.suffix in TEXTS):
+    for path in (f for f in folder.rglob("*") if f.suffix in TEXTS):
         text = old = path.read_text(encoding="utf-8")
         for prompt, id in ids.items():
             for form in _spellings(prompt) if len(prompt) >= SHORT else ():
@@ -253,7 +259,8 @@ def hide_pictures(figures: Path) -> None:
     for id, stage in PICTURES.items():
         for path in figures.glob(f"{id}.*"):
             path.unlink()
-        for path in (figures / "report.html", figures / "report" / f"{stage}.html"):
+        pages = (figures / "report.html", figures / "report" / f"{stage}.html")
+        for path in filter(Path.exists, pages):
             text = path.read_text(encoding="utf-8")
             text = re.sub(rf'<img[^>]*src="(data:image|{id}\.)[^>]*>', NOT_SHOWN, text)
             write_text(path, re.sub(rf'<a[^>]*href="{id}\.[^>]*>', "<a>", text))
