@@ -83,4 +83,4 @@ def test_peak_memory_of_a_streaming_apply(tmp_path):
     assert mb["largest"] < mb["total"] / 3
     noise = mb["largest"] / 2  # what the allocator keeps differs from run to run
     assert 0 < mb["peak"] < mb["largest"] + mb["delta"] + noise
-    assert 0 < mb["verify"] < mb["largest"] + noise
+    assert 0 < mb["verify"] < 2 * mb["largest"] + noise  # a shard of each, not two checkpoints
