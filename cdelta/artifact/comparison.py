@@ -78,7 +78,7 @@ class Comparison(Jobs):
         super().__init__(run, comparison_jobs(run.preset), model)
         self.data = data or self.how.data
         records = self.policy.records
-        self.test = limited(records[records["split"] == "test"], self.settings.data.limit)
+        self.test = records[records["split"] == "test"]
 
     def do(self, job: Job, folder: Path) -> dict:
         """Make the method, choose its strength on validation, measure it on test, attack it."""
