@@ -16,7 +16,6 @@ from cdelta.circuit.circuit import Circuit, ParameterMask
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.find import first_token_metric
 from cdelta.edit.fit import Fit, train
-from cdelta.edit.forward import bf16_is_faster
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
 from cdelta.edit.validation import Caps, Choice, answer_options, choose_scale, stop_rule
@@ -46,17 +45,16 @@ def subject_folder(run: RunReader) -> str:
 
 def load_subject(run: RunReader, place: str = ""):
     """``(model, tok)`` of the model under study, with the recipe's system prompt and template
-    keywords; in bf16, on a CPU only where it multiplies bf16 faster than fp32.
+    keywords.
 
     The embedded model runs in fp32 on a CPU, and with eager attention, the faster one at its size.
     `place`: where it lies, if that is not what stage 00 recorded.
     """
     embedded, answers = run.settings.model == EMBEDDED, run.settings.answers
     options = {"attn_implementation": "eager"} if embedded else {}
-    wide = run.device == "cpu" and (embedded or not bf16_is_faster("cpu"))
     return load_model(
         place or subject_folder(run),
-        dtype="float32" if wide else "bfloat16",
+        dtype="auto" if run.device == "cpu" else "bfloat16",
         device=run.device,
         revision=run.settings.revision or None,
         system=answers.system,

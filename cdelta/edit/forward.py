@@ -4,11 +4,10 @@ the base predicts there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from cdelta.edit.recipe import EditRecipe
 from cdelta.models.chat import NO_LABEL, Batch
 from cdelta.models.hooks import before, hooked
+from cdelta.models.loading import bf16_is_faster
 from cdelta.models.prefix import repeated, without_prefix
 
 if TYPE_CHECKING:
@@ -213,22 +213,3 @@ def products_in_bf16(device: torch.device, bf16: str) -> Iterator[None]:
     on = bf16 == "on" or (bf16 == "auto" and bf16_is_faster(device.type))
     with torch.autocast(device.type, torch.bfloat16, enabled=on):
         yield
-
-
-@cache
-def bf16_is_faster(device_type: str) -> bool:
-    """Whether this machine multiplies bf16 matrices at least 1.5 times as fast as fp32 ones."""
-    if device_type != "cpu":
-        return True
-    return 1.5 * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """The best of five products of a training step's shape."""
-    x, weight = torch.randn(512, 512).to(dtype), torch.randn(512, 512).to(dtype)
-    found = []
-    for _ in range(6):
-        start = time.perf_counter()
-        F.linear(x, weight)
-        found.append(time.perf_counter() - start)
-    return min(found[1:])

@@ -8,6 +8,7 @@ import transformers as hf
 from toys import save_toy, toy
 
 from cdelta.errors import CdeltaError
+from cdelta.models import loading
 from cdelta.models.loading import load_model
 from cdelta.models.spec import FAMILIES, ModelSpec, Slice, UnsupportedArchitecture
 
@@ -134,3 +135,14 @@ def test_every_family_entry_names_only_strings_and_numbers():
     for layout in FAMILIES.values():
         for f in fields(layout):
             assert isinstance(getattr(layout, f.name), (str, float, tuple))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_the_checkpoints_dtype_unless_this_cpu_multiplies_it_slower(
+    fast, tmp_path, monkeypatch
+):
+    save_toy(tmp_path, "llama", dtype=torch.bfloat16)
+    monkeypatch.setattr(loading, "bf16_is_faster", lambda device: fast)
+    wanted = torch.bfloat16 if fast else torch.float32
+    assert loading.load_model(tmp_path, "auto", "cpu")[0].dtype == wanted
+    assert loading.load_model(tmp_path, "bfloat16", "cpu")[0].dtype == torch.bfloat16
