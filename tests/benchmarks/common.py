@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,17 @@ def where(threads: int) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def product_speed() -> float:
+    """FLOP per second of a large fp32 product of matrices on the threads in use."""
+    a, b = (torch.randn(1024, 1024) for _ in range(2))
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        found.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(found)
 
 
 def spread(name: str, values: Iterable[float], digits: int = 4) -> dict[str, float]:

@@ -3,8 +3,8 @@
     python tests/benchmarks/run.py --all [--reference-python VENV/bin/python --reference-source SRC]
     python tests/benchmarks/run.py --only scaling [--quick] [--folder FOLDER]
 
-Without the reference's interpreter and source, its row says that it was skipped. The GPU script
-runs where there is a GPU.
+Without the reference's interpreter and source, its row says that it was skipped; so is SmolLM2
+where its checkpoint is not in data/cache. The GPU script runs where there is a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 
 HERE = Path(__file__).parent
 BENCH = HERE.parents[1] / "figures" / "bench"
-NAMES = ("scaling", "attribution", "gpu")
+SMOLLM2 = HERE.parents[1] / "data" / "cache" / "SmolLM2-135M-Instruct"
+NAMES = ("scaling", "attribution", "smollm2", "gpu")
 
 
 def command(name: str, options: argparse.Namespace) -> list[str]:
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in NAMES if options.all else options.only:
         if name == "gpu" and not options.quick and not torch.cuda.is_available():
             print("gpu: skipped, torch sees no GPU here", flush=True)
+            continue
+        if name == "smollm2" and not SMOLLM2.exists():
+            print(f"smollm2: skipped, ./run_all.sh --preset smollm2-quick makes {SMOLLM2}")
             continue
         print(f"== {name}", flush=True)
         subprocess.run(command(name, options), check=True)

@@ -65,11 +65,7 @@ def model_of(size: str):
     return gpu.random_model(shape, "cpu", torch.float32)
 
 
-@cache
-def ceiling() -> float:
-    """FLOP per second of a large fp32 product."""
-    a, b = (torch.randn(1024, 1024) for _ in range(2))
-    return 2 * 1024**3 / min(measured(lambda: a @ b)[1].seconds for _ in range(5))
+ceiling = cache(common.product_speed)
 
 
 def millions(size: str) -> float:

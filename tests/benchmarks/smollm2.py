@@ -3,7 +3,8 @@ whole and with what they share read once.
 
     python tests/benchmarks/smollm2.py [--model FOLDER] [--quick] [--rounds 2]
 
-Prompts are the embedded set's. Both ways of reading take turns in every round.
+Prompts are the embedded set's. Both ways of reading take turns in every round. ``gflops`` is what
+one large fp32 product achieves here on these threads: machines differ by it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", default=str(common.BENCH / "smollm2.csv"))
     told = parser.parse_args(arguments)
     n_answers, n_tokens, n_steps, n_pairs = (8, 4, 2, 2) if told.quick else (600, 32, 4, 64)
-    model, tok = load_model(told.model)[:2]
+    model, tok = load_model(told.model, "auto")
     records = pd.DataFrame(synthetic.records()).reset_index(names="id")
     prompts = (records["prompt"].tolist() * 2)[:n_answers]
     tasks: dict[str, Callable[[], dict]] = {
@@ -117,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
             "rounds": len(measures),
             **common.spread("seconds", [each["seconds"] for each in measures], 2),
             **{key: value for key, value in measures[0].items() if key != "seconds"},
+            "gflops": round(common.product_speed() / 1e9),
             **common.where(torch.get_num_threads()),
         }
         for (task, way), measures in found.items()

@@ -152,6 +152,25 @@ def test_scaling_rounds_alternate_and_give_medians_and_extremes():
 def test_the_runner_names_every_script_and_where_it_writes(tmp_path, monkeypatch):
     run, started = script("run"), []
     monkeypatch.setattr(run.subprocess, "run", lambda command, check: started.append(command))
+    monkeypatch.setattr(run, "SMOLLM2", tmp_path)
     run.main(["--all", "--quick", "--folder", str(tmp_path)])
     assert [Path(command[1]).stem for command in started] == list(run.NAMES)
     assert all(command[3].startswith(str(tmp_path)) for command in started)
+
+
+def test_the_scaling_figure_has_a_panel_per_curve_and_measure(tmp_path):
+    scaling, draw = script("scaling"), script("draw")
+    todo = [
+        scaling.Point(
+            curve, x, lambda x=x: {"seconds": x, "added_mb": 2 * x, "floor_seconds": x / 2}
+        )
+        for curve in ("attribution, pairs", "step, mask")
+        for x in (1.0, 2.0)
+    ]
+    scaling.common.write_csv(tmp_path / "scaling.csv", scaling.table(todo, 2))
+    draw.main(["--table", str(tmp_path / "scaling.csv")])
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    figure = draw.draw(draw.pd.read_csv(tmp_path / "scaling.csv"))
+    seconds = figure.axes[0].get_lines()
+    assert len(figure.axes) == 4 and list(seconds[0].get_ydata()) == [1, 2]
+    assert any(list(each.get_ydata()) == [0.5, 1.0] for each in seconds)
