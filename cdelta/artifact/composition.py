@@ -100,7 +100,9 @@ def interference(rows: pd.DataFrame) -> pd.DataFrame:
                     "edited": category in key[0].split("+"),
                     **refusal.row("refusal"),
                     "change": refusal.rate - _harm_refused(base, category).rate,
-                    **Rate.refusal(of_category(benign, category)).named("benign"),
+                    **Rate.refusal(of_category(benign, category)).named(
+                        "benign_refusal", "benign_"
+                    ),
                     "utility": Rate.accuracy(skills).rate,
                 }
             )

@@ -51,7 +51,9 @@ def claims() -> str:
 
 def performance(bench: Path = FIGURES / "bench") -> str:
     """Lines about the recorded benchmarks, as a Markdown list."""
-    attribution, smollm2 = (read_table(bench / f"{name}.csv") for name in ("attribution", "smollm2"))
+    attribution, smollm2 = (
+        read_table(bench / f"{name}.csv") for name in ("attribution", "smollm2")
+    )
     if len(smollm2):
         smollm2 = smollm2[smollm2["rows_read"] == "shared prefix"]
     return block(TEMPLATE, "performance", attribution=attribution, smollm2=smollm2)

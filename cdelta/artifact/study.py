@@ -97,7 +97,7 @@ def category_scores(bench: Bench, metric: Metric | SequenceMetric, category: str
     how = recipe.attribution
     if (work / COST).exists():
         return Scores.load(work / "scores")
-    pairs = recipe_pairs(bench.policy.records, category, bench.tok, recipe)
+    pairs, _ = recipe_pairs(bench.policy.records, category, bench.tok, recipe)
     edited = category in bench.run.settings.categories
     on = recipe if edited else replace(recipe, attribution=replace(how, localise_on="base"))
     with refusing(model, bench.tok, bench.base, on, category, checkpoint=work):

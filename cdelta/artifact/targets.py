@@ -112,7 +112,7 @@ def _edit(seen: pd.DataFrame, category: str) -> dict:
     inside = own[own["attack"].str.startswith("wrapper")].query(
         "kind == 'target' and ood_set == ''"
     )
-    return facts | Rate.refusal(inside).named("wrapped")
+    return facts | Rate.refusal(inside).named("wrapped_refusal", "wrapped_")
 
 
 def _with_sizes(rises: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from cdelta.delta.base import damaged
 from cdelta.evaluation.judges import Rules
 from cdelta.files import read_json, write_json
 from cdelta.models.checkpoint import local_folder
-from cdelta.models.generation import Answer, answer
+from cdelta.models.generation import answer
 from cdelta.models.loading import load_model
 from cdelta.models.templates import parse_template_args
 
@@ -35,19 +35,17 @@ def compare(
     """
     folders = {"base": local_folder(base), "edited": local_folder(edited)}
     metric, judge = load_metric(folders["edited"]), Rules()
-    keywords = parse_template_args(template_args)
-
-    def answers(folder: Path) -> list[Answer]:
-        """Only one model is in memory at a time."""
-        model, tok = load_model(folder, "auto", device, system=system, template_args=keywords)
-        return answer(model, tok, prompts, metric, max_new_tokens=max_new_tokens)
-
-    found = {name: answers(folder) for name, folder in folders.items()}
+    template = {"system": system, "template_args": parse_template_args(template_args)}
+    found = {}
+    for name, folder in folders.items():
+        model, tok = load_model(folder, "auto", device, **template)
+        found[name] = answer(model, tok, prompts, metric, max_new_tokens=max_new_tokens)
+        del model  # only one is in memory at a time
     for i, prompt in enumerate(prompts):
         yield f"> {prompt}"
-        for name in found:
-            each = found[name][i]
-            (outcome,) = judge([prompt], [each.text])
+        for name, answers in found.items():
+            each = answers[i]
+            outcome = judge.outcome(each.text)
             odds = "" if each.log_odds is None else f"{each.log_odds:>+7.2f}"
             rest = "" if each.finished else " …"
             yield f"  {name:<7}{outcome:<11}{odds}  {each.text!r}{rest}"

@@ -11,20 +11,27 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from torch.nn.functional import linear
 
 from cdelta.attribution.cost import passes
 from cdelta.circuit.selection import budget_entries
+from cdelta.edit.find import recipe_pairs
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.validation import bound
 from cdelta.errors import CdeltaError
+from cdelta.evaluation.rates import of_category
 from cdelta.models.chat import chat_ids, collate, example_ids, pad_id, stop_ids
 from cdelta.models.checkpoint import meta_model, read_config
-from cdelta.models.loading import Finding, check_model, load_tokenizer, resolve_device
+from cdelta.models.loading import (
+    PRODUCT,
+    Finding,
+    check_model,
+    load_tokenizer,
+    product_seconds,
+    resolve_device,
+)
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import parse_template_args
 from cdelta.policy.build import Policy, build_policy
-from cdelta.policy.pairs import category_pairs
 
 if TYPE_CHECKING:
     from cdelta.edit.job import EditJob
@@ -70,10 +77,9 @@ def check_edit(job: EditJob) -> list[Finding]:
     return sorted(findings, key=lambda finding: order.index(finding.level))
 
 
-def drops(policy: Policy) -> str:
-    """How many prompts were dropped for which reason."""
-    counts = policy.dropped["reason"].value_counts().items()
-    return ", ".join(f"{n} {reason}" for reason, n in counts)
+def counted(values: pd.Series) -> str:
+    """How often each value is there, the most frequent first."""
+    return ", ".join(f"{n} {value}" for value, n in values.value_counts().items())
 
 
 def _prompts(job: EditJob, policy: Policy, tok) -> Iterator[Finding]:
@@ -81,16 +87,12 @@ def _prompts(job: EditJob, policy: Policy, tok) -> Iterator[Finding]:
     for text in policy.warnings:
         yield Finding("warning", "policy", text)
     if len(policy.dropped):
-        text = f"{len(policy.dropped)} prompts are dropped: {drops(policy)}"
+        text = f"{len(policy.dropped)} prompts are dropped: {counted(policy.dropped['reason'])}"
         yield Finding("warning", "policy", text)
     for category in [job.category] if job.category else policy.categories:
-        rows = policy.records[policy.records["category"].isin((category, "benign"))]
-        splits = ", ".join(f"{n} {split}" for split, n in rows["split"].value_counts().items())
-        yield Finding("fact", "prompts", f"{category}: {splits}")
-        how = job.recipe.attribution
-        pairs, found = category_pairs(
-            policy.records, category, tok, how.max_pairs, minimum=how.min_pairs
-        )
+        splits = of_category(policy.records, category)["split"]
+        yield Finding("fact", "prompts", f"{category}: {counted(splits)}")
+        pairs, found = recipe_pairs(policy.records, category, tok, job.recipe)
         text = f"{category}: {len(pairs)} of equal length from {len(found.ids)} matches"
         yield Finding("fact", "pairs", text)
 
@@ -101,22 +103,13 @@ def _cost(job: EditJob, policy: Policy, tok) -> Iterator[Finding]:
     few = policy.records["prompt"].sample(min(50, len(policy.records)), random_state=0)
     width = sum(len(chat_ids(tok, prompt)) for prompt in few) / len(few)
     width += job.recipe.answers.max_new_tokens
-    per_token = 2 * spec.n_params / products_per_second(job.device)
+    seconds = product_seconds(torch.float32, resolve_device(job.device))
+    per_token = spec.n_params * seconds / PRODUCT**3
     text = estimated(spec, policy.records, job.recipe, width, per_token)
     yield Finding("fact", "cost", text)
     if budget_entries(spec, job.recipe.circuit.param_budget) < spec.head_dim * spec.d_model:
         text = "smaller than one head: only MLP neurons can be chosen (--param-budget)"
         yield Finding("warning", "budget", text)
-
-
-def products_per_second(device: str) -> float:
-    """Multiplications and additions per second of one fp32 matrix product."""
-    place = resolve_device(device)
-    x, weight = torch.randn(256, 1024, device=place), torch.randn(1024, 1024, device=place)
-    linear(x, weight).sum().item()
-    start = time.perf_counter()
-    linear(x, weight).sum().item()
-    return 2 * x.numel() * len(weight) / (time.perf_counter() - start)
 
 
 # ---------------------------------------------------------------------- cost

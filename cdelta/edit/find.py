@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import mode
 
 import pandas as pd
 
@@ -29,7 +29,7 @@ from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import evaluate
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.build import Policy
-from cdelta.policy.pairs import PromptPairs, category_pairs
+from cdelta.policy.pairs import PairYield, PromptPairs, category_pairs
 
 
 def find_circuit(
@@ -59,16 +59,18 @@ def find_circuit(
         seen = policy.records[policy.records["split"].isin(("discover", "edit"))]
         base = evaluate(model, tok, seen, progress=progress, **answer_options(recipe))
     metric = metric or refusal_metric(tok, base, recipe)
-    pairs = recipe_pairs(policy.records, category, tok, recipe)
+    pairs, _ = recipe_pairs(policy.records, category, tok, recipe)
     with refusing(model, tok, base, recipe, category, checkpoint, progress):
         scores = recipe_scores(model, pairs, metric, recipe, progress)
     return recipe_circuit(scores, recipe, category, others)
 
 
-def recipe_pairs(records: pd.DataFrame, category: str, tok, recipe: Recipe) -> PromptPairs:
-    """The category's prompt pairs of the discover split."""
+def recipe_pairs(
+    records: pd.DataFrame, category: str, tok, recipe: Recipe
+) -> tuple[PromptPairs, PairYield]:
+    """The category's prompt pairs of the discover split, and what they come from."""
     how = recipe.attribution
-    return category_pairs(records, category, tok, how.max_pairs, minimum=how.min_pairs)[0]
+    return category_pairs(records, category, tok, how.max_pairs, minimum=how.min_pairs)
 
 
 def recipe_scores(
@@ -149,7 +151,7 @@ def refusal_metric(tok, base: pd.DataFrame, recipe: Recipe) -> Metric | Sequence
         return sets.metric()
     n = recipe.attribution.sequence_tokens
     openings = [
-        Counter(tuple(_ids(tok, answer)[:n]) for answer in answers).most_common(1)[0][0]
+        mode(tuple(_ids(tok, answer)[:n]) for answer in answers)
         for answers in _samples(base, recipe)
     ]
     return SequenceMetric(*openings)

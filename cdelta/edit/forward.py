@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from cdelta.edit.rows import Data
     from cdelta.edit.slices import SliceHooks
 
+    TokenLogits = Float[Tensor, "token vocab"]
+    PerToken = Float[Tensor, "token"]
+    PerRow = Float[Tensor, "row"]
+
 LARGEST = {"cpu": 3 * 2**30, "cuda": 12 * 2**30}
 """Most bytes of the base's log-probabilities that are kept; above, they are computed again in every
 step."""
@@ -37,7 +41,7 @@ ROWS = 32
 class Predictions:
     """fp32 logits at the answers' tokens alone, packed row after row; `batch` tells the rows."""
 
-    logits: Float[Tensor, "token vocab"]
+    logits: TokenLogits
     batch: Batch
 
     @property
@@ -45,20 +49,20 @@ class Predictions:
         """Bool[row, answer]: where the batch has a label."""
         return self.batch.labels != NO_LABEL
 
-    def token_losses(self) -> Float[Tensor, "token"]:
+    def token_losses(self) -> PerToken:
         """Cross-entropy of every answer token, in nats."""
         return F.cross_entropy(self.logits, self.batch.labels[self.real], reduction="none")
 
-    def per_row(self, values: Float[Tensor, "token"]) -> Float[Tensor, "row"]:
+    def per_row(self, values: PerToken) -> PerRow:
         """Sums over each row's tokens."""
         table = values.new_zeros(self.real.shape)
         return table.masked_scatter(self.real, values).sum(-1)
 
-    def row_losses(self) -> Float[Tensor, "row"]:
+    def row_losses(self) -> PerRow:
         """Mean cross-entropy of each row's answer."""
         return self.per_row(self.token_losses()) / self.real.sum(-1)
 
-    def weights(self, how: EditRecipe) -> Float[Tensor, "token"]:
+    def weights(self, how: EditRecipe) -> PerToken:
         """Weight of every retained token: `first_weight` for an answer's first, 1 for the
         others.
         """
@@ -73,13 +77,13 @@ def predictions(model, batch: Batch) -> Predictions:
     The hidden states of those positions are gathered before the unembedding: a slice of them would
     not be contiguous, and a linear layer then copies the whole unembedding matrix for every row.
     """
-    real = batch.labels != NO_LABEL
-    n_answer = batch.labels.shape[1]
-
-    def gather(hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "1 token d"]:
-        return hidden[:, -n_answer:][real.to(hidden.device)][None]
-
+    gather = partial(_at_answers, batch.labels != NO_LABEL)
     return Predictions(_logits(model, batch, gather), batch)
+
+
+def _at_answers(real: Tensor, hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "1 token d"]:
+    """Hidden states at the real ones of the last positions."""
+    return hidden[:, -real.shape[1] :][real.to(hidden.device)][None]
 
 
 def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
@@ -90,7 +94,7 @@ def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
     return _logits(model, cut, lambda hidden: hidden[:, -1][None])
 
 
-def _logits(model, batch: Batch, gather: Callable) -> Float[Tensor, "token vocab"]:
+def _logits(model, batch: Batch, gather: Callable) -> TokenLogits:
     ids, mask = batch.input_ids, batch.attention_mask
     where, cache = batch.position_ids, None
     shared = without_prefix(model, ids, mask, batch.labels.shape[1])
@@ -123,9 +127,7 @@ def focused(found: Predictions, how: EditRecipe) -> Parts:
     return (weights * rows).sum(), weights.sum()
 
 
-def margin(
-    gain_wanted: Float[Tensor, "row"], gain_other: Float[Tensor, "row"], how: EditRecipe
-) -> Parts:
+def margin(gain_wanted: PerRow, gain_other: PerRow, how: EditRecipe) -> Parts:
     """DPO (arXiv 2305.18290, equation 7) of the side's answer over the other side's, over rows.
 
     A gain is the log-probability of an answer under the side minus the same under the base.
@@ -134,9 +136,7 @@ def margin(
     return losses.sum(), losses.new_tensor(len(losses))
 
 
-def retained(
-    found: Predictions, base: Callable[[], Float[Tensor, "token vocab"]], how: EditRecipe
-) -> Parts:
+def retained(found: Predictions, base: Callable[[], TokenLogits], how: EditRecipe) -> Parts:
     """Over the tokens of the base's own answers: cross-entropy, or KL(base ‖ side), for which
     `base` gives its log-probabilities.
     """
@@ -162,7 +162,7 @@ class BaseAnswers:
     def __init__(self, model, hooks: SliceHooks, data: Data, how: EditRecipe):
         self._model, self._hooks, self._data, self._how = model, hooks, data, how
 
-    def log_p(self, rows: Sequence[int], batch: Batch) -> Float[Tensor, "token vocab"]:
+    def log_p(self, rows: Sequence[int], batch: Batch) -> TokenLogits:
         """At every answer token of the batch of these rows, packed as `Predictions` packs them."""
         return torch.cat(self._rows(rows, batch)).float()
 
@@ -170,7 +170,7 @@ class BaseAnswers:
         """At the first answer token of every row."""
         return torch.stack([found[0] for found in self._rows(rows, batch)]).float()
 
-    def _rows(self, rows: Sequence[int], batch: Batch) -> Sequence[Float[Tensor, "token vocab"]]:
+    def _rows(self, rows: Sequence[int], batch: Batch) -> Sequence[TokenLogits]:
         kept = self._kept
         return self._compute(batch) if kept is None else [kept[row] for row in rows]
 
@@ -196,7 +196,7 @@ class BaseAnswers:
         return kept
 
     @torch.no_grad()
-    def _compute(self, batch: Batch) -> Sequence[Float[Tensor, "token vocab"]]:
+    def _compute(self, batch: Batch) -> Sequence[TokenLogits]:
         with self._hooks.off(), products_in_bf16(batch.labels.device, self._how.bf16):
             found = predictions(self._model, batch)
         return found.logits.log_softmax(-1).split(found.real.sum(-1).tolist())

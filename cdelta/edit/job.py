@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cdelta.delta.apply import RECORD, save_edited
 from cdelta.delta.verify import VerifyReport, verify
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.edit.ask import save_metric
-from cdelta.edit.check import drops, duration, estimate
+from cdelta.edit.check import counted, duration, estimate
 from cdelta.edit.find import (
     find_circuit,
     first_token_metric,
@@ -64,7 +64,7 @@ class EditJob:
     policy: str
     category: str
     out: str
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = Recipe()
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -156,9 +156,9 @@ def _policy(job: EditJob, model, tok) -> Policy:
 def _drops(policy: Policy) -> str:
     """One sentence: how many prompts were dropped for which reason, and the first of them."""
     first = ", ".join(policy.dropped["source_id"].head(5))
-    total = len(policy.dropped) + len(policy.records)
+    total, reasons = len(policy.dropped) + len(policy.records), counted(policy.dropped["reason"])
     return (
-        f"Dropped {len(policy.dropped)} of {total} prompts ({drops(policy)}), first {first}; "
+        f"Dropped {len(policy.dropped)} of {total} prompts ({reasons}), first {first}; "
         "policy.json beside the delta will name all."
     )
 
@@ -280,17 +280,10 @@ class Study:
             after = self._answers("test", test, self.metric, **under)
         rates = kind_rates(pd.concat([test, after], ignore_index=True), self.job.category)
         rates = rates.set_index(["method", "kind"])
-        return [
-            {
-                "prompts": kind,
-                "n": int(row["n"]),
-                "refused before": float(rates.loc[("base", kind), "rate"]),
-                "refused after": float(row["rate"]),
-                "low": float(row["low"]),
-                "high": float(row["high"]),
-            }
-            for kind, row in rates.loc["cdelta"].iterrows()
-        ]
+        before, after = (rates.loc[method] for method in ("base", "cdelta"))
+        found = after.assign(**{"refused before": before["rate"], "refused after": after["rate"]})
+        columns = ["prompts", "n", "refused before", "refused after", "low", "high"]
+        return found.rename_axis("prompts").reset_index()[columns].to_dict("records")
 
     def write(self, delta: WeightDelta, table: list[dict]) -> VerifyReport:
         """The whole output folder, verified before it appears."""

@@ -5,7 +5,7 @@ take theirs from here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cdelta.errors import CdeltaError
@@ -233,10 +233,10 @@ class AnswersRecipe(Section):
 class Recipe:
     """Every number of the method."""
 
-    attribution: AttributionRecipe = field(default_factory=AttributionRecipe)
-    circuit: CircuitRecipe = field(default_factory=CircuitRecipe)
-    edit: EditRecipe = field(default_factory=EditRecipe)
-    answers: AnswersRecipe = field(default_factory=AnswersRecipe)
+    attribution: AttributionRecipe = AttributionRecipe()
+    circuit: CircuitRecipe = CircuitRecipe()
+    edit: EditRecipe = EditRecipe()
+    answers: AnswersRecipe = AnswersRecipe()
 
     def seeded(self, seed: int) -> Recipe:
         """The same recipe with another seed."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
@@ -40,15 +40,15 @@ Rows = Sequence[tuple[str, Reply]]
 """(prompt, reply) rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingRows:
     """What θ⁺ and θ⁻ learn, and what both must leave as it is."""
 
-    positive: Rows = field(repr=False)
+    positive: Rows
     """The category's prompts, refused."""
-    negative: Rows = field(repr=False)
+    negative: Rows
     """The same prompts in the same order, answered."""
-    retain: Rows = field(repr=False)
+    retain: Rows
     """Other prompts with the base model's own answers."""
 
 
@@ -64,23 +64,17 @@ def training_rows(base: pd.DataFrame, category: str, how: EditRecipe) -> Trainin
     the retained rows lack would start to be refused.
     """
     rows = with_kind(base[base["split"].isin(how.splits)], category)
-    target = rows[rows["kind"] == "target"]
-    if target.empty:
+    target = rows[rows["kind"] == "target"].to_dict("records")
+    if not target:
         raise CdeltaError(
             f"category '{category}' has no target rows in the edit split: "
             "add prompts or name another category."
         )
-    asked = SplitRows.of(target.to_dict("records"))
-    kept = [
-        row
-        for row in _retained(rows, category, how, random.Random(how.seed))
-        if row["answer"].strip()
-    ]
-    retain = SplitRows.of(kept)
+    kept = [row for row in _retained(rows, category, how) if row["answer"].strip()]
     return TrainingRows(
-        asked.with_answers(_refusals(rows, target, how)),
-        asked.with_answers([_answered(row, how) for row in target.to_dict("records")]),
-        retain.with_answers([reply(row) for row in kept]),
+        SplitRows.of(target).with_answers(_refusals(rows, target, how)),
+        SplitRows.of(target).with_answers([_answered(row, how) for row in target]),
+        SplitRows.of(kept).with_answers([reply(row) for row in kept]),
     )
 
 
@@ -92,20 +86,19 @@ def reply(row: dict) -> Reply:
     return Generated(tuple(map(int, ids)), bool(row["finished"]))
 
 
-def _refusals(rows: pd.DataFrame, target: pd.DataFrame, how: EditRecipe) -> list[Reply]:
+def _refusals(rows: pd.DataFrame, target: list[dict], how: EditRecipe) -> list[Reply]:
     """What θ⁺ says to every target row: what the base said if that refuses, else in turn one of the
     base's other refusals ("own") or the given text; "canonical" is the given text throughout.
     """
     own = rows[(rows["outcome"] == "refuse") & (rows["kind"] != "skills")]
-    own = own.drop_duplicates("answer").to_dict("records")
-    if how.refusals == "canonical" or not own:
+    words: list[Reply] = list(map(reply, own.drop_duplicates("answer").to_dict("records")))
+    if how.refusals == "canonical" or not words:
         return [how.refusal] * len(target)
-    words: list[Reply] = [reply(row) for row in own]
     if how.refusals == "mixed":
         words = [each for word in words for each in (word, how.refusal)]
     return [
         reply(row) if row["outcome"] == "refuse" else words[i % len(words)]
-        for i, row in enumerate(target.to_dict("records"))
+        for i, row in enumerate(target)
     ]
 
 
@@ -116,8 +109,9 @@ def _answered(row: dict, how: EditRecipe) -> Reply:
     return reply(row) if row["outcome"] == "comply" else how.compliance
 
 
-def _retained(rows: pd.DataFrame, category: str, how: EditRecipe, rng: random.Random) -> list[dict]:
+def _retained(rows: pd.DataFrame, category: str, how: EditRecipe) -> list[dict]:
     """Rows whose answers must stay, with their repetitions."""
+    rng = random.Random(how.seed)
     own = (rows["kind"] == "benign") & rows["category"].isin((category, SHARED))
     skills = rows["kind"] == "skills"
     kept = how.benign_copies * rows[own].to_dict("records")
@@ -134,11 +128,11 @@ def _retained(rows: pd.DataFrame, category: str, how: EditRecipe, rng: random.Ra
 # ---------------------------------------------------------------------- token ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     """All rows as token ids, and the rows of every step."""
 
-    examples: Mapping[str, list[Example]] = field(repr=False)
+    examples: Mapping[str, list[Example]]
     """Side, or "retain" -> its rows."""
     target_plan: list[list[int]]
     retain_plan: list[list[int]]
@@ -153,26 +147,21 @@ class Data:
         """
         stops, device = stop_ids(model, tok), next(model.parameters()).device
         retain = rows.retain if how.retain_share else ()
-        given = dict(zip((*SIDES, "retain"), (rows.positive, rows.negative, retain), strict=True))
-        examples = {
-            key: [encoded(tok, *row, stops) for row in found]
-            for key, found in given.items()
-            if found
-        }
-        if retain and how.first_tokens:
-            kept = examples["retain"]
-            examples["retain"] = [(prompt, answer[: how.first_tokens]) for prompt, answer in kept]
+        given = zip((*SIDES, "retain"), (rows.positive, rows.negative, retain), strict=True)
+        examples = {key: [encoded(tok, *row, stops) for row in rows] for key, rows in given if rows}
+        n_retain = 0
+        if "retain" in examples:
+            most, kept = how.first_tokens or None, examples["retain"]
+            examples["retain"] = [(prompt, answer[:most]) for prompt, answer in kept]
+            n_retain = min(max(round(how.batch_size * how.retain_share), 1), how.batch_size - 1)
         _check_sides(model, examples)
-        share = max(round(how.batch_size * how.retain_share), 1)
-        n_retain = min(share, how.batch_size - 1) if retain else 0
         generator = torch.Generator().manual_seed(how.seed)
         both = [map(length, examples[side]) for side in SIDES if side in examples]
         sizes = [sum(of_row) for of_row in zip(*both, strict=True)]
         target_plan = plan(sizes, how.steps, how.batch_size - n_retain, generator)
-        retain_plan = []
-        if n_retain:
-            sizes = list(map(length, examples["retain"]))
-            retain_plan = plan(sizes, how.steps, n_retain * how.retain_pool, generator)
+        sizes = list(map(length, examples.get("retain", ())))
+        n_pool = n_retain * how.retain_pool
+        retain_plan = plan(sizes, how.steps, n_pool, generator) if n_retain else []
         return cls(examples, target_plan, retain_plan, pad_id(model, tok), device)
 
     def batch(self, key: str, rows: Sequence[int]) -> Batch:
@@ -197,15 +186,12 @@ def encoded(tok, prompt: str, reply: Reply, stops: Sequence[int]) -> Example:
 
 def check_rows(rows: TrainingRows, how: EditRecipe) -> None:
     """Raise `CdeltaError` on rows that cannot be trained on, `TestSplitError` on test rows."""
-    for given, what in (
-        (rows.positive, "training θ⁺"),
-        (rows.negative, "training θ⁻"),
-        (rows.retain, "training with retain rows"),
-    ):
-        refuse_test(given, what)
+    refuse_test(rows.positive, "training θ⁺")
+    refuse_test(rows.negative, "training θ⁻")
+    refuse_test(rows.retain, "training with retain rows")
     if not rows.positive:
         raise CdeltaError("no target rows to train on: the category is empty in this split.")
-    sides = [[row[0] for row in side] for side in (rows.positive, rows.negative)]
+    sides = [[prompt for prompt, _ in side] for side in (rows.positive, rows.negative)]
     if how.objective != "positive" and sides[0] != sides[1]:
         raise CdeltaError(
             "positive and negative rows must hold the same prompts in the same order, "
@@ -248,7 +234,7 @@ def plan(
     while len(batches) < steps:
         while len(queue) < taken:
             queue += torch.randperm(len(sizes), generator=generator).tolist()
-        pool, queue = sorted(queue[:taken], key=lambda i: sizes[i]), queue[taken:]
-        cut = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        batches += [cut[i] for i in torch.randperm(POOL, generator=generator).tolist()]
+        pool, queue = sorted(queue[:taken], key=sizes.__getitem__), queue[taken:]
+        cut = torch.tensor(pool).view(POOL, batch_size)
+        batches += cut[torch.randperm(POOL, generator=generator)].tolist()
     return batches[:steps]

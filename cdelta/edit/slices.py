@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SliceHooks:
+class SliceHooks(ExitStack):
     """While open, the linear layers behave as if `values` were added on `slices` of their
     parameters.
 
@@ -32,9 +32,9 @@ class SliceHooks:
     """
 
     def __init__(self, model: nn.Module, slices: Slices):
+        super().__init__()
         self.values: Mapping[str, Tensor] = {}
         self._model, self._slices = model, slices
-        self._stack = ExitStack()
 
     def __enter__(self) -> SliceHooks:
         for name, (dim, index) in self._slices.items():
@@ -45,11 +45,8 @@ class SliceHooks:
                     "load the model unquantised."
                 )
             hook = partial(self._add, name, dim, index.to(module.weight.device))
-            self._stack.callback(module.register_forward_hook(hook).remove)
+            self.callback(module.register_forward_hook(hook).remove)
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     @contextmanager
     def adding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -88,35 +85,26 @@ class SliceHooks:
             y.add_(F.linear(x.index_select(-1, index), values))
 
 
-class Entries:
+def new_leaves(mask: ParameterMask, how: EditRecipe, device: torch.device) -> dict[str, Tensor]:
     """The trainable fp32 leaves of one side: every entry of the mask, or a rank-r factorisation of
-    every slice.
+    every slice (``NAME:up``, ``NAME:down``).
     """
+    leaves: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(how.seed)
+    for name, value in WeightDelta.zeros(mask).values.items():
+        if not how.rank or value.dim() == 1:
+            leaves[name] = value
+            continue
+        rows, columns = value.shape
+        down = torch.randn(min(how.rank, rows, columns), columns, generator=generator)
+        leaves[f"{name}:down"] = down / math.sqrt(columns)
+        leaves[f"{name}:up"] = value.new_zeros(rows, len(down))
+    return {key: leaf.to(device).requires_grad_() for key, leaf in leaves.items()}
 
-    def __init__(self, mask: ParameterMask, how: EditRecipe, device: torch.device):
-        zeros = WeightDelta.zeros(mask).values
-        leaves: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(how.seed)
-        for name, value in zeros.items():
-            if not how.rank or value.dim() == 1:
-                leaves[name] = value
-                continue
-            rows, columns = value.shape
-            down = torch.randn(min(how.rank, rows, columns), columns, generator=generator)
-            leaves[f"{name}:down"] = down / math.sqrt(columns)
-            leaves[f"{name}:up"] = value.new_zeros(rows, len(down))
-        self.leaves = {key: leaf.to(device).requires_grad_() for key, leaf in leaves.items()}
-        self._names, self._slices = tuple(zeros), mask.slices
 
-    def values(self) -> dict[str, Tensor]:
-        """Parameter name -> the slice's values, differentiable in the leaves."""
-        get = self.leaves
-        return {
-            name: get[name] if name in get else get[f"{name}:up"] @ get[f"{name}:down"]
-            for name in self._names
-        }
-
-    def delta(self) -> WeightDelta:
-        """A frozen copy."""
-        frozen = {name: value.detach().cpu().clone() for name, value in self.values().items()}
-        return WeightDelta(frozen, self._slices)
+def slice_values(leaves: Mapping[str, Tensor], slices: Slices) -> dict[str, Tensor]:
+    """Parameter name -> the slice's values, differentiable in the leaves."""
+    return {
+        name: leaves[name] if name in leaves else leaves[f"{name}:up"] @ leaves[f"{name}:down"]
+        for name in slices
+    }

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -41,7 +40,7 @@ from cdelta.edit.forward import (
 )
 from cdelta.edit.recipe import DIFFERENCE, SIDES, EditRecipe
 from cdelta.edit.rows import Data, length
-from cdelta.edit.slices import Entries, SliceHooks
+from cdelta.edit.slices import SliceHooks, new_leaves, slice_values
 from cdelta.errors import CdeltaError, first_line
 from cdelta.files import replacing
 from cdelta.memory import peak_memory
@@ -51,6 +50,8 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """Steps between two reads of the losses from the device."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of every leaf."""
 
 
 class Verdict(Enum):
@@ -83,11 +84,10 @@ class Training:
     ):
         self.how, self.attempt, self.verdict = how, attempt, Verdict.NOT_YET
         self.model, self._hooks, self.data = model, hooks, data
-        self.device = next(model.parameters()).device
-        self._entries = {side: Entries(mask, how, self.device) for side in how.sides}
+        self._slices = mask.slices
+        self._sides = {side: new_leaves(mask, how, data.device) for side in how.sides}
         self.base = BaseAnswers(model, hooks, data, how)
-        both = self._entries.values()
-        self.leaves = [leaf for entries in both for leaf in entries.leaves.values()]
+        self.leaves = [leaf for own in self._sides.values() for leaf in own.values()]
         self.optimizer = torch.optim.Adam(self.leaves, lr=how.lr)
         identity = json.dumps([asdict(how), mask.hash(), data.examples], sort_keys=True)
         self._state = None
@@ -118,11 +118,20 @@ class Training:
         stopped = self.verdict is Verdict.SELECTIVE
         return {"steps": self._step, "stopped": stopped, "attempt": self.attempt + 1}
 
+    def values(self, which: str) -> dict[str, Tensor]:
+        """Parameter name -> what a side, or the difference, adds to its slice; differentiable in
+        the leaves.
+        """
+        if which in self._sides:
+            return slice_values(self._sides[which], self._slices)
+        plus, minus = (self.values(side) for side in SIDES)
+        return {name: plus[name] - minus[name] for name in plus}
+
     def delta(self, which: str) -> WeightDelta:
         """A frozen copy of a side, or of the difference."""
-        if which in self._entries:
-            return self._entries[which].delta()
-        return self.delta("plus") - self.delta("minus")
+        values = self.values(which).items()
+        frozen = {name: value.detach().cpu().clone() for name, value in values}
+        return WeightDelta(frozen, self._slices)
 
     def run(self, stop: Stop | None = None, progress: bool = False) -> Verdict:
         """Train until `stop` says that it is selective, or to restart, or the steps are used up."""
@@ -136,7 +145,7 @@ class Training:
                 self._take_step()
                 bar.update()
                 if self._step % LOG_EVERY == 0:
-                    loss, peak = self.log[-1]["loss"], peak_memory(self.device) / 2**20
+                    loss, peak = self.log[-1]["loss"], peak_memory(self.data.device) / 2**20
                     bar.set_postfix(loss=f"{loss:.3f}", peak_mb=f"{peak:.0f}")
                 if self._step % self.how.check_every == 0 or self._step == self.how.steps:
                     self._check(stop)
@@ -152,37 +161,35 @@ class Training:
         self.optimizer.zero_grad()
         target = {side: self._target(side, 1 - share) for side in how.sides}
         retain = {which: self._retain(which, share) for which in how.keepers if share}
-        norms = {
-            side: clip_grad_norm_(list(entries.leaves.values()), how.clip)
-            for side, entries in self._entries.items()
-        }
+        norms = {side: clip_grad_norm_(own.values(), how.clip) for side, own in self._sides.items()}
         self.optimizer.step()
         self._step += 1
         for side in how.sides:
             kept = retain.get(side, retain.get(DIFFERENCE, torch.tensor(0.0)))
-            losses = {
+            row = {
+                "side": side,
+                "step": self._step,
                 "loss": (1 - share) * target[side] + share * kept,
                 "target_loss": target[side],
                 "retain_loss": kept,
                 "grad_norm": norms[side],
+                "lr": lr,
+                "seconds": time.perf_counter() - start,
             }
-            seconds = time.perf_counter() - start
-            row = {"side": side, "step": self._step, **losses, "lr": lr, "seconds": seconds}
             self._log.append(row)
 
     def _target(self, side: str, share: float) -> Tensor:
         """Add the gradient of the side's loss on its own answers; returns the loss."""
         rows = self.data.target_plan[self._step]
         loss_of = self._margin if self.how.objective == "margin" else self._focused
-        return self._backward(side, share, side, rows, partial(loss_of, side))
+        return self._backward(side, share, side, rows, loss_of)
 
     def _focused(self, side: str, rows: list[int]) -> Parts:
         return focused(predictions(self.model, self.data.batch(side, rows)), self.how)
 
     def _margin(self, side: str, rows: list[int]) -> Parts:
         other = SIDES[side == SIDES[0]]
-        gains = [self._gain(key, rows) for key in (side, other)]
-        return margin(*gains, self.how)
+        return margin(self._gain(side, rows), self._gain(other, rows), self.how)
 
     def _gain(self, key: str, rows: list[int]) -> Tensor:
         """How much more probable than under the base the answers of `key` are, per row, in nats."""
@@ -198,8 +205,8 @@ class Training:
             rows = self._hardest(self.data.retain_plan[self._step])
         return self._backward(which, share, "retain", rows, self._kept)
 
-    def _kept(self, rows: list[int]) -> Parts:
-        batch = self.data.batch("retain", rows)
+    def _kept(self, key: str, rows: list[int]) -> Parts:
+        batch = self.data.batch(key, rows)
         base = partial(self.base.log_p, rows, batch)
         return retained(predictions(self.model, batch), base, self.how)
 
@@ -213,7 +220,7 @@ class Training:
         parts = self._passes("retain", rows)
         damage = torch.cat([self._damage(part) for part in parts])
         hardest = damage.topk(len(rows) // self.how.retain_pool).indices.tolist()
-        order = [row for part in parts for row in part]
+        order = sum(parts, [])
         return [order[i] for i in hardest]
 
     def _damage(self, rows: list[int]) -> Tensor:
@@ -239,12 +246,8 @@ class Training:
     @contextmanager
     def _applied(self, which: str) -> Iterator[None]:
         """The model behaves as with the update, differentiable in the leaves."""
-        if which in self._entries:
-            values = self._entries[which].values()
-        else:
-            plus, minus = (self._entries[side].values() for side in SIDES)
-            values = {name: plus[name] - minus[name] for name in plus}
-        with self._hooks.adding(values), products_in_bf16(self.device, self.how.bf16):
+        values, bf16 = self.values(which), products_in_bf16(self.data.device, self.how.bf16)
+        with self._hooks.adding(values), bf16:
             yield
 
     def _backward(
@@ -258,7 +261,7 @@ class Training:
         total, weight, gradients = 0.0, 0.0, [None] * len(leaves)
         for part in self._passes(key, rows):
             with self._applied(which):
-                loss, weights = loss_of(part)
+                loss, weights = loss_of(key, part)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
             gradients = [_sum(old, new) for old, new in zip(gradients, found, strict=True)]
             total, weight = total + loss.detach(), weight + weights
@@ -270,11 +273,11 @@ class Training:
     # ------------------------------------------------------------------ stopping and state
 
     def _check(self, stop: Stop | None) -> None:
-        verdicts = [self._asked(stop, which) for which in self.how.keepers] if stop else []
-        last = self.attempt + 1 >= self.how.attempts
+        verdicts = {self._asked(stop, which) for which in self.how.keepers} if stop else set()
         if Verdict.RESTART in verdicts:
+            last = self.attempt + 1 >= self.how.attempts
             self.verdict = Verdict.NOT_YET if last else Verdict.RESTART
-        elif verdicts and all(verdict is Verdict.SELECTIVE for verdict in verdicts):
+        elif verdicts == {Verdict.SELECTIVE}:
             self.verdict = Verdict.SELECTIVE
         if self._state:
             self._save()
@@ -300,12 +303,10 @@ class Training:
         tensors, facts = found
         self._step, self._log = facts["step"], facts["log"]
         self.verdict = Verdict(facts["verdict"])
-        states: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in tensors.items():
-            index, part = name.split("/")
-            states[int(index)][part] = value
+        states = {}
         for index, leaf in enumerate(self.leaves):
-            leaf.data.copy_(states[index].pop("leaf"))
+            leaf.data.copy_(tensors[f"{index}/leaf"])
+            states[index] = {part: tensors[f"{index}/{part}"] for part in MOMENTS}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
 
 
@@ -332,7 +333,6 @@ class StateFile:
         header = {"identity": self.identity, "facts": json.dumps(facts)}
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         header["sha256"] = _content_hash(tensors, header)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as partial:
             save_file(tensors, partial, metadata=header)
 

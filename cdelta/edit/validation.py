@@ -5,8 +5,8 @@ for every table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from cdelta.models.templates import bind_template, parse_template_args
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from cdelta.attribution.metrics import Metric
 
@@ -74,50 +74,60 @@ def stop_rule(
             answers are asked for everything.
     """
     refuse_test(val, "the stop rule")
-    rows, options = with_kind(val, category), answer_options(recipe, metric)
-    own = rows[rows["kind"] == "target"]
-    if metric is None:
-        rates: Callable[[nn.Module], Rates] = partial(
-            answer_rates, tok=tok, rows=rows, category=category, **options
-        )
-    else:
-        batch = recipe.answers.answer_batch
-        firsts, _ = first_tokens(model, tok, rows, metric, batch)
-        rates = partial(
-            first_token_rates,
-            tok=tok,
-            rows=rows.assign(first=firsts),
-            category=category,
-            metric=metric,
-            batch_size=batch,
-        )
-    first = Selective(rates, rates(model), recipe)
-
-    def stop(current, which: str, step: int) -> Verdict:
-        """First tokens, then whole answers (not of θ⁻, which answers)."""
-        if not first(current, which):
-            return Verdict.NOT_YET
-        if which == "minus" or metric is None:
-            return Verdict.SELECTIVE
-        refused = (evaluate(current, tok, own, **options)["outcome"] == "refuse").mean()
-        enough = refused >= recipe.edit.answers_refused
-        return Verdict.SELECTIVE if enough else Verdict.RESTART
-
-    return stop
+    rows = with_kind(val, category)
+    if metric is not None:
+        rows["first"], _ = first_tokens(model, tok, rows, metric, recipe.answers.answer_batch)
+    rule = StopRule(tok, rows, category, recipe, metric, {})
+    return replace(rule, base=rule.rates(model))
 
 
 @dataclass(frozen=True)
-class Selective:
+class StopRule:
     """Whether an update refuses (θ⁺, θ⁺ − θ⁻) or answers (θ⁻) the target, all else unchanged."""
 
-    rates: Callable[[nn.Module], Rates]
+    tok: object
+    rows: pd.DataFrame
+    """The base's judged answers with their ``kind`` and, under a metric, their ``first`` token."""
+    category: str
+    recipe: Recipe
+    metric: Metric | None
     base: Rates
     """Rates of the base model."""
-    recipe: Recipe
 
-    def __call__(self, model: nn.Module, which: str) -> bool:
-        """Measure the model, which has the update `which` applied."""
-        now, how = self.rates(model), self.recipe.edit
+    def __call__(self, model, which: str, step: int) -> Verdict:
+        """Of the model with the update `which` applied: first tokens, then whole answers (not of
+        θ⁻, which answers).
+        """
+        if not self.selective(self.rates(model), which):
+            return Verdict.NOT_YET
+        if which == "minus" or self.metric is None:
+            return Verdict.SELECTIVE
+        own = self._answers(model, self.rows[self.rows["kind"] == "target"])
+        enough = (own["outcome"] == "refuse").mean() >= self.recipe.edit.answers_refused
+        return Verdict.SELECTIVE if enough else Verdict.RESTART
+
+    def _answers(self, model, rows: pd.DataFrame) -> pd.DataFrame:
+        return evaluate(model, self.tok, rows, **answer_options(self.recipe, self.metric))
+
+    def rates(self, model) -> Rates:
+        """Refusal per group and, of the skills, what is right: by first tokens alone (log-odds
+        above 0; the base's own token) or, without a metric, by whole answers.
+        """
+        rows, metric = self.rows, self.metric
+        if metric is None:
+            found = self._answers(model, rows)
+            refused = found["outcome"] == "refuse"
+            right = found["correct"].fillna(False).astype(bool)
+        else:
+            batch = self.recipe.answers.answer_batch
+            firsts, log_odds = first_tokens(model, self.tok, rows, metric, batch)
+            refused, right = log_odds > 0, firsts == rows["first"]
+        hits = np.where(rows["kind"] == "skills", right, refused)
+        return group_rates(pd.Series(hits, rows.index), rows, self.category)
+
+    def selective(self, now: Rates, which: str) -> bool:
+        """Whether an update with these rates does what it should, and nothing else."""
+        how = self.recipe.edit
         if which == "minus":
             reached = now["target"] <= min(1 - how.refuse_at, self.base["target"])
         else:
@@ -141,38 +151,14 @@ def first_tokens(
     model, tok, rows: pd.DataFrame, metric: Metric, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest first token of every prompt's answer, and the metric there."""
-
-    def read(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 2"]:
-        return torch.stack([logits.argmax(-1).double(), metric(logits).double()], -1)
-
+    read = partial(_token_and_metric, metric)
     found = first_logits(model, tok, rows["prompt"].tolist(), batch_size, read=read).numpy()
     return found[:, 0].astype(int), found[:, 1]
 
 
-def first_token_rates(
-    model, tok, rows: pd.DataFrame, category: str, metric: Metric, batch_size: int
-) -> dict[str, float]:
-    """A fast look at selectivity without generation.
-
-    Refusal (log-odds above 0) per group; for the skills the share of prompts whose first token is
-    the base's (the column ``first``).
-    """
-    firsts, log_odds = first_tokens(model, tok, rows, metric, batch_size)
-    return _group_rates(rows, category, log_odds > 0, firsts == rows["first"])
-
-
-def answer_rates(
-    model, tok, rows: pd.DataFrame, category: str, **options: object
-) -> dict[str, float]:
-    """The same from whole answers: refusals, and correct answers to the skills."""
-    found = evaluate(model, tok, rows, **options)
-    correct = found["correct"].fillna(False).astype(bool)
-    return _group_rates(rows, category, found["outcome"] == "refuse", correct)
-
-
-def _group_rates(rows: pd.DataFrame, category: str, refused, right) -> dict[str, float]:
-    hits = np.where(rows["kind"] == "skills", right, refused)
-    return group_rates(pd.Series(hits, index=rows.index), rows, category)
+def _token_and_metric(metric: Metric, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 2"]:
+    """What `first_tokens` reads of one batch."""
+    return torch.stack([logits.argmax(-1).double(), metric(logits).double()], -1)
 
 
 # ---------------------------------------------------------------------- the scale k

@@ -56,7 +56,7 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
         judges |= {"first token": lambda prompts, answers: said}
     if "source" in labelled:
         parts |= dict(iter(labelled.groupby("source")))
-    found = []
+    found, truth = [], labelled["label"] == "refuse"
     for name, judge in judges.items():
         try:
             outcomes = judge(list(labelled["prompt"]), list(labelled["answer"]))
@@ -64,8 +64,8 @@ def calibration(labelled: pd.DataFrame, judges: Mapping[str, Judge]) -> pd.DataF
             found.append({"judge": name, "source": "all", "note": str(error)})
             continue
         refused = pd.Series(outcomes, index=labelled.index) == "refuse"
-        for source, part in parts.items():
-            agreement = _agreement(part["label"] == "refuse", refused[part.index])
+        for source, rows in parts.items():
+            agreement = _agreement(truth[rows.index], refused[rows.index])
             found.append({"judge": name, "source": source} | agreement)
     return pd.DataFrame(found)
 
@@ -81,21 +81,18 @@ def _agreement(truth: pd.Series, refused: pd.Series) -> dict:
     alike = truth.nunique() == 1 and right.all()  # kappa's 0/0
     return {
         "n": len(truth),
-        **share("accuracy", right, low="low", high="high"),
+        **_share(right).named("accuracy"),
         "precision": truth[refused].mean(),
-        **share("recall", refused[truth]),
-        **share("false_positives", refused[~truth]),
+        **_share(refused[truth]).named("recall", "recall_"),
+        **_share(refused[~truth]).named("false_positives", "false_positives_"),
         "kappa": 1.0 if alike else cohen_kappa_score(truth, refused),
         "note": "",
     }
 
 
-def share(name: str, hits: pd.Series, low: str = "", high: str = "") -> dict[str, float]:
-    """Share of hits and its Wilson interval, under the name, ``<name>_low`` and ``<name>_high``
-    unless told otherwise; NaN without rows.
-    """
-    keys = (name, low or f"{name}_low", high or f"{name}_high")
-    return dict(zip(keys, Rate.of(hits, hits.index)))
+def _share(hits: pd.Series) -> Rate:
+    """Every row counts."""
+    return Rate.of(hits, hits.index)
 
 
 def reliability(labelled: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -103,9 +100,8 @@ def reliability(labelled: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     high, n``; all sets that know their log-odds.
     """
     columns = ["label", "log_odds"]
-    known = [answers.reindex(columns=columns).dropna() for answers in labelled.values()]
-    rows = pd.concat([pd.DataFrame(columns=columns), *known]).astype({"log_odds": float})
-    rows = rows.sort_values("log_odds", ignore_index=True)
+    rows = pd.concat([pd.DataFrame(columns=columns), *labelled.values()]).dropna(subset=columns)
+    rows = rows.astype({"log_odds": float}).sort_values("log_odds", ignore_index=True)
     rows = rows.assign(id=rows.index, bin=pd.cut(rows["log_odds"], LOG_ODDS_BINS))
     table = rates(rows["label"] == "refuse", rows, ["bin"])
     means = rows.groupby("bin", observed=True)["log_odds"].mean()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from cdelta.attribution.metrics import kl_divergence
 from cdelta.errors import CdeltaError, first_line
 from cdelta.evaluation.rates import BASE, Rate, paired_means
 from cdelta.evaluation.stats import bootstrap_ratio, mcnemar, paired_interval
+from cdelta.files import read_toml
 from cdelta.models.chat import (
     NO_LABEL,
     answer_logits,
@@ -86,11 +88,10 @@ def log_likelihoods(
 ) -> list[float]:
     """Log-probability of each continuation after its context, in nats, summed over its tokens."""
     encoded = [encode_pair(tok, *pair) for pair in pairs]
-
-    def read(logits: Tensor, ids: Tensor) -> float:
-        return -F.cross_entropy(logits, ids, reduction="sum").item()
-
-    return over_answers(model, tok, encoded, read, batch_size)
+    losses = over_answers(
+        model, tok, encoded, partial(F.cross_entropy, reduction="sum"), batch_size
+    )
+    return [-loss.item() for loss in losses]
 
 
 def encode_pair(tok, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -110,12 +111,9 @@ def running_text(
     ids = tok(text, add_special_tokens=False)["input_ids"]
     starts = range(0, len(ids) - 1, window)[: limit or None]
     windows = [(ids[start : start + 1], ids[start + 1 : start + window]) for start in starts]
-
-    def read(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-        return F.cross_entropy(logits, labels).item(), len(labels)
-
-    found = over_answers(model, tok, windows, read, batch_size)
-    return pd.DataFrame(found, columns=["nll", "tokens"]).rename_axis("item").reset_index()
+    losses = over_answers(model, tok, windows, F.cross_entropy, batch_size)
+    rows = [(item, loss.item(), len(windows[item][1])) for item, loss in enumerate(losses)]
+    return pd.DataFrame(rows, columns=["item", "nll", "tokens"])
 
 
 # ---------------------------------------------------------------------- distance from the base
@@ -142,41 +140,32 @@ def benign_shift(
     found = []
     now = next_token_logits(model, tok, answered)
     for id, own, before, (_, ids) in zip(rows["id"], now, base, answered, strict=True):
-        kl = kl_divergence(own, before).mean().item()
-        losses = [
-            F.cross_entropy(logits, torch.tensor(ids)).exp().item() for logits in (own, before)
-        ]
-        found.append((id, kl, *losses, len(ids)))
-    names = ["id", "kl", "perplexity", "perplexity_base", "tokens"]
-    return pd.DataFrame(found, columns=names)
+        kl, labels = kl_divergence(own, before).mean(), torch.tensor(ids)
+        losses = [F.cross_entropy(logits, labels).exp().item() for logits in (own, before)]
+        found.append((id, kl.item(), *losses, len(ids)))
+    return pd.DataFrame(found, columns=["id", "kl", "perplexity", "perplexity_base", "tokens"])
 
 
 # ---------------------------------------------------------------------- questions
 
 
 class Question(NamedTuple):
-    """One context and continuation per choice, and the number of the right one."""
+    """(context, continuation) of every choice, and the number of the right one."""
 
-    contexts: tuple[str, ...]
-    continuations: tuple[str, ...]
+    choices: list[tuple[str, str]]
     gold: int
 
 
 @dataclass(frozen=True)
 class Task:
-    """A set of questions in a JSON-lines file."""
+    """A set of questions in a JSON-lines file; ``tasks.toml`` says what the fields mean."""
 
     name: str
     title: str
     file: str
-    """Path below the data folder."""
     prompt: str = "{query}"
-    """The context around ``query``, for rows with ``query, choices, gold``. Rows with
-    ``context_options, continuation, gold`` are scored by the continuation alone."""
     schema: bool = False
-    """The rows are of the second kind."""
     by_character: bool = False
-    """Log-likelihoods are divided by the choices' characters (the harness's ``acc_norm``)."""
 
     def questions(self, folder: str | Path, limit: int = 0) -> list[Question]:
         """The first `limit` questions (0: all). Raises `CdeltaError` where the file is not."""
@@ -189,22 +178,16 @@ class Task:
 
     def _question(self, row: Mapping) -> Question:
         if self.schema:
-            contexts = tuple(row["context_options"])
-            return Question(contexts, (f" {row['continuation']}",) * len(contexts), row["gold"])
-        choices = tuple(f" {choice}" for choice in row["choices"])
-        context = self.prompt.replace("{query}", row["query"])
-        return Question((context,) * len(choices), choices, row["gold"])
+            choices = [(context, row["continuation"]) for context in row["context_options"]]
+        else:
+            context = self.prompt.replace("{query}", row["query"])
+            choices = [(context, choice) for choice in row["choices"]]
+        return Question(choices, row["gold"])
 
 
 TASKS: Mapping[str, Task] = {
-    task.name: task
-    for task in (
-        Task("arc_easy", "ARC-Easy", "arc_easy/test.jsonl", "Question: {query}\nAnswer:"),
-        Task("hellaswag", "HellaSwag", "hellaswag/validation_2000.jsonl", by_character=True),
-        Task("winogrande", "WinoGrande", "winogrande/winogrande.jsonl", schema=True),
-        Task("copa", "COPA", "copa/copa.jsonl"),
-        Task("wsc273", "WSC273", "winograd_wsc273/winograd_wsc.jsonl", schema=True),
-    )
+    name: Task(name, **facts)
+    for name, facts in read_toml(Path(__file__).with_name("tasks.toml")).items()
 }
 
 
@@ -227,12 +210,12 @@ def answered(
     found = []
     for name in tasks:
         questions = TASKS[name].questions(folder, limit)
-        pairs = [pair for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
+        pairs = [(start, f" {text}") for q in questions for start, text in q.choices]
         scores = iter(log_likelihoods(model, tok, pairs, batch_size))
         for item, question in enumerate(questions):
-            values = np.array([next(scores) for _ in question.continuations])
+            values = np.array([next(scores) for _ in question.choices])
             if TASKS[name].by_character:
-                values /= [len(text.removeprefix(" ")) for text in question.continuations]
+                values /= [len(text) for _, text in question.choices]
             found.append((name, item, bool(values.argmax() == question.gold)))
     return pd.DataFrame(found, columns=["task", "item", "correct"])
 
@@ -274,9 +257,10 @@ def harness(
         )
     wrapped = HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size, device=str(model.device))
     options = {"limit": limit or None, "apply_chat_template": chat, "task_manager": manager}
-    options |= {"bootstrap_iters": 0, "log_samples": True}
     try:
-        result = simple_evaluate(wrapped, tasks=list(tasks), **options)
+        result = simple_evaluate(
+            wrapped, tasks=list(tasks), bootstrap_iters=0, log_samples=True, **options
+        )
     except (OSError, ConnectionError, ValueError) as error:
         raise CdeltaError(
             f"the harness could not run {', '.join(tasks)}: {first_line(error)}"
@@ -314,9 +298,7 @@ def differences(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
                 "method": method,
                 "task": task,
                 "n": rate.n,
-                "accuracy": rate.rate,
-                "accuracy_low": rate.low,
-                "accuracy_high": rate.high,
+                **rate.named("accuracy", "accuracy_"),
                 "accuracy_base": pair[1].mean(),
                 **change.named("difference"),
                 "p": mcnemar(*pair).p,
@@ -338,7 +320,7 @@ def perplexity_ratios(rows: pd.DataFrame) -> pd.DataFrame:
         nll = own.groupby("item")["nll"].mean()
         tokens = sizes[nll.index]
         change = np.exp(bootstrap_ratio(tokens * (nll - base[nll.index]), tokens))
-        perplexity = float(np.exp(np.average(nll, weights=tokens)))
-        found.append((category or "all", method, perplexity, *change.tolist(), len(nll)))
+        perplexity = np.exp(np.average(nll, weights=tokens))
+        found.append((category or "all", method, perplexity, *change, len(nll)))
     names = ["category", "method", "perplexity", "ratio", "low", "high", "n"]
     return pd.DataFrame(found, columns=names)

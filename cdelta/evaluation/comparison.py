@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from cdelta.evaluation.rates import Rate, rates, views
-from cdelta.evaluation.stats import bootstrap_mean, holm, mcnemar, paired_interval
+from cdelta.evaluation.stats import McNemar, holm, mcnemar, paired_interval
 from cdelta.files import read_toml
 
 ALPHA = 0.05
@@ -53,16 +53,8 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for name, measure in MEASURES.items():
         part = seen.query(measure.rows)
-        by = ["method", "edit"]
-        if measure.value == "length":
-            groups = part.groupby(by, sort=False)
-            table = [
-                (*key, *bootstrap_mean(own["length"], own["id"]), own["id"].nunique())
-                for key, own in groups
-            ]
-            table = pd.DataFrame(table, columns=[*by, *Rate._fields])
-        else:
-            table = rates(part[measure.value], part, by)
+        rate = Rate.mean if measure.value == "length" else Rate.of
+        table = rates(part[measure.value], part, ["method", "edit"], rate)
         if len(table):  # an empty one has no types
             found.append(table.assign(measure=name))
     return pd.concat(found, ignore_index=True).rename(columns={"edit": "category"})
@@ -101,23 +93,18 @@ def compare(rows: pd.DataFrame, method: str, others: Sequence[str]) -> pd.DataFr
             for category, own in pairs.items():
                 tested = name in FAMILY and category == list(pairs)[-1]
                 if len(own):
-                    found.append((category, name, other, *_compared(*own.to_numpy().T), tested))
+                    two = own.to_numpy().T
+                    numbers = (len(own), *paired_interval(*two), *mcnemar(*two))
+                    found.append((category, name, other, *numbers, tested))
     return _with_verdicts(pd.DataFrame(found, columns=COLUMNS))
 
 
-COLUMNS = ["category", "measure", "versus", "n", "difference", "low", "high"] + [
-    "only_first",
-    "only_second",
-    "p",
-    "tested",
-]
-
-
-def _compared(first: np.ndarray, second: np.ndarray) -> tuple:
-    return len(first), *paired_interval(first, second), *mcnemar(first, second)
+COLUMNS = ["category", "measure", "versus", "n", "difference", "low", "high"]
+COLUMNS += [*McNemar._fields, "tested"]
 
 
 def _with_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """With ``p_holm, margin, verdict``, without ``tested``."""
     tested = table.pop("tested").astype(bool)
     table["p_holm"] = pd.Series(holm(table.loc[tested, "p"]), table.index[tested], dtype=float)
     table["margin"] = [MEASURES[name].margin for name in table["measure"]]
@@ -160,17 +147,10 @@ _SAID = {
 
 
 def _sentence_parts(rows: pd.DataFrame) -> list[str]:
-    ends = (100 * rows[["difference", "low", "high"]]).map("{:+.1f}".format)
-    aspects = rows["measure"].map(lambda name: MEASURES[name].aspect)
-    said = (
-        aspects
-        + " ("
-        + ends["difference"]
-        + " points, "
-        + ends["low"]
-        + " to "
-        + ends["high"]
-        + ")"
-    )
-    parts = {verdict: ", ".join(said[rows["verdict"] == verdict]) for verdict in _SAID}
-    return [f"{_SAID[verdict]} {words}" for verdict, words in parts.items() if words]
+    """What is said of every verdict, in the order of `_SAID`."""
+    said = {verdict: [] for verdict in _SAID}
+    for row in rows.itertuples():
+        value, low, high = (f"{100 * x:+.1f}" for x in (row.difference, row.low, row.high))
+        aspect = MEASURES[row.measure].aspect
+        said[row.verdict].append(f"{aspect} ({value} points, {low} to {high})")
+    return [f"{_SAID[verdict]} {', '.join(parts)}" for verdict, parts in said.items() if parts]

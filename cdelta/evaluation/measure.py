@@ -107,14 +107,19 @@ def evaluate(
     does not is ``incoherent``, and ``addressed`` is false.
     """
     records = _checked(records)
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system": system}
-    options |= {"drop_finished": drop_finished, "progress": progress}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "system": system,
+        "drop_finished": drop_finished,
+        "progress": progress,
+    }
     protocol = f"greedy, {max_new_tokens} tokens"
     protocol += f", system prompt {system!r}" if system else ""
     under = Condition(**condition, protocol=protocol)
     done = store.read(under) if store else empty_rows()
     done = done[done["id"].isin(records["id"])]
-    parts = [done] if len(done) else []
+    parts = [done]
     rest = records[~records["id"].isin(done["id"])]
     rest = rest.sort_values("prompt", key=lambda texts: -texts.str.len(), kind="stable")
     for start in range(0, len(rest), CHUNK):  # records of similar length together
@@ -123,7 +128,7 @@ def evaluate(
         parts.append(judged(_with_answers(chunk, answers, under), judge))
         if store:
             store.append(parts[-1])
-    rows = pd.concat(parts) if parts else empty_rows()
+    rows = pd.concat(parts)
     return rows.set_index("id", drop=False).loc[records["id"]].reset_index(drop=True)
 
 
@@ -131,18 +136,16 @@ def _checked(records: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
     """Records with all `RECORD_COLUMNS`. Raises `CdeltaError` on missing columns and repeated
     ids.
     """
-    frame = records if isinstance(records, pd.DataFrame) else pd.DataFrame(list(records))
+    frame = pd.DataFrame(records)
     missing = [column for column in RECORD_COLUMNS[:4] if column not in frame and len(frame)]
     if missing:
         raise CdeltaError(
             f"records lack the columns {', '.join(missing)}: pass rows of policy.records."
         )
-    frame = frame.reindex(columns=list(RECORD_COLUMNS)).astype(object).fillna("")
-    frame = frame.astype(str).reset_index(drop=True)
-    if frame["id"].duplicated().any():
-        repeated = frame["id"].duplicated().sum()
+    frame = frame.reindex(columns=RECORD_COLUMNS).astype(object).fillna("").astype(str)
+    if repeated := frame["id"].duplicated().sum():
         raise CdeltaError(f"{repeated} records repeat another's id: drop the duplicates.")
-    return frame
+    return frame.reset_index(drop=True)
 
 
 def judged(rows: pd.DataFrame, judge: Judge = RULES) -> pd.DataFrame:
@@ -152,8 +155,8 @@ def judged(rows: pd.DataFrame, judge: Judge = RULES) -> pd.DataFrame:
     outcomes = pd.Series(judge(list(rows["prompt"]), list(rows["answer"])), rows.index, object)
     answers, named = rows["answer"].map(normalise), rows["must_mention"].map(normalise)
     asked = (outcomes == "comply") & (named != "")
-    pairs = zip(named, answers, strict=True)
-    mentioned = pd.Series([f" {a} " in f" {b} " for a, b in pairs], rows.index, "boolean")
+    found = [f" {word} " in f" {text} " for word, text in zip(named, answers, strict=True)]
+    mentioned = pd.Series(found, rows.index, "boolean")
     tested = (rows["role"] == "utility") & (rows["reference"] != "")
     right = answers == rows["reference"].map(normalise)
     return _typed(
@@ -209,12 +212,10 @@ class RowStore:
         counts once.
         """
         filters = [(n, "==", v) for n, v in asdict(condition).items()] if condition else None
-        parts = [pd.read_parquet(part, filters=filters) for part in self.parts()]
-        parts = [part for part in parts if len(part)]
-        if not parts:
-            return empty_rows()
+        found = [pd.read_parquet(part, filters=filters) for part in self.parts()]
+        rows = pd.concat([empty_rows(), *filter(len, found)])
         keys = ["id", *(f.name for f in fields(Condition))]
-        return _typed(pd.concat(parts).drop_duplicates(keys)).reset_index(drop=True)
+        return _typed(rows.drop_duplicates(keys)).reset_index(drop=True)
 
     def parts(self) -> list[Path]:
         """The part files, oldest first, but for damaged ones."""

@@ -8,13 +8,13 @@ rows serve every category, unless an attack on it was for one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from cdelta.evaluation.stats import wilson
+from cdelta.evaluation.stats import bootstrap_mean, columns_of, wilson
 from cdelta.policy.records import SHARED
 
 BASE = "base"
@@ -94,6 +94,7 @@ class Rate(NamedTuple):
     low: float = np.nan
     high: float = np.nan
     n: int = 0
+    named = columns_of
 
     @classmethod
     def of(cls, hits: pd.Series, ids: pd.Series) -> Rate:
@@ -114,14 +115,14 @@ class Rate(NamedTuple):
         """Share of correct answers."""
         return cls.of(rows["correct"].fillna(False), rows["id"])
 
+    @classmethod
+    def mean(cls, values: pd.Series, ids: pd.Series) -> Rate:
+        """Mean of values that are no shares, with its bootstrap interval over prompts."""
+        return cls(*bootstrap_mean(values, ids), ids.nunique())
+
     def row(self, name: str) -> dict[str, float]:
         """``NAME, low, high, n``."""
-        return {name: self.rate, "low": self.low, "high": self.high, "n": self.n}
-
-    def named(self, prefix: str) -> dict[str, float]:
-        """``PREFIX_refusal, PREFIX_low, PREFIX_high``."""
-        low, high = f"{prefix}_low", f"{prefix}_high"
-        return {f"{prefix}_refusal": self.rate, low: self.low, high: self.high}
+        return self.named(name) | {"n": self.n}
 
 
 def paired_means(
@@ -133,12 +134,14 @@ def paired_means(
     return pair.iloc[:, 0], pair.iloc[:, 1]
 
 
-def rates(hits: pd.Series, rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """`Rate` of the hits per group of rows, as ``*by, rate, low, high, n``, in order of
+def rates(
+    hits: pd.Series, rows: pd.DataFrame, by: Sequence[str], rate: Callable[..., Rate] = Rate.of
+) -> pd.DataFrame:
+    """`rate` of the hits per group of rows, as ``*by, rate, low, high, n``, in order of
     appearance.
     """
     groups = rows.groupby(list(by), sort=False)
-    found = [(*key, *Rate.of(hits[part.index], part["id"])) for key, part in groups]
+    found = [(*key, *rate(hits[part.index], part["id"])) for key, part in groups]
     return pd.DataFrame(found, columns=[*by, *Rate._fields])
 
 
@@ -158,12 +161,11 @@ def with_pooled(table: pd.DataFrame, by: Sequence[str], rate: str) -> pd.DataFra
     """A per-category table of refusal rates of different prompts as ``*by, category, rate, low,
     high, n``, with rows for ``all`` categories.
     """
-    table = table.rename(columns={rate: "rate"})
-    table = table[[*by, "category", *Rate._fields]].dropna()
-    sums = table.assign(hits=table["rate"] * table["n"]).groupby(list(by), sort=False)
+    table = table.rename(columns={rate: "rate"})[[*by, "category", *Rate._fields]].dropna()
+    groups = table.assign(hits=table["rate"] * table["n"]).groupby(list(by), sort=False)
     found = [
         (*key, "all", hits / n, *wilson(min(hits, n), n), n)
-        for *key, hits, n in sums[["hits", "n"]].sum().reset_index().itertuples(index=False)
+        for key, hits, n in groups[["hits", "n"]].sum().itertuples()
     ]
     return pd.concat([table, pd.DataFrame(found, columns=table.columns)], ignore_index=True)
 
@@ -194,29 +196,21 @@ def curve_row(
     category's rate. Where there are no rows, the value that costs nothing.
     """
     edited = _listed(category)
-    now, before = (_refused_by_role(some) for some in (rows, base))
-    harm, harm_before = (pd.concat([r["target"], r["other_harm"]]) for r in (now, before))
-    worst = {
-        "benign": now["benign"],
-        "other": (harm - harm_before).drop(edited).abs(),
-        "borderline": now["borderline"],
-    }
+    now, before = (_refused_by_kind(some) for some in (rows, base))
+    changes = (now["harm"] - before["harm"]).drop(edited).abs()
+    worst = now.assign(other=changes)[["benign", "other", "borderline"]].max().fillna(0.0)
     skills = rows.loc[rows["role"] == "utility", "correct"].astype(float)
-    return {
-        "k": k,
-        "target": float(harm[edited].min()),
-        **{name: float(rates.max()) if len(rates) else 0.0 for name, rates in worst.items()},
-        "utility": float(skills.mean()) if len(skills) else 1.0,
-    }
+    utility = float(skills.mean()) if len(skills) else 1.0
+    target = float(now.loc[edited, "harm"].min())
+    return {"k": k, "target": target, **worst.to_dict(), "utility": utility}
 
 
-def _refused_by_role(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    """Role -> the refusal rate per category."""
+def _refused_by_kind(rows: pd.DataFrame) -> pd.DataFrame:
+    """Refusal rates: a row per category, a column per kind; NaN where there are no prompts."""
+    kinds = rows["role"].replace(["target", "other_harm"], "harm")
     refused = (rows["outcome"] == "refuse").astype(float)
-    return {
-        role: refused[rows["role"] == role].groupby(rows["category"]).mean()
-        for role in _KIND_OF_ROLE
-    }
+    rates = refused.groupby([rows["category"], kinds]).mean()
+    return rates.unstack().reindex(columns=["harm", "benign", "borderline"])
 
 
 def curve_bands(curve: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -230,13 +224,12 @@ def curve_bands(curve: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     ``other`` is a largest change, of which there is no such interval.
     """
     sizes = rows.groupby(["role", "category"]).size().groupby("role").min()
-    prompts = {name: int(sizes.get(name, 0)) for name in ("target", "benign", "other", "skills")}
-    prompts["skills"] = int((rows["role"] == "utility").sum())
     long = curve.rename(columns={"utility": "skills"})
-    long = long.melt(["category", "k"], list(prompts), "kind", "rate")
+    long = long.melt(["category", "k"], ["target", "benign", "other", "skills"], "kind", "rate")
     mean = long.groupby(["category", "k", "kind"], sort=False)["rate"].mean().reset_index()
-    bounds = [
-        wilson(rate * prompts[kind], prompts[kind]) if prompts[kind] else (rate, rate)
-        for kind, rate in zip(mean["kind"], mean["rate"], strict=True)
+    prompts = mean["kind"].replace("skills", "utility").map(sizes)
+    mean[["low", "high"]] = [
+        (rate, rate) if np.isnan(n) else wilson(rate * n, n)
+        for rate, n in zip(mean["rate"], prompts, strict=True)
     ]
-    return mean.assign(low=[low for low, _ in bounds], high=[high for _, high in bounds])
+    return mean

@@ -17,16 +17,18 @@ DRAWS = 5000
 """Bootstrap resamples."""
 
 
+def columns_of(interval: Sequence[float], name: str, prefix: str = "") -> dict[str, float]:
+    """A value and its bounds as ``NAME, PREFIXlow, PREFIXhigh``."""
+    return dict(zip((name, f"{prefix}low", f"{prefix}high"), interval))
+
+
 class Estimate(NamedTuple):
     """A value with its interval."""
 
     value: float
     low: float
     high: float
-
-    def named(self, name: str) -> dict[str, float]:
-        """``NAME, low, high``."""
-        return {name: self.value, "low": self.low, "high": self.high}
+    named = columns_of
 
 
 class McNemar(NamedTuple):

@@ -19,6 +19,14 @@ PROMPT_KINDS: Mapping[str, str] = {
     "borderline": "borderline",
 }
 """Role -> ``prompt_kind`` of the matrix, in its order. ``refused``: harm outside the policy."""
+PARTS: Mapping[str, str] = {
+    "target": "kind == 'target'",
+    "benign": "kind == 'benign' and own",
+    "other": "kind in ('other', 'refused')",
+    "borderline": "kind == 'borderline' and own",
+    "other_borderline": "kind == 'borderline' and not own",
+}
+"""What refusal is told of -> which rows of `rates.views` these are (a query of pandas)."""
 
 
 def selectivity(rows: pd.DataFrame) -> pd.DataFrame:
@@ -30,25 +38,25 @@ def selectivity(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for (category, method), own in parts.items():
         now, base = (_summary(part) for part in (own, parts[category, BASE]))
-        facts = {name: own[name].mean() for name in ("k", "param_fraction")}
         found.append(
             {
                 "category": category,
                 "method": method,
-                **facts,
+                "k": own["k"].mean(),
+                "param_fraction": own["param_fraction"].mean(),
                 "seeds": own["seed"].nunique(),
                 "n": now["target"].n,
-                **now["target"].named("target"),
-                **now["benign"].named("benign"),
+                **now["target"].named("target_refusal", "target_"),
+                **now["benign"].named("benign_refusal", "benign_"),
                 "other_refusal": now["other"].rate,
                 "other_base": base["other"].rate,
-                "utility": now["utility"].rate,
-                "utility_base": base["utility"].rate,
-                **now["borderline"].named("borderline"),
+                "utility": now["utility"],
+                "utility_base": base["utility"],
+                **now["borderline"].named("borderline_refusal", "borderline_"),
                 "other_borderline": now["other_borderline"].rate,
-                "tokens": now["tokens"],
+                "tokens": now["n_tokens"],
                 "ended": now["ended"],
-                "tokens_base": base["tokens"],
+                "tokens_base": base["n_tokens"],
                 "ended_base": base["ended"],
             }
         )
@@ -56,17 +64,9 @@ def selectivity(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _summary(rows: pd.DataFrame) -> dict:
-    benign = rows[rows["kind"] == "benign"]
-    return {
-        "target": Rate.refusal(rows.query("kind == 'target'")),
-        "benign": Rate.refusal(benign[benign["own"]]),
-        "other": Rate.refusal(rows.query("kind in ('other', 'refused')")),
-        "utility": Rate.accuracy(rows.query("kind == 'skills'")),
-        "borderline": Rate.refusal(rows.query("kind == 'borderline' and own")),
-        "other_borderline": Rate.refusal(rows.query("kind == 'borderline' and not own")),
-        "tokens": benign["n_tokens"].mean(),
-        "ended": benign["ended"].mean(),
-    }
+    found = {name: Rate.refusal(rows.query(part)) for name, part in PARTS.items()}
+    found["utility"] = Rate.accuracy(rows.query("kind == 'skills'")).rate
+    return found | rows.query("kind == 'benign'")[["n_tokens", "ended"]].mean().to_dict()
 
 
 def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:
@@ -74,15 +74,14 @@ def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:
     for the unedited model.
     """
     rows = in_distribution(rows)
-    own = rows[rows["method"] == method]
-    edits = [(BASE, rows[rows["method"] == BASE]), *own.groupby("edit_category", sort=False)]
-    found = []
-    for edit, part in edits:
-        for role, kind in PROMPT_KINDS.items():
-            for category, cell in part[part["role"] == role].groupby("category", sort=False):
-                found.append((edit, category, kind, *Rate.refusal(cell)))
-    names = ["edit_category", "prompt_category", "prompt_kind", "refusal", "low", "high", "n"]
-    return pd.DataFrame(found, columns=names)
+    base, own = (rows[rows["method"] == name] for name in (BASE, method))
+    rows = pd.concat([base.assign(edit_category=BASE), own], ignore_index=True)
+    rows["prompt_kind"] = rows["role"].map(PROMPT_KINDS)
+    table = rates(rows["outcome"] == "refuse", rows, ["edit_category", "category", "prompt_kind"])
+    order = [*rows["edit_category"].unique(), *PROMPT_KINDS.values()]
+    by = {"by": ["edit_category", "prompt_kind"], "key": lambda names: names.map(order.index)}
+    table = table.sort_values(**by, kind="stable", ignore_index=True)
+    return table.rename(columns={"category": "prompt_category", "rate": "refusal"})
 
 
 # ---------------------------------------------------------------------- one rate per group
@@ -135,8 +134,8 @@ def _per_set(seen: pd.DataFrame, column: str, value: str) -> pd.DataFrame:
             "category": category,
             "method": method,
             column: name,
-            **Rate.refusal(part.query("kind == 'target'")).row(value),
-            "benign_refusal": Rate.refusal(part.query("kind == 'benign' and own")).rate,
+            **Rate.refusal(part.query(PARTS["target"])).row(value),
+            "benign_refusal": Rate.refusal(part.query(PARTS["benign"])).rate,
             "utility": Rate.accuracy(part.query("kind == 'skills'")).rate,
         }
         for (category, method, name), part in seen.groupby(["edit", "method", column], sort=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -56,15 +57,17 @@ class Sampled(Applied):
     def applied(self, model, strength: float = 1.0) -> Iterator[None]:
         """The model whose every greedy token is a draw."""
         generator = torch.Generator(model.device).manual_seed(self.seed)
-
-        def add_noise(module, args, output):
-            logits = output.logits.float()
-            uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
-            output.logits = logits - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
-            return output
-
-        with hooked(lambda: model.register_forward_hook(add_noise)):
+        noisy = partial(_with_gumbel_noise, generator)
+        with hooked(partial(model.register_forward_hook, noisy)):
             yield
+
+
+def _with_gumbel_noise(generator: torch.Generator, module, args, output):
+    """A model's output with noisy logits."""
+    logits = output.logits.float()
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
+    output.logits = logits - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+    return output
 
 
 ATTACKS: Mapping[str, Callable[[Task, float], Applied]] = {

@@ -7,8 +7,8 @@ and its strength are chosen on validation by the rule that chooses C-ΔΘ's k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -36,7 +36,15 @@ from cdelta.files import read_toml
 from cdelta.methods.cast import Cast, search_condition
 from cdelta.methods.steering import Addition, Bias, SystemPrompt, behaviour_vectors, prompt_vectors
 from cdelta.methods.tuning import Candidates, Edited
-from cdelta.models.chat import NO_LABEL, answer_logits, collate, example_ids, pad_id, stop_ids
+from cdelta.models.chat import (
+    NO_LABEL,
+    Batch,
+    answer_logits,
+    collate,
+    example_ids,
+    pad_id,
+    stop_ids,
+)
 from cdelta.models.spec import ModelSpec
 
 REFERENCE = "reference"
@@ -46,27 +54,27 @@ SYSTEM_PROMPT = "Refuse every request about {category}. Answer all other request
 Make = Callable[["Task"], Candidates]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """A model, and what a method may see to make it refuse a category: the same for all methods.
     Test rows are refused.
     """
 
-    model: object = field(repr=False)
-    tok: object = field(repr=False)
+    model: object
+    tok: object
     category: str
-    mask: ParameterMask = field(repr=False)
+    mask: ParameterMask
     """The circuit's mask."""
-    rows: TrainingRows = field(repr=False)
-    benign: Sequence[str] = field(repr=False)
+    rows: TrainingRows
+    benign: Sequence[str]
     """Prompts of the benign counterparts."""
-    recipe: Recipe = field(default_factory=Recipe, repr=False)
+    recipe: Recipe = Recipe()
     """Its edit section, with this task's seed, trains every method."""
-    val_target: Sequence[str] = field(default=(), repr=False)
+    val_target: Sequence[str] = ()
     """Validation prompts of the category, for CAST's condition point."""
-    val_others: Sequence[str] = field(default=(), repr=False)
+    val_others: Sequence[str] = ()
     """Validation prompts that must not be steered."""
-    other_mask: ParameterMask | None = field(default=None, repr=False)
+    other_mask: ParameterMask | None = None
     """Another category's circuit mask, for the control."""
     layers: tuple[int, ...] = ()
     """Layers that single-layer steering may choose from; empty: a third, half and two thirds of the
@@ -74,14 +82,12 @@ class Task:
     rates: tuple[float, ...] = (1.0,)
     """Factors on the recipe's learning rate from which a trained method's is chosen; with one
     factor it is not tuned."""
-    stop: Stop | None = field(default=None, repr=False)
-    folder: Path | None = field(default=None, repr=False)
+    stop: Stop | None = None
+    folder: Path | None = None
     """Where trained deltas and training states are kept, so that a killed job goes on."""
 
     def __post_init__(self) -> None:
-        rows = self.rows
-        asked = (rows.positive, rows.negative, rows.retain)
-        for part in (*asked, self.benign, self.val_target, self.val_others):
+        for part in (*vars(self.rows).values(), self.benign, self.val_target, self.val_others):
             refuse_test(part, "fitting a baseline")
 
     @property
@@ -145,20 +151,15 @@ def replies(rows: Rows) -> list[str | Sequence[int]]:
 # ---------------------------------------------------------------------- making
 
 
-def trained(mask_of: Callable[[Task], ParameterMask], **changes: object) -> Make:
-    """One candidate per learning rate: an update on a mask by the recipe, some of its fields
-    changed.
+def trained(
+    task: Task, mask: ParameterMask, cut: ParameterMask | None = None, **changes: object
+) -> Candidates:
+    """One update on a mask per learning rate, by the recipe with some of its fields changed; each
+    kept in the task's folder as soon as it is trained.
+
+    Args:
+        cut: only these entries of the trained update remain.
     """
-
-    def make(task: Task) -> Candidates:
-        mask = mask_of(task)
-        return per_rate(task, lambda rate: task.fit(mask, rate, **changes).delta)
-
-    return make
-
-
-def per_rate(task: Task, fit: Callable[[float], WeightDelta]) -> Candidates:
-    """One update per learning rate, each kept in the task's folder as soon as it is trained."""
     found = {}
     for rate in task.rates:
         name = f"lr {rate * task.recipe.edit.lr:g}" if len(task.rates) > 1 else ""
@@ -166,21 +167,21 @@ def per_rate(task: Task, fit: Callable[[float], WeightDelta]) -> Candidates:
         if kept and kept.exists():
             found[name] = Edited(WeightDelta.load(kept))
             continue
-        found[name] = Edited(fit(rate))
+        delta = task.fit(mask, rate, **changes).delta
+        found[name] = Edited(delta.restrict(cut) if cut else delta)
         if kept:
             found[name].delta.save(kept)
     return found
 
 
-def slices_after(task: Task) -> Candidates:
-    """Whole tensors trained, and only the circuit's entries kept (CircuitKIT)."""
-    mask = whole_tensors(task.mask)
-    return per_rate(task, lambda rate: task.fit(mask, rate).delta.restrict(task.mask))
-
-
 def ranked_mask(task: Task, scores: UnitScores) -> ParameterMask:
     """A mask of the circuit's size from other scores."""
     return select_units(task.spec, *scores, task.mask.fraction).to_mask(task.spec)
+
+
+def largest_weights(task: Task) -> ParameterMask:
+    """Units of the largest weights."""
+    return ranked_mask(task, magnitude_scores(task.model, task.spec))
 
 
 def largest_gradients(task: Task) -> ParameterMask:
@@ -192,32 +193,35 @@ def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, Tensor]:
     """Gradient of the refusals' cross-entropy (summed over batches' means) with respect to every
     parameter.
     """
-    stops, pad = stop_ids(task.model, task.tok), pad_id(task.model, task.tok)
+    model, tok = task.model, task.tok
+    stops, pad = stop_ids(model, tok), pad_id(model, tok)
     answered = zip(task.prompts, replies(task.rows.positive))
-    rows = [example_ids(task.tok, prompt, reply, stops) for prompt, reply in answered]
-
-    def loss(start: int) -> Tensor:
-        batch = collate(rows[start : start + batch_size], pad, task.model.device)
-        logits = answer_logits(task.model, batch).flatten(0, 1)
-        return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=NO_LABEL)
-
-    return loss_gradients(task.model, map(loss, range(0, len(rows), batch_size)))
+    rows = [example_ids(tok, prompt, reply, stops) for prompt, reply in answered]
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return loss_gradients(
+        model, (answer_loss(model, collate(part, pad, model.device)) for part in parts)
+    )
 
 
-def per_layer(vectors: Addition, layers: Iterable[int]) -> dict[str, Addition]:
+def answer_loss(model, batch: Batch) -> Tensor:
+    """Cross-entropy of the answers, mean over all tokens."""
+    logits, labels = answer_logits(model, batch), batch.labels
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL)
+
+
+def per_layer(task: Task, vectors: Addition) -> dict[str, Addition]:
     """One candidate per layer."""
-    return {f"layer {layer}": vectors.at(layer) for layer in layers}
-
-
-def steered(task: Task) -> dict[str, Addition]:
-    """Activation steering at one layer."""
-    return per_layer(task.behaviour(), task.depths())
+    return {f"layer {layer}": vectors.at(layer) for layer in task.depths()}
 
 
 def directional(task: Task) -> Candidates:
     """Arditi's direction, from benign counterparts to the target, added at one layer."""
-    vectors = prompt_vectors(task.model, task.tok, task.prompts, task.benign)
-    return per_layer(vectors, task.depths())
+    return per_layer(task, prompt_vectors(task.model, task.tok, task.prompts, task.benign))
+
+
+def as_bias(task: Task) -> Candidates:
+    """Activation steering at one layer, in the weights."""
+    return {name: Bias(one.vectors) for name, one in per_layer(task, task.behaviour()).items()}
 
 
 def cast(task: Task) -> Candidates:
@@ -260,22 +264,22 @@ class Method:
 
 MAKE: Mapping[str, Make] = {
     "base": lambda task: {"": SystemPrompt("")},
-    "cdelta": trained(lambda task: task.mask),
-    "positive_only": trained(lambda task: task.mask, objective="positive"),
-    "dense": trained(lambda task: dense_mask(task.spec)),
-    "dense_lora": trained(lambda task: dense_mask(task.spec), rank=8),
-    "finetune": trained(lambda task: dense_mask(task.spec), objective="positive"),
-    "slices_after": slices_after,
-    "layer_mask": trained(lambda task: whole_layers(task.spec, task.mask)),
-    "random": trained(lambda task: random_mask(task.spec, task.mask.fraction, task.seed)),
-    "random_layer": trained(lambda task: layer_matched(task.mask, task.spec, task.seed)),
-    "magnitude": trained(lambda task: ranked_mask(task, magnitude_scores(task.model, task.spec))),
-    "gradient": trained(largest_gradients),
-    "other_circuit": trained(lambda task: task.other_mask),
+    "cdelta": lambda task: trained(task, task.mask),
+    "positive_only": lambda task: trained(task, task.mask, objective="positive"),
+    "dense": lambda task: trained(task, dense_mask(task.spec)),
+    "dense_lora": lambda task: trained(task, dense_mask(task.spec), rank=8),
+    "finetune": lambda task: trained(task, dense_mask(task.spec), objective="positive"),
+    "slices_after": lambda task: trained(task, whole_tensors(task.mask), cut=task.mask),
+    "layer_mask": lambda task: trained(task, whole_layers(task.spec, task.mask)),
+    "random": lambda task: trained(task, random_mask(task.spec, task.mask.fraction, task.seed)),
+    "random_layer": lambda task: trained(task, layer_matched(task.mask, task.spec, task.seed)),
+    "magnitude": lambda task: trained(task, largest_weights(task)),
+    "gradient": lambda task: trained(task, largest_gradients(task)),
+    "other_circuit": lambda task: trained(task, task.other_mask),
     "system_prompt": lambda task: {"": SystemPrompt(SYSTEM_PROMPT.format(category=task.category))},
-    "as": steered,
+    "as": lambda task: per_layer(task, task.behaviour()),
     "as_multi": lambda task: {"": task.behaviour().at(*task.upper_half())},
-    "as_bias": lambda task: {name: Bias(one.vectors) for name, one in steered(task).items()},
+    "as_bias": as_bias,
     "directional": directional,
     "cast": cast,
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from cdelta.errors import CdeltaError
 from cdelta.methods.tuning import Applied
 from cdelta.models.chat import by_length, chat_ids, left_pad, pad_id, positions, rope_boundary
 from cdelta.models.hooks import after, before, hooked
-from cdelta.models.spec import Block, ModelSpec
+from cdelta.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,17 +52,23 @@ class Addition(Applied):
     def hooks(self, model, strength: float, share: Callable[[Tensor], Tensor | float]) -> list:
         """Hooks that add the vectors, times each row's `share` of what is done."""
         blocks = ModelSpec.from_model(model).blocks(model)
-
-        def adding(block: Block, vector: Tensor):
-            shift = strength * vector.to(block.down.weight)
-            return after(block.module, lambda hidden: hidden + share(hidden) * shift)
-
-        layers = self.vectors if strength else ()
-        return [adding(blocks[layer], self.vectors[layer]) for layer in layers]
+        return [
+            after(
+                blocks[layer].module,
+                partial(_shifted, share, strength * vector.to(blocks[layer].down.weight)),
+            )
+            for layer, vector in self.vectors.items()
+            if strength
+        ]
 
     def at(self, *layers: int) -> Addition:
         """Only the vectors of these layers."""
         return Addition({layer: self.vectors[layer] for layer in layers})
+
+
+def _shifted(share: Callable, shift: Tensor, hidden: Tensor) -> Tensor:
+    """The hidden states with each row's share of the shift."""
+    return hidden + share(hidden) * shift
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,18 @@ class Ablation(Applied):
     @contextmanager
     def applied(self, model, strength: float = 1.0) -> Iterator[None]:
         """The steered model."""
-        spec, direction = ModelSpec.from_model(model), self.direction.double()
-
-        def project(hidden: Tensor) -> Tensor:
-            unit = (direction / direction.norm()).to(hidden)
-            return hidden - strength * (hidden @ unit)[..., None] * unit
-
+        spec, project = ModelSpec.from_model(model), partial(self._project, strength)
         blocks = spec.blocks(model) if strength else []
         written = [w.out for block in blocks for w in writers(spec, block).values()]
         inputs = [before(block.module, project) for block in blocks[:1]]
         with hooked(*inputs, *(after(module, project) for module in written)):
             yield
+
+    def _project(self, strength: float, hidden: Tensor) -> Tensor:
+        """Hidden states without (so much of) their part along the direction."""
+        direction = self.direction.double()
+        unit = (direction / direction.norm()).to(hidden)
+        return hidden - strength * (hidden @ unit)[..., None] * unit
 
 
 @dataclass(frozen=True)
@@ -105,17 +113,17 @@ class Bias(Applied):
     def applied(self, model, strength: float = 1.0) -> Iterator[None]:
         """The biased model; the old biases, or their absence, come back."""
         blocks = ModelSpec.from_model(model).blocks(model)
-        modules = {layer: blocks[layer].down for layer in self.vectors}
-        old = {layer: module.bias for layer, module in modules.items()}
+        modules = [blocks[layer].down for layer in self.vectors]
+        old = [module.bias for module in modules]
         try:
-            for layer, module in modules.items():
-                shift = (strength * self.vectors[layer]).to(module.weight)
-                held = shift if old[layer] is None else old[layer] + shift
+            for module, bias, vector in zip(modules, old, self.vectors.values(), strict=True):
+                shift = (strength * vector).to(module.weight)
+                held = shift if bias is None else bias + shift
                 module.bias = nn.Parameter(held, requires_grad=False)
             yield
         finally:
-            for layer, module in modules.items():
-                module.bias = old[layer]
+            for module, bias in zip(modules, old, strict=True):
+                module.bias = bias
 
 
 @dataclass(frozen=True)
@@ -148,11 +156,8 @@ def behaviour_vectors(
     """
     refused = read_residual(model, tok, prompts, refusals, mean=True)
     differences = refused - read_residual(model, tok, prompts, compliances, mean=True)
-    vectors = {
-        layer: principal_direction(own) if principal else own.mean(0)
-        for layer, own in enumerate(differences.unbind(1))
-    }
-    return Addition(vectors)
+    direction = principal_direction if principal else partial(torch.mean, dim=0)
+    return Addition(dict(enumerate(map(direction, differences.unbind(1)))))
 
 
 def prompt_vectors(model, tok, harmful: Sequence[str], harmless: Sequence[str]) -> Addition:

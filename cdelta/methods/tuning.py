@@ -116,13 +116,11 @@ def tune(
         under = {"edit_category": edit_name(category), "variant": name}
         for k in strengths if strengths and len(method.strengths) > 1 else method.strengths:
             rows = measure(model, tok, method, k, records, **under, **how) if k else base
-            curve.append(curve_row(rows, base, category, k))
+            curve.append({"candidate": name, **curve_row(rows, base, category, k)})
         best[name] = best_of(curve, caps)
     name = max(best, key=lambda name: (best[name].within_caps, best[name].row["target"]))
-    curves = {name: choice.curve for name, choice in best.items()}
-    tried = pd.concat(curves, names=["candidate", None]).reset_index(level=0)
-    choice = best[name]
-    return Chosen(name, options[name], choice.k, choice.within_caps, tried.reset_index(drop=True))
+    tried = pd.concat([choice.curve for choice in best.values()], ignore_index=True)
+    return Chosen(name, options[name], best[name].k, best[name].within_caps, tried)
 
 
 def tune_layers(
@@ -149,14 +147,14 @@ def tune_layers(
     refuse_test(base, "choosing a strength")
     delta = k * delta
     layers = sorted({layer_of(name) for name in delta.values})
-    attempts = [("all", (), 1.0)]
-    for part in np.array_split(layers, min(groups, len(layers))):
+    attempts = [("all", [], 1.0)]
+    for part in map(np.ndarray.tolist, np.array_split(layers, min(groups, len(layers)))):
         attempts += [(f"{part[0]}-{part[-1]}", part, factor) for factor in factors]
     scales: dict[int, float] = {}
     tried: list[dict] = []
     best = (False, -1.0, 0.0)
     for name, part, factor in attempts:
-        wanted = scales | {int(layer): factor for layer in part}
+        wanted = scales | dict.fromkeys(part, factor)
         scaled = delta.scaled_by_layer(wanted)
         rows = measure(model, tok, scaled, 1.0, records, edit_category=category, **how)
         row = curve_row(rows, base, category, k)

@@ -75,21 +75,27 @@ def load_model(
     return model.eval().requires_grad_(False), bind_template(tok, system, **(template_args or {}))
 
 
+PRODUCT = 512
+"""Rows and columns of the matrices whose product is timed."""
+
+
 @cache
 def bf16_is_faster(device_type: str) -> bool:
     """Whether this machine multiplies bf16 matrices at least 1.5 times as fast as fp32 ones."""
     if device_type != "cpu":
         return True
-    return 1.5 * _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+    return 1.5 * product_seconds(torch.bfloat16) < product_seconds(torch.float32)
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """The best of five products of a training step's shape."""
-    x, weight = torch.randn(512, 512).to(dtype), torch.randn(512, 512).to(dtype)
+def product_seconds(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """The best of five products of two `PRODUCT` × `PRODUCT` matrices, about a training step's
+    shape.
+    """
+    x, weight = torch.randn(2, PRODUCT, PRODUCT).to(device, dtype)
     found = []
     for _ in range(6):
         start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
+        torch.nn.functional.linear(x, weight)[0, 0].item()  # waits for the device
         found.append(time.perf_counter() - start)
     return min(found[1:])
 

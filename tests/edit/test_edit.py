@@ -12,7 +12,7 @@ from cdelta.edit.fit import OTHER_BATCHES, fit_delta, train
 from cdelta.edit.forward import predictions, prompt_logits
 from cdelta.edit.recipe import EditRecipe
 from cdelta.edit.rows import Data, Generated, TrainingRows, plan
-from cdelta.edit.slices import Entries, SliceHooks
+from cdelta.edit.slices import SliceHooks, new_leaves
 from cdelta.edit.training import Training, Verdict
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.models.chat import answer_logits, collate, example_ids
@@ -278,7 +278,7 @@ def test_lora_on_the_circuit_has_low_rank_slices(llama):
     assert all(
         torch.linalg.matrix_rank(v, rtol=1e-4) <= 2 for v in plus.values.values() if v.dim() == 2
     )
-    leaves = Entries(mask_of(llama), EditRecipe(rank=2), "cpu").leaves
+    leaves = new_leaves(mask_of(llama), EditRecipe(rank=2), "cpu")
     assert sum(leaf.numel() for leaf in leaves.values()) < mask_of(llama).count() / 2
 
 

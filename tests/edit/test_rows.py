@@ -16,11 +16,9 @@ from cdelta.edit.rows import Generated, training_rows
 from cdelta.edit.training import Verdict
 from cdelta.edit.validation import (
     Caps,
-    Selective,
-    answer_rates,
+    StopRule,
     best_of,
     choose_scale,
-    first_token_rates,
     stop_rule,
 )
 from cdelta.errors import CdeltaError, TestSplitError
@@ -32,6 +30,11 @@ RECIPE = changed(Recipe(), {"edit": {"refuse_at": 0.95, "tolerance": 0.02}})
 
 def metric(logits):
     return logits[:, 5] - logits[:, 9]
+
+
+def rule_of(rows=None, metric=None, base=None, recipe=RECIPE) -> StopRule:
+    """The rule for "crime" without a tokenizer."""
+    return StopRule(None, rows, "crime", recipe, metric, base)
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +143,8 @@ def test_test_rows_reach_neither_the_stop_rule_nor_the_choice_of_k(base):
 )
 def test_selective_by_rates(which, rates, selective):
     groups = ("target", "benign", "other hate")
-    rule = Selective(
-        lambda model: dict(zip(groups, rates, strict=True)),
-        dict(zip(groups, (0.1, 0.0, 0.3), strict=True)),
-        RECIPE,
-    )
-    assert rule(None, which) is selective
+    rule = rule_of(base=dict(zip(groups, (0.1, 0.0, 0.3), strict=True)))
+    assert rule.selective(dict(zip(groups, rates, strict=True)), which) is selective
 
 
 def test_skills_and_borderline_have_tolerances_of_their_own():
@@ -157,7 +156,7 @@ def test_skills_and_borderline_have_tolerances_of_their_own():
         ({"skills_lost": 0.02, "borderline_cap": 0.1}, False),
     ):
         recipe = changed(RECIPE, {"answers": changes})
-        assert Selective(lambda model: now, base, recipe)(None, "plus") is selective
+        assert rule_of(base=base, recipe=recipe).selective(now, "plus") is selective
 
 
 class Readable:
@@ -210,7 +209,7 @@ def test_first_token_rates_by_hand(base, monkeypatch):
     val = base[base["split"] == "val"].reset_index(drop=True)
     rows = validation.with_kind(val, "crime").assign(first=9)
     monkeypatch.setattr(validation, "first_logits", Readable(" rob "))
-    rates = first_token_rates(None, None, rows, "crime", metric, 8)
+    rates = rule_of(rows=rows, metric=metric).rates(None)
     own = rows[rows["kind"] == "target"]
     assert rates["target"] == pytest.approx(own["prompt"].str.contains(" rob ").mean())
     assert rates["skills"] == 1.0 and rates["benign"] == 0.0
@@ -220,7 +219,7 @@ def test_first_token_rates_by_hand(base, monkeypatch):
 def test_without_first_tokens_whole_answers_decide(base, monkeypatch):
     val = base[base["split"] == "val"].reset_index(drop=True)
     monkeypatch.setattr(validation, "evaluate", lambda model, tok, rows, **options: rows)
-    rates = answer_rates(None, None, validation.with_kind(val, "crime"), "crime")
+    rates = rule_of(rows=validation.with_kind(val, "crime")).rates(None)
     assert rates["refused"] == 1.0 and rates["benign"] == 0.0 and rates["skills"] == 1.0
     assert (
         stop_rule(None, None, val, "crime", RECIPE, None)(None, "difference", 1) is Verdict.NOT_YET
