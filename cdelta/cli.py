@@ -102,12 +102,9 @@ def _job(arguments: Namespace):
 
 def _edit(arguments: Namespace) -> int:
     """From a file of prompts to a verified edited checkpoint."""
-    from cdelta.edit.job import run_edit, summary_lines
+    from cdelta.edit.job import run_edit
 
-    job = _job(arguments)
-    summary = run_edit(job, say=_say, progress=sys.stderr.isatty())
-    for line in summary_lines(job, summary):
-        _say(line)
+    run_edit(_job(arguments), say=_say, progress=sys.stderr.isatty())
     return 0
 
 

@@ -35,10 +35,10 @@ def compare(
     """
     folders = {"base": local_folder(base), "edited": local_folder(edited)}
     metric, judge = load_metric(folders["edited"]), Rules()
-    template = {"system": system, "template_args": parse_template_args(template_args)}
+    keywords = parse_template_args(template_args)
     found = {}
     for name, folder in folders.items():
-        model, tok = load_model(folder, "auto", device, **template)
+        model, tok = load_model(folder, "auto", device, system=system, template_args=keywords)
         found[name] = answer(model, tok, prompts, metric, max_new_tokens=max_new_tokens)
         del model  # only one is in memory at a time
     for i, prompt in enumerate(prompts):

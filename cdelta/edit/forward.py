@@ -152,6 +152,7 @@ def retained(found: Predictions, base: Callable[[], TokenLogits], how: EditRecip
 # ---------------------------------------------------------------------- the base
 
 
+@dataclass
 class BaseAnswers:
     """Log-probabilities under the base at the retained answers' tokens: computed once, when the
     first of them is asked for, and kept in fp32 where that fits, else in fp16.
@@ -159,8 +160,10 @@ class BaseAnswers:
     Only the rows of the plan, and only their first tokens where nothing else is asked for.
     """
 
-    def __init__(self, model, hooks: SliceHooks, data: Data, how: EditRecipe):
-        self._model, self._hooks, self._data, self._how = model, hooks, data, how
+    model: object
+    hooks: SliceHooks
+    data: Data
+    how: EditRecipe
 
     def log_p(self, rows: Sequence[int], batch: Batch) -> TokenLogits:
         """At every answer token of the batch of these rows, packed as `Predictions` packs them."""
@@ -177,10 +180,10 @@ class BaseAnswers:
     @cached_property
     def _kept(self) -> dict[int, Tensor] | None:
         """Row -> its log-probabilities; None where they are too many."""
-        data, width = self._data, None if self._how.retain_loss == "kl" else 1
+        data, width = self.data, None if self.how.retain_loss == "kl" else 1
         wanted = sorted({row for rows in data.retain_plan for row in rows})
         n = sum(len(data.examples["retain"][row][1][:width]) for row in wanted)
-        size = n * self._model.get_output_embeddings().weight.shape[0]
+        size = n * self.model.get_output_embeddings().weight.shape[0]
         most = LARGEST.get(data.device.type, LARGEST["cpu"])
         fitting = [d for d in (torch.float32, torch.float16) if d.itemsize * size <= most]
         if not fitting:
@@ -197,8 +200,8 @@ class BaseAnswers:
 
     @torch.no_grad()
     def _compute(self, batch: Batch) -> Sequence[TokenLogits]:
-        with self._hooks.off(), products_in_bf16(batch.labels.device, self._how.bf16):
-            found = predictions(self._model, batch)
+        with self.hooks.off(), products_in_bf16(batch.labels.device, self.how.bf16):
+            found = predictions(self.model, batch)
         return found.logits.log_softmax(-1).split(found.real.sum(-1).tolist())
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,22 +76,9 @@ class EditJob:
         return out.with_name(f".{out.name}.work")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What came out of an edit."""
-
-    choice: Choice
-    table: list[dict[str, object]]
-    """Test refusal before and after per kind of prompt, with Wilson intervals of the latter."""
-    training: Mapping[str, object]
-    report: VerifyReport
-    seconds: float
-    peak_bytes: int
-
-
-def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
+def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> WeightDelta:
     """Attribution on the discover split, training on edit, stop rule and k on val, the table on
-    test; then write and verify.
+    test; then write and verify. Returns what was written beside the checkpoint.
 
     `job.out` appears whole or not at all: the checkpoint, and in ``cdelta/`` the delta, the
     circuit, the k curve, the log, and of the policy the ids per split and what was dropped, without
@@ -106,7 +93,7 @@ def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
             f"{job.out} already exists: choose a new output folder or remove it first."
         )
     try:
-        return _run(job, say, progress)
+        delta, summary = _run(job, say, progress)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CdeltaError(f"cannot write {job.out}: {reason}.") from error
@@ -114,9 +101,13 @@ def run_edit(job: EditJob, say: Say = print, progress: bool = False) -> Summary:
         # ended by the user or the system, the same job may go on later
         if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
             remove_folder(job.work)
+    for line in summary:
+        say(line)
+    return delta
 
 
-def _run(job: EditJob, say: Say, progress: bool) -> Summary:
+def _run(job: EditJob, say: Say, progress: bool) -> tuple[WeightDelta, list[str]]:
+    """The edit, and what to say of it."""
     start = time.monotonic()
     folder = Checkpoint(local_folder(job.model, job.revision)).check().folder
     model, tok = load_model(folder, dtype=job.dtype, device=job.device)
@@ -138,8 +129,9 @@ def _run(job: EditJob, say: Say, progress: bool) -> Summary:
     delta = study.fit.delta.with_metadata(k=choice.k, within_caps=choice.within_caps)
     table = study.table(delta)
     report = study.write(delta, table)
-    ended, seconds = delta.metadata["training"], time.monotonic() - start
-    return Summary(choice, table, ended, report, seconds, peak_memory(model.device))
+    took, peak = duration(time.monotonic() - start), peak_memory(model.device) / 2**30
+    cost = f"Took {took}, at most {peak:.1f} GiB of memory."
+    return delta, list(_summary_lines(job, delta, table, report, cost))
 
 
 def _policy(job: EditJob, model, tok) -> Policy:
@@ -331,20 +323,20 @@ def _check_effect(choice: Choice) -> None:
         )
 
 
-def summary_lines(job: EditJob, summary: Summary) -> Iterator[str]:
+def _summary_lines(
+    job: EditJob, delta: WeightDelta, table: list[dict], report: VerifyReport, cost: str
+) -> Iterator[str]:
     """What the command prints last."""
     yield f"{'prompts':<16}{'n':>6}{'before':>9}{'after':>9}   95 % interval (test split)"
-    for row in summary.table:
+    for row in table:
         before, after = (100 * row[f"refused {when}"] for when in ("before", "after"))
         interval = f"{100 * row['low']:.0f}-{100 * row['high']:.0f} %"
         yield f"{row['prompts']:<16}{row['n']:>6}{before:>7.1f} %{after:>7.1f} %   {interval}"
-    ended = "selective on validation at k = 1"
-    if not summary.training["stopped"]:
+    training, ended = delta.metadata["training"], "selective on validation at k = 1"
+    if not training["stopped"]:
         ended = "NOT selective at k = 1 within its steps: judge the table with care"
-    yield f"{summary.training['steps']} steps per side; {ended}."
-    yield str(summary.report)
-    peak = summary.peak_bytes / 2**30
-    yield f"Took {duration(summary.seconds)}, at most {peak:.1f} GiB of memory."
+    yield f"{training['steps']} steps per side; {ended}."
+    yield str(report)
+    yield cost
     record = Path(job.out) / RECORD
-    k = summary.choice.k
-    yield f"Checkpoint: {job.out}  (delta and records in {record}); scale k = {k:g}."
+    yield f"Checkpoint: {job.out}  (delta and records in {record}); scale k = {delta.k:g}."

@@ -88,6 +88,8 @@ class Training:
         self._sides = {side: new_leaves(mask, how, data.device) for side in how.sides}
         self.base = BaseAnswers(model, hooks, data, how)
         self.leaves = [leaf for own in self._sides.values() for leaf in own.values()]
+        for leaf in self.leaves:
+            leaf.grad = torch.zeros_like(leaf)
         self.optimizer = torch.optim.Adam(self.leaves, lr=how.lr)
         identity = json.dumps([asdict(how), mask.hash(), data.examples], sort_keys=True)
         self._state = None
@@ -158,8 +160,9 @@ class Training:
         lr = how.lr * how.lr_factor(self._step)
         share = how.retain_share if self.data.retain_plan else 0.0
         self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad()
-        target = {side: self._target(side, 1 - share) for side in how.sides}
+        self.optimizer.zero_grad(set_to_none=False)
+        rows = self.data.target_plan[self._step]
+        target = {side: self._backward(side, 1 - share, side, rows) for side in how.sides}
         retain = {which: self._retain(which, share) for which in how.keepers if share}
         norms = {side: clip_grad_norm_(own.values(), how.clip) for side, own in self._sides.items()}
         self.optimizer.step()
@@ -178,19 +181,6 @@ class Training:
             }
             self._log.append(row)
 
-    def _target(self, side: str, share: float) -> Tensor:
-        """Add the gradient of the side's loss on its own answers; returns the loss."""
-        rows = self.data.target_plan[self._step]
-        loss_of = self._margin if self.how.objective == "margin" else self._focused
-        return self._backward(side, share, side, rows, loss_of)
-
-    def _focused(self, side: str, rows: list[int]) -> Parts:
-        return focused(predictions(self.model, self.data.batch(side, rows)), self.how)
-
-    def _margin(self, side: str, rows: list[int]) -> Parts:
-        other = SIDES[side == SIDES[0]]
-        return margin(self._gain(side, rows), self._gain(other, rows), self.how)
-
     def _gain(self, key: str, rows: list[int]) -> Tensor:
         """How much more probable than under the base the answers of `key` are, per row, in nats."""
         batch = self.data.batch(key, rows)
@@ -203,12 +193,18 @@ class Training:
         """Add the gradient of the retain loss of an update; returns the loss."""
         with self._applied(which):
             rows = self._hardest(self.data.retain_plan[self._step])
-        return self._backward(which, share, "retain", rows, self._kept)
+        return self._backward(which, share, "retain", rows)
 
-    def _kept(self, key: str, rows: list[int]) -> Parts:
+    def _loss(self, key: str, rows: list[int]) -> Parts:
+        """Of retain rows the retain loss, of a side's rows the objective on its answers."""
+        if self.how.objective == "margin" and key in SIDES:
+            other = SIDES[key == SIDES[0]]
+            return margin(self._gain(key, rows), self._gain(other, rows), self.how)
         batch = self.data.batch(key, rows)
-        base = partial(self.base.log_p, rows, batch)
-        return retained(predictions(self.model, batch), base, self.how)
+        found = predictions(self.model, batch)
+        if key in SIDES:
+            return focused(found, self.how)
+        return retained(found, partial(self.base.log_p, rows, batch), self.how)
 
     @torch.no_grad()
     def _hardest(self, rows: list[int]) -> list[int]:
@@ -250,30 +246,29 @@ class Training:
         with self._hooks.adding(values), bf16:
             yield
 
-    def _backward(
-        self, which: str, share: float, key: str, rows: list[int], loss_of: Callable[..., Parts]
-    ) -> Tensor:
+    def _backward(self, which: str, share: float, key: str, rows: list[int]) -> Tensor:
         """Add `share` times the gradient of the loss of an update on some rows; returns the loss.
 
         Target and retain rows, and parts, go through the model one after the other to save memory.
         """
-        leaves = self.leaves
-        total, weight, gradients = 0.0, 0.0, [None] * len(leaves)
+        total, weight, gradients = 0.0, 0.0, [0.0] * len(self.leaves)
         for part in self._passes(key, rows):
             with self._applied(which):
-                loss, weights = loss_of(key, part)
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-            gradients = [_sum(old, new) for old, new in zip(gradients, found, strict=True)]
+                loss, weights = self._loss(key, part)
+            found = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
+            gradients = [old + new for old, new in zip(gradients, found, strict=True)]
             total, weight = total + loss.detach(), weight + weights
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                leaf.grad = _sum(leaf.grad, gradient * (share / weight))
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad += gradient * (share / weight)
         return total / weight
 
     # ------------------------------------------------------------------ stopping and state
 
     def _check(self, stop: Stop | None) -> None:
-        verdicts = {self._asked(stop, which) for which in self.how.keepers} if stop else set()
+        verdicts = set()
+        for which in self.how.keepers if stop else ():
+            with self.delta(which).applied(self.model):
+                verdicts.add(stop(self.model, which, self._step))
         if Verdict.RESTART in verdicts:
             last = self.attempt + 1 >= self.how.attempts
             self.verdict = Verdict.NOT_YET if last else Verdict.RESTART
@@ -281,10 +276,6 @@ class Training:
             self.verdict = Verdict.SELECTIVE
         if self._state:
             self._save()
-
-    def _asked(self, stop: Stop, which: str) -> Verdict:
-        with self.delta(which).applied(self.model):
-            return stop(self.model, which, self._step)
 
     def _save(self) -> None:
         states = [{"leaf": leaf, **self.optimizer.state[leaf]} for leaf in self.leaves]
@@ -308,12 +299,6 @@ class Training:
             leaf.data.copy_(tensors[f"{index}/leaf"])
             states[index] = {part: tensors[f"{index}/{part}"] for part in MOMENTS}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
-
-
-def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    if old is None or new is None:
-        return new if old is None else old
-    return old + new
 
 
 # ---------------------------------------------------------------------- state

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cdelta.evaluation.stats import bootstrap_mean, columns_of, wilson
+from cdelta.evaluation.stats import Estimate, bootstrap_mean, wilson
 from cdelta.policy.records import SHARED
 
 BASE = "base"
@@ -94,7 +94,6 @@ class Rate(NamedTuple):
     low: float = np.nan
     high: float = np.nan
     n: int = 0
-    named = columns_of
 
     @classmethod
     def of(cls, hits: pd.Series, ids: pd.Series) -> Rate:
@@ -119,6 +118,10 @@ class Rate(NamedTuple):
     def mean(cls, values: pd.Series, ids: pd.Series) -> Rate:
         """Mean of values that are no shares, with its bootstrap interval over prompts."""
         return cls(*bootstrap_mean(values, ids), ids.nunique())
+
+    def named(self, name: str, prefix: str = "") -> dict[str, float]:
+        """``NAME, PREFIXlow, PREFIXhigh``."""
+        return Estimate(*self[:3]).named(name, prefix)
 
     def row(self, name: str) -> dict[str, float]:
         """``NAME, low, high, n``."""

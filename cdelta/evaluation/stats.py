@@ -17,18 +17,16 @@ DRAWS = 5000
 """Bootstrap resamples."""
 
 
-def columns_of(interval: Sequence[float], name: str, prefix: str = "") -> dict[str, float]:
-    """A value and its bounds as ``NAME, PREFIXlow, PREFIXhigh``."""
-    return dict(zip((name, f"{prefix}low", f"{prefix}high"), interval))
-
-
 class Estimate(NamedTuple):
     """A value with its interval."""
 
     value: float
     low: float
     high: float
-    named = columns_of
+
+    def named(self, name: str, prefix: str = "") -> dict[str, float]:
+        """``NAME, PREFIXlow, PREFIXhigh``."""
+        return dict(zip((name, f"{prefix}low", f"{prefix}high"), self))
 
 
 class McNemar(NamedTuple):

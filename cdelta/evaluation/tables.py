@@ -64,9 +64,10 @@ def selectivity(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _summary(rows: pd.DataFrame) -> dict:
-    found = {name: Rate.refusal(rows.query(part)) for name, part in PARTS.items()}
-    found["utility"] = Rate.accuracy(rows.query("kind == 'skills'")).rate
-    return found | rows.query("kind == 'benign'")[["n_tokens", "ended"]].mean().to_dict()
+    refusals = {name: Rate.refusal(rows.query(part)) for name, part in PARTS.items()}
+    utility = Rate.accuracy(rows.query("kind == 'skills'")).rate
+    means = rows.query("kind == 'benign'")[["n_tokens", "ended"]].mean()
+    return {**refusals, "utility": utility, **means}
 
 
 def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:

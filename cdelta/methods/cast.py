@@ -82,24 +82,27 @@ class Cast(Applied):
             yield gate
 
 
+@dataclass
 class Gate:
     """Which rows of the current batch are steered."""
 
-    def __init__(self, condition: Condition):
-        self.open: Tensor | None = None
-        self._condition = condition
-        self._mask: Tensor | None = None
-        self._prompt: Tensor | None = None
-        self._fresh = False
+    condition: Condition
+    open: Tensor | None = None
+    """One bool per row."""
+    prompt: Tensor | None = None
+    """Token ids of the batch when it was new."""
+    mask: Tensor | None = None
+    fresh: bool = False
+    """The batch is new: its gate has to be set."""
 
     def start(self, model, args: tuple, kwargs: dict) -> None:
         """Before each forward pass: is this a new batch of prompts, or the same one going on?"""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         goes_on = cache is not None and cache.get_seq_length()
-        self._fresh = not goes_on and not self._continues(ids)
-        if self._fresh:
-            self._prompt, self._mask = ids, torch.ones_like(ids) if mask is None else mask
+        self.fresh = not goes_on and not self._continues(ids)
+        if self.fresh:
+            self.prompt, self.mask = ids, torch.ones_like(ids) if mask is None else mask
         elif len(ids) != len(self.open):
             raise CdeltaError(
                 "rows left the batch while CAST remembers which ones to steer: "
@@ -110,10 +113,10 @@ class Gate:
         """At the condition's layer: set the gate of a new batch from the mean over each prompt's
         own tokens.
         """
-        if self._fresh:
-            mask = self._mask[..., None].to(hidden.device)
+        if self.fresh:
+            mask = self.mask[..., None].to(hidden.device)
             pooled = (hidden.float() * mask).sum(1) / mask.sum(1)
-            self.open = self._condition.fires(pooled)
+            self.open = self.condition.fires(pooled)
 
     def rows(self, like: Tensor) -> Float[Tensor, "row 1 1"]:
         """1 for steered rows, 0 for the others."""
@@ -121,7 +124,7 @@ class Gate:
 
     def _continues(self, ids: Tensor) -> bool:
         """Without a cache the prompt comes again, with the tokens written so far behind it."""
-        old = self._prompt
+        old = self.prompt
         if old is None or len(ids) != len(old) or ids.shape[1] <= old.shape[1]:
             return False
         return torch.equal(ids[:, : old.shape[1]], old)
