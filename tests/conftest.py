@@ -21,8 +21,9 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def llama():
+    """A model of the test's own: transformers leaves hooks on one whose hidden states were read."""
     return toys.toy("llama")
 
 
