@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 def load_model(
     path_or_id: str | Path,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
     system: str = "",
@@ -196,7 +196,7 @@ class ModelCheck:
 
     source: str | Path
     revision: str | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "auto"
     prompts: Sequence[str] = ()
     """What would be asked,"""
