@@ -181,7 +181,7 @@ class BaseAnswers:
     def _kept(self) -> dict[int, Tensor] | None:
         """Row -> its log-probabilities; None where they are too many."""
         data, width = self.data, None if self.how.retain_loss == "kl" else 1
-        wanted = sorted({row for rows in data.retain_plan for row in rows})
+        wanted = sorted(set().union(*data.retain_plan))
         n = sum(len(data.examples["retain"][row][1][:width]) for row in wanted)
         size = n * self.model.get_output_embeddings().weight.shape[0]
         most = LARGEST.get(data.device.type, LARGEST["cpu"])

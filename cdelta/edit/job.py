@@ -37,11 +37,10 @@ from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import kind_rates
 from cdelta.files import (
-    hashed_files,
     new_folder,
     read_json,
     remove_folder,
-    write_hashed,
+    replacing,
     write_json,
 )
 from cdelta.memory import peak_memory
@@ -218,8 +217,8 @@ class Study:
     @cached_property
     def circuit(self) -> Circuit:
         """The circuit that separates the category's prompts from their benign counterparts."""
-        work = self.job.work
-        if not hashed_files(work, "circuit-*.json"):
+        work, path = self.job.work, self.job.work / "circuit.json"
+        if not path.exists():
             circuit = find_circuit(
                 self.model,
                 self.tok,
@@ -231,9 +230,9 @@ class Study:
                 checkpoint=work / "refusing",
                 progress=self.progress,
             )
-            unnamed = circuit.save(work / "circuit.partial")
-            write_hashed(work, "circuit", unnamed.read_bytes(), ".json")
-        return Circuit.load(hashed_files(work, "circuit-*.json")[0])
+            with replacing(path) as partial:
+                circuit.save(partial)
+        return Circuit.load(path)
 
     @cached_property
     def fit(self) -> Fit:

@@ -243,7 +243,6 @@ def choose_scale(
     metric: Metric | None = None,
     *,
     store: str | Path | None = None,
-    caps: Caps | None = None,
 ) -> Choice:
     """The scale k for a delta: every scale of the grid is tried on the validation prompts.
 
@@ -261,4 +260,4 @@ def choose_scale(
             with delta.applied(model, k):
                 found = evaluate(model, tok, val, store=rows, k=k, method="cdelta", **options)
         curve.append(curve_row(found, val, category, k))
-    return best_of(curve, caps or Caps.of(val, recipe.answers))
+    return best_of(curve, Caps.of(val, recipe.answers))

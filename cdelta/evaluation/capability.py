@@ -265,26 +265,24 @@ def harness(
         raise CdeltaError(
             f"the harness could not run {', '.join(tasks)}: {first_line(error)}"
         ) from error
-    found = [
-        (task, row["doc_id"], metric, bool(row[metric]))
-        for task, rows in result["samples"].items()
-        for row in rows
-        for metric in row["metrics"]
-        if row[metric] in (0, 1)
-    ]
+    found = []
+    for task, rows in result["samples"].items():
+        for row in rows:
+            values = {metric: row[metric] for metric in row["metrics"] if row[metric] in (0, 1)}
+            found += [(task, row["doc_id"], metric, bool(v)) for metric, v in values.items()]
     return pd.DataFrame(found, columns=["task", "item", "metric", "correct"])
 
 
 # ---------------------------------------------------------------------- comparing with the base
 
 
-def differences(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
+def differences(rows: pd.DataFrame) -> pd.DataFrame:
     """`tab_tasks`: accuracy per category, method and task, and its change from the base's on the
     same questions, from rows ``method, category, seed, task, item, correct`` (the base without a
     category).
 
     ``difference`` with its paired interval ``low, high``; ``p`` of McNemar's exact test;
-    ``equivalent``: the interval lies within ``margin`` (two one-sided tests).
+    ``equivalent``: the interval lies within `MARGIN` (two one-sided tests).
     """
     base = rows[rows["method"] == BASE]
     found = []
@@ -302,8 +300,8 @@ def differences(rows: pd.DataFrame, margin: float = MARGIN) -> pd.DataFrame:
                 "accuracy_base": pair[1].mean(),
                 **change.named("difference"),
                 "p": mcnemar(*pair).p,
-                "margin": margin,
-                "equivalent": -margin <= change.low and change.high <= margin,
+                "margin": MARGIN,
+                "equivalent": change.low >= -MARGIN and change.high <= MARGIN,
             }
         )
     return pd.DataFrame(found)

@@ -172,16 +172,18 @@ def _with_answers(
     records: pd.DataFrame, answers: Sequence[Answer], under: Condition
 ) -> pd.DataFrame:
     edited = under.edit_category
-    ids = [np.array(answer.ids, dtype=np.int32) for answer in answers]
-    return records.assign(
-        **asdict(under),
-        kind=with_kind(records, edited.split("+"))["kind"] if edited else "",
-        answer=[answer.text for answer in answers],
-        answer_ids=pd.Series(ids, records.index, object),
-        n_tokens=[answer.n_tokens for answer in answers],
-        finished=[answer.finished for answer in answers],
-        log_odds=pd.Series([answer.log_odds for answer in answers], records.index, float),
-    )
+    kind = with_kind(records, edited.split("+"))["kind"] if edited else ""
+    made = [
+        {
+            "answer": answer.text,
+            "answer_ids": np.array(answer.ids, dtype=np.int32),
+            "n_tokens": answer.n_tokens,
+            "finished": answer.finished,
+            "log_odds": answer.log_odds,
+        }
+        for answer in answers
+    ]
+    return records.assign(**asdict(under), kind=kind, **pd.DataFrame(made, records.index))
 
 
 def empty_rows() -> pd.DataFrame:

@@ -76,13 +76,13 @@ def matrix(rows: pd.DataFrame, method: str = "cdelta") -> pd.DataFrame:
     """
     rows = in_distribution(rows)
     base, own = (rows[rows["method"] == name] for name in (BASE, method))
-    rows = pd.concat([base.assign(edit_category=BASE), own], ignore_index=True)
-    rows["prompt_kind"] = rows["role"].map(PROMPT_KINDS)
-    table = rates(rows["outcome"] == "refuse", rows, ["edit_category", "category", "prompt_kind"])
-    order = [*rows["edit_category"].unique(), *PROMPT_KINDS.values()]
-    by = {"by": ["edit_category", "prompt_kind"], "key": lambda names: names.map(order.index)}
-    table = table.sort_values(**by, kind="stable", ignore_index=True)
-    return table.rename(columns={"category": "prompt_category", "rate": "refusal"})
+    found = []
+    for edit, part in [(BASE, base), *own.groupby("edit_category", sort=False)]:
+        for role, kind in PROMPT_KINDS.items():
+            for category, cell in part[part["role"] == role].groupby("category", sort=False):
+                found.append((edit, category, kind, *Rate.refusal(cell)))
+    names = ["edit_category", "prompt_category", "prompt_kind", "refusal", "low", "high", "n"]
+    return pd.DataFrame(found, columns=names)
 
 
 # ---------------------------------------------------------------------- one rate per group
