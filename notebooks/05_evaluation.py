@@ -66,7 +66,8 @@ run.table("tab_methods", methods, "The methods of this run.")
 
 # %%
 comparison.run_all()
-rows, tuning, shifts = comparison.rows(), comparison.curves(), comparison.collected("shift")
+rows, tuning = comparison.rows(), comparison.collected("curve")
+shifts = comparison.collected("shift")
 for name, frame in (("rows", rows), ("tuning", tuning), ("shift", shifts)):
     frame.to_parquet(run.path(f"{name}.parquet"), index=False)
 for method, reason in comparison.skipped().items():

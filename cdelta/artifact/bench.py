@@ -22,6 +22,7 @@ from cdelta.edit.validation import Caps, Choice, answer_options, choose_scale, s
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import edit_name
 from cdelta.files import read_json
+from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import parse_template_args
@@ -126,10 +127,8 @@ class Bench:
         self, delta: WeightDelta, k: float, records: pd.DataFrame, **condition: object
     ) -> pd.DataFrame:
         """Judged answers of the model with k·ΔΘ added."""
-        share = delta.count() / self.spec.n_params
-        under = {"method": "cdelta", "k": k, "param_fraction": share, **condition}
-        with delta.applied(self.model, k):
-            return self.answers(records, **under)
+        under = {"method": "cdelta", **self.options, **condition}
+        return measure(self.model, self.tok, delta, k, records, **under)
 
     def fit(
         self,
@@ -195,7 +194,7 @@ def before_and_after(bench: Bench, deltas: dict[str, WeightDelta]) -> pd.DataFra
         own = bench.val[bench.val["category"].isin((category, "benign"))]
         own = own[own["role"].isin(("target", "benign", "borderline"))]
         old = own[own["outcome"] == "comply"].drop_duplicates("role")
-        new = bench.answers_of(delta, delta.metadata["k"], old)
+        new = bench.answers_of(delta, delta.k, old)
         both = old.merge(new, on="id", suffixes=(" before", " after"))
         found.append(both.assign(edit=category))
     names = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from cdelta.artifact.jobs import EDITED, Job, Jobs, save_table
+from cdelta.artifact.jobs import EDITED, Job, Jobs
 from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import RunReader
 from cdelta.edit.rows import training_rows
@@ -86,18 +86,17 @@ class Comparison(Jobs):
         under |= {"store": RowStore(folder / "rows"), **self.options}
         if not job.category:
             evaluate(self.model, self.tok, self.test_of(job.method, ""), **under)
-            return {"k": 0.0, "lacking": self._measure_rest(job, NO_CHANGE, folder)}
+            return {"k": 0.0, "lacking": self._measure_rest(job, NO_CHANGE)}
         task = self.task(job, folder / "training")
         if reason := METHODS[job.method].why_not(task):
             return {"skipped": reason}
         chosen = self.chosen(job, task, folder)
-        facts = {"k": chosen.strength, "candidate": chosen.name}
-        facts["within_caps"] = bool(chosen.within_caps)
+        facts = {"k": chosen.strength, "candidate": chosen.name, "within_caps": chosen.within_caps}
         if job.method != BASE:
+            self._save_curve(job, chosen)
             self._measure_test(job, chosen, under)
-            facts["lacking"] = self._measure_rest(job, chosen, folder)
+            facts["lacking"] = self._measure_rest(job, chosen)
         facts |= self._attack(job, task, chosen, under)
-        save_table(chosen.curve, folder / "curve.parquet")
         shutil.rmtree(folder / "training", ignore_errors=True)
         return facts
 
@@ -148,10 +147,9 @@ class Comparison(Jobs):
         if job.method == EDITED:
             delta = self.delta(job.category, job.seed)
             curve = pd.read_parquet(self.run.input("04_edit", "curve.parquet"))
-            own = (curve["category"] == job.category) & (curve["seed"] == job.seed)
-            curve = curve[own].drop(columns=["category", "seed", "chosen"]).assign(candidate="")
-            k, within_caps = delta.metadata["k"], delta.metadata["within_caps"]
-            return Chosen("", Edited(delta), k, within_caps, curve)
+            curve = curve.query("category == @job.category and seed == @job.seed")
+            curve = curve.drop(columns=["category", "seed", "chosen"]).assign(candidate="")
+            return Chosen("", Edited(delta), delta.k, delta.metadata["within_caps"], curve)
         method = METHODS[job.method]
         strengths = self.settings.answers.grid if method.trained else self.how.strengths
         how = {"store": RowStore(folder / "tuning"), "method": job.method, "seed": job.seed}
@@ -160,19 +158,28 @@ class Comparison(Jobs):
 
     # ------------------------------------------------------------------ measuring
 
-    def _measure_test(self, job: Job, chosen: Chosen, under: Mapping) -> None:
-        """The test rows; at strength 0 they are the base's, where those are there."""
-        records = self.test_of(job.method, job.category)
-        base = RowStore(self.folder(self.jobs[0]) / "rows").read()
-        if chosen.strength or not set(records["id"]) <= set(base["id"]):
-            measure(self.model, self.tok, chosen.method, chosen.strength, records, **under)
-            return
-        rows = with_kind(base[base["id"].isin(records["id"])], job.category)
-        share = chosen.method.n_changed / self.spec.n_params
-        facts = {name: under[name] for name in ("method", "seed", "edit_category")}
-        under["store"].append(rows.assign(**facts, param_fraction=share))
+    def _save_curve(self, job: Job, chosen: Chosen) -> None:
+        """What tuning saw: ``candidate``, `curve_row`'s columns, ``method, category, seed, chosen,
+        within_caps, tuned`` (of several learning rates, or nothing to tune).
+        """
+        curve = chosen.curve
+        picked = (curve["k"] == chosen.strength) & (curve["candidate"] == chosen.name)
+        facts = {"chosen": picked, "within_caps": chosen.within_caps}
+        facts["tuned"] = self.tuned or not METHODS[job.method].trained or job.method == EDITED
+        self.save(job, "curve", curve, **facts)
 
-    def _measure_rest(self, job: Job, chosen: Chosen, folder: Path) -> dict[str, str]:
+    def _measure_test(self, job: Job, chosen: Chosen, under: Mapping) -> None:
+        """The test rows; at strength 0 they are the base's, as far as those are there."""
+        records, store = self.test_of(job.method, job.category), under["store"]
+        if not chosen.strength:
+            base = RowStore(self.folder(self.jobs[0]) / "rows").read()
+            rows = with_kind(base[base["id"].isin(records["id"])], job.category)
+            facts = {name: under[name] for name in ("method", "seed", "edit_category")}
+            share = chosen.method.n_changed / self.spec.n_params
+            store.append(rows.assign(**facts, param_fraction=share))
+        measure(self.model, self.tok, chosen.method, chosen.strength, records, **under)
+
+    def _measure_rest(self, job: Job, chosen: Chosen) -> dict[str, str]:
         """Distance from the base, lengths, and on the first seed capability; each once. Returns
         what could not be measured, and why.
         """
@@ -186,13 +193,12 @@ class Comparison(Jobs):
             "text": first and self.data,
         }
         lacking: dict[str, str] = {}
-        for name in (name for name, asked in wanted.items() if asked):
-            path = folder / f"{name}.parquet"
-            if path.exists():
+        for name, asked in wanted.items():
+            if not asked or self.table_path(job, name).exists():
                 continue
             with method.applied(self.model, chosen.strength):
                 try:
-                    save_table(getattr(self, f"_{name}")(method), path)
+                    self.save(job, name, getattr(self, f"_{name}")(method))
                 except CdeltaError as error:  # data that cannot be had: the rest goes on
                     lacking[name] = str(error)
         return lacking
@@ -231,8 +237,7 @@ class Comparison(Jobs):
         others = [name for name in self.how.harness_tasks if name not in local]
         found = []
         if local:
-            options = {"limit": limit, "batch_size": batch}
-            found.append(answered(self.model, self.tok, self.data, local, **options))
+            found.append(answered(self.model, self.tok, self.data, local, limit, batch))
         if others:
             chat = self.tok.chat_template is not None
             found.append(harness(self.model, self.tok, others, limit, batch, chat))
@@ -272,8 +277,8 @@ class Comparison(Jobs):
             return 1.0
         if not path.exists():
             rate = harmless_rate(task, self.val, self.how.attack_rates, **self.options)
-            write_json(path, {"rate": rate})
-        return read_json(path)["rate"]
+            write_json(path, rate)
+        return read_json(path)
 
     # ------------------------------------------------------------------ what was measured
 
@@ -281,18 +286,6 @@ class Comparison(Jobs):
         """The test rows of all finished jobs."""
         stores = [RowStore(self.folder(job) / "rows") for job in self.jobs]
         return pd.concat([store.read() for store in stores], ignore_index=True)
-
-    def curves(self) -> pd.DataFrame:
-        """What tuning saw: ``method, category, seed, candidate``, `curve_row`'s columns,
-        ``chosen, within_caps, tuned`` (of several learning rates, or nothing to tune).
-        """
-        found = [pd.DataFrame()]
-        for job, curve in self._tables("curve"):
-            facts = self.facts(job)
-            chosen = (curve["k"] == facts["k"]) & (curve["candidate"] == facts["candidate"])
-            tuned = not METHODS[job.method].trained or job.method == EDITED or self.tuned
-            found.append(curve.assign(chosen=chosen, within_caps=facts["within_caps"], tuned=tuned))
-        return pd.concat(found, ignore_index=True)
 
     @property
     def tuned(self) -> bool:
@@ -310,12 +303,12 @@ class Comparison(Jobs):
         lacking = {name: why for _, own in facts for name, why in own.get("lacking", {}).items()}
         return methods | lacking
 
-    def timed(self, category: str, seed: int) -> dict[str, tuple[Applied, float] | None]:
-        """What notebook 08 times: base, edited weights, run-time steering at 1; method key ->
-        (method, strength).
+    def timed(self, category: str, seed: int) -> dict[str, tuple[Applied, float]]:
+        """What notebook 08 times beside the base: edited weights, run-time steering at 1; method
+        key -> (method, strength).
         """
         delta = self.delta(category, seed)
-        found = {BASE: None, EDITED: (delta, delta.metadata["k"])}
+        found = {EDITED: (delta, delta.k)}
         task = self.task(Job("cast", category, seed))
         for key in ("as", "as_bias", "cast"):
             if not METHODS[key].why_not(task):

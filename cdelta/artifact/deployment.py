@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -29,7 +28,7 @@ from cdelta.delta.weight_delta import WEIGHTS, WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.measure import judged
 from cdelta.evaluation.rates import kind_rates
-from cdelta.memory import release_free_memory
+from cdelta.memory import ResidentPeak
 from cdelta.models.chat import chat_ids
 from cdelta.models.checkpoint import Checkpoint, rewrite_tensors
 from cdelta.models.loading import load_model
@@ -50,11 +49,11 @@ RUNTIMES = ("transformers", "gguf", "llama.cpp")
 def files_table(base: Path, edited: Path) -> pd.DataFrame:
     """Sizes of the files of two checkpoints, in bytes."""
     sizes = {
-        f"{name} bytes": {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()}
-        for name, folder in (("edited", edited), ("base", base))
+        name: {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        for name, folder in (("base bytes", base), ("edited bytes", edited))
     }
-    table = pd.DataFrame(sizes)[["base bytes", "edited bytes"]].dropna(subset="edited bytes")
-    return table.fillna(0).astype(int).sort_index().rename_axis("file").reset_index()
+    table = pd.DataFrame(sizes).dropna(subset="edited bytes").fillna(0).astype(int)
+    return table.sort_index().rename_axis("file").reset_index()
 
 
 def changed_entries(base: Path, edited: Path, delta: WeightDelta) -> dict[str, np.ndarray]:
@@ -169,7 +168,7 @@ def runtimes_table(
 
 
 def apply_memory(base: Path, saved: Path, out: Path, scale: float) -> dict[str, int]:
-    """Write the edited checkpoint, verify it, and say in bytes what that took (Linux).
+    """Write the edited checkpoint, verify it, and say in bytes what that took.
 
     ``peak`` and ``verify``: resident memory that `save_edited` and `verify` needed beyond what was
     there before; ``delta``: fp32 values and indices; ``largest`` and ``total``: of the base's files
@@ -177,27 +176,17 @@ def apply_memory(base: Path, saved: Path, out: Path, scale: float) -> dict[str, 
     """
     delta, checkpoint = WeightDelta.load(saved), Checkpoint(base).check()
     files = [(checkpoint.folder / file).stat().st_size for file in checkpoint.shards]
+    with ResidentPeak() as applying:
+        save_edited(base, delta, out, scale, force=True)
+    with ResidentPeak() as verifying:
+        verify(base, out, delta, force=True)
     return {
-        "peak": _needed(partial(save_edited, base, delta, out, scale, force=True)),
-        "verify": _needed(partial(verify, base, out, delta, force=True)),
+        "peak": applying.memory,
+        "verify": verifying.memory,
         "delta": (saved / WEIGHTS).stat().st_size,
         "largest": max(files),
         "total": sum(files),
     }
-
-
-def _needed(work: Callable[[], object]) -> int:
-    """Peak of the resident memory during a call, beyond what was there before it."""
-    release_free_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is the peak
-    before = _resident("VmRSS")
-    work()
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{key}:\s+(\d+)", status)[1])
 
 
 def formats_table(
@@ -220,7 +209,7 @@ def formats_table(
             size = 2 * model.num_parameters() // int(files) + 1024
             model.save_pretrained(source, max_shard_size=size)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            used = fresh.submit(apply_memory, source, saved, out, delta.metadata["k"]).result()
+            used = fresh.submit(apply_memory, source, saved, out, delta.k).result()
         report = verify(source, out, delta, force=True)
         found.append(
             {
@@ -251,8 +240,8 @@ def rounded_rows(
         with rounding():
             rows.append(bench.answers(test, attack=scheme))
         for category, delta in deltas.items():
-            under = {"method": "edited", "edit_category": category, "k": delta.metadata["k"]}
-            with delta.applied(bench.model, delta.metadata["k"]), rounding():
+            under = {"method": "edited", "edit_category": category, "k": delta.k}
+            with delta.applied(bench.model, delta.k), rounding():
                 rows.append(bench.answers(test, attack=scheme, **under))
     return pd.concat(rows, ignore_index=True)
 
@@ -270,7 +259,7 @@ def rounding_table(
         names = rates["kind"] + "_" + rates["method"] + "_rate"
         wide = rates.assign(name=names).pivot(index="attack", columns="name", values="rate")
         columns = [f"{kind}_{method}_rate" for kind in KINDS for method in ("base", "edited")]
-        stored = pd.DataFrame(quantisation_survival(base, delta, delta.metadata["k"]))
+        stored = pd.DataFrame(quantisation_survival(base, delta, delta.k))
         own = wide.reindex(["", *SCHEMES], columns=columns).join(stored.set_index("scheme"))
         found[category] = own.rename({"": "unrounded"})
     return pd.concat(found, names=["category", "scheme"]).reset_index()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,21 +104,22 @@ class Jobs(Bench):
         """Rows with ``method, category, seed`` of all jobs: ``log``, ``curve``, ``shift`` (per
         benign prompt), or ``lengths``, ``tasks``, ``text`` (with the base's, without a category).
         """
-        found = [table for _, table in self._tables(name)]
+        paths = [self.table_path(job, name) for job in self.jobs]
+        tables = [pd.read_parquet(path) for path in paths if path.exists()]
+        found = [table for table in tables if len(table)]
         columns = ["method", "category", "seed"]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
-    def _tables(self, name: str) -> Iterator[tuple[Job, pd.DataFrame]]:
-        for job in self.jobs:
-            path = self.folder(job) / f"{name}.parquet"
-            if path.exists() and len(table := pd.read_parquet(path)):
-                yield job, table.assign(method=job.method, category=job.category, seed=job.seed)
+    def table_path(self, job: Job, name: str) -> Path:
+        """Where one of a job's tables lies."""
+        return self.folder(job) / f"{name}.parquet"
 
-
-def save_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table whole or not at all."""
-    with replacing(path) as partial:
-        table.to_parquet(partial, index=False)
+    def save(self, job: Job, name: str, table: pd.DataFrame, **facts: object) -> None:
+        """Write one of a job's tables, with the job's fields and `facts` as columns, whole or not
+        at all.
+        """
+        with replacing(self.table_path(job, name)) as partial:
+            table.assign(**vars(job), **facts).to_parquet(partial, index=False)
 
 
 # ---------------------------------------------------------------------- stage 04
@@ -137,11 +138,10 @@ class Edits(Jobs):
         kept = {"checkpoint": folder / "training", "metadata": {"category": category}}
         fit = self.fit(self.mask(category), category, recipe, **kept)
         choice = self.choice(fit.delta, category, recipe, store=folder / "scale")
-        facts = {"k": choice.k, "within_caps": choice.within_caps}
-        of = {"category": category, "seed": job.seed}
-        save_table(pd.DataFrame(fit.log).assign(**of), folder / "log.parquet")
-        chosen = {"chosen": choice.curve["k"] == choice.k, "within_caps": choice.within_caps}
-        save_table(choice.curve.assign(**of, **chosen), folder / "curve.parquet")
+        within_caps, curve = choice.within_caps, choice.curve
+        self.save(job, "log", pd.DataFrame(fit.log))
+        self.save(job, "curve", curve, chosen=curve["k"] == choice.k, within_caps=within_caps)
+        facts = {"k": choice.k, "within_caps": within_caps}
         remove_folder(folder / "delta")
         fit.delta.with_metadata(**facts).save(folder / "delta")
         return facts

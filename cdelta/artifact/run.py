@@ -174,13 +174,12 @@ class Run(RunReader):
         shown = table.index.names != [None]
         table.to_csv(csv, index=shown, lineterminator="\n")
         latex = table.style.format(precision=digits, escape="latex")
-        for axis in (0, 1):
-            latex = latex.format_index(escape="latex", axis=axis)
-        view = table.style.format(formats(table.columns, digits)).set_uuid(
-            id
-        )  # pandas would draw a new id for every run
+        latex.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+        # pandas would draw a new id for every run
+        view = table.style.format(formats(table.columns, digits)).set_uuid(id)
         if not shown:
-            latex, view = latex.hide(axis="index"), view.hide(axis="index")
+            latex.hide(axis="index")
+            view.hide(axis="index")
         tex.write_text(latex.to_latex(hrules=True), encoding="utf-8")
         display(view)
 
@@ -243,7 +242,7 @@ class Run(RunReader):
             )
         names = [f"{id}.{suffix}" for suffix in suffixes]
         item = {"id": id, "kind": kind, "notebook": self.stage, "files": names, "sha256": {}}
-        self._items.append({**item, "title": title, "caption": caption})
+        self._items.append(item | {"title": title, "caption": caption})
         return [self.path(f"figures/{name}") for name in names]
 
 
@@ -285,7 +284,7 @@ def commit() -> str:
     if not shutil.which("git"):
         return "unknown"
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def discard(folder: Path, stage: str) -> None:

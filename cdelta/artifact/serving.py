@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,13 +20,12 @@ from tqdm import tqdm
 
 from cdelta.evaluation.rates import BASE
 from cdelta.evaluation.stats import Estimate
+from cdelta.methods.tuning import Applied
 from cdelta.models.chat import chat_ids, left_pad, positions
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
-
-    from cdelta.methods.tuning import Applied
 
 EDIT, CONTROL = "cdelta", "base_again"
 """Edited weights are the base's graph; the control is the base itself, as one more variant."""
@@ -73,7 +71,7 @@ def _now(model) -> float:
 def interleaved(
     model,
     tok,
-    variants: Mapping[str, tuple[Applied, float] | None],
+    variants: Mapping[str, tuple[Applied, float]],
     prompts: Sequence[str],
     batch_sizes: Sequence[int],
     new_tokens: int,
@@ -84,12 +82,13 @@ def interleaved(
     tokens`` (seconds; tokens over the batch). The base and `CONTROL` are added to the variants.
 
     Args:
-        variants: method key -> (method, strength); None is the model as it stands.
+        variants: method key -> (method, strength).
         prompts: drawn anew in every round, the same ones for every variant.
         repeats: rounds at least; up to `MOST` times as many until base against base is 1 within
             `TOLERANCE`.
     """
-    variants = {BASE: None, **variants, CONTROL: None}
+    as_it_is = (Applied(), 0.0)
+    variants = {BASE: as_it_is, **variants, CONTROL: as_it_is}
     rng, rows = random.Random(0), []
     for size in batch_sizes:
         rounds = tqdm(range(-WARMUP, MOST * repeats), f"batch {size}", disable=not progress)
@@ -97,8 +96,8 @@ def interleaved(
             asked = [chat_ids(tok, prompt) for prompt in rng.choices(prompts, k=size)]
             batch = left_pad(asked, 0, model.device)
             for name in rng.sample(list(variants), len(variants)):
-                method, strength = variants[name] or (None, 0.0)
-                with method.applied(model, strength) if method else nullcontext():
+                method, strength = variants[name]
+                with method.applied(model, strength):
                     seconds = timed(model, *batch, new_tokens)
                 facts = {"batch_size": size, "repeat": repeat, "method": name}
                 rows.append({**facts, **seconds, "tokens": size * new_tokens})

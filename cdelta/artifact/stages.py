@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cdelta.artifact.presets import Preset
 from cdelta.errors import CdeltaError
-from cdelta.files import read_json, write_json
+from cdelta.files import file_hash, read_json, write_json
 from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
 
 if TYPE_CHECKING:
@@ -201,8 +201,8 @@ def content(path: Path) -> str:
         if file.is_file():
             state = file.stat()
             large = state.st_size >= LARGE
-            seen = f"{state.st_size} {state.st_mtime_ns}".encode() if large else file.read_bytes()
-            digest.update(file.name.encode() + seen)
+            seen = f"{state.st_size} {state.st_mtime_ns}" if large else file_hash(file)
+            digest.update(f"{file.name} {seen}".encode())
     return digest.hexdigest()
 
 

@@ -96,9 +96,8 @@ class Plan:
             prints = {name: fingerprint(name, self.settings) for name in NAMES}
             if taken := reuse_stages(source, self.run_dir, prints):
                 print(f"taken from run {self.preset_file}: {', '.join(taken)}")
-        facts = {"device": self.device, "began": self.began, "threads": self.threads}
-        facts |= {"retrain": self.retrain, "preset_file": self.preset_file}
-        write_settings(self.run_dir, self.settings, **facts)
+        names = ("device", "began", "threads", "retrain", "preset_file")
+        write_settings(self.run_dir, self.settings, **{name: getattr(self, name) for name in names})
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -166,39 +165,33 @@ def _absolute(flag: str, text: str) -> str:
 
 def snakemake_arguments(plan: Plan) -> list[str]:
     """Snakemake's command line for a plan. Its own lock is off, since it would outlive a kill; see
-    `run_locked`.
+    `run_preset`.
 
     The needed stages are targets too, since Snakemake ignores a missing file between two that
     exist.
     """
     needed = {name for stage in plan.stages for name in (stage, *find_stage(stage).needs)}
-    options = {
-        "--snakefile": [str(ROOT / "Snakefile")],
-        "--directory": [str(plan.run_dir)],
-        "--cores": [str(plan.jobs * plan.threads)],
-        "--rerun-triggers": ["mtime", "params"],
-        "--scheduler": ["greedy"],
-    }
+    words = f"--cores {plan.jobs * plan.threads} --rerun-triggers mtime params --scheduler greedy"
+    given = f"{words} --nolock --rerun-incomplete --nocolor".split()
+    given += ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(plan.run_dir)]
     if plan.force:
-        options["--forcerun"] = [f"{name}/stage.json" for name in plan.stages]
+        given += ["--forcerun", *(f"{name}/stage.json" for name in plan.stages)]
     if plan.executor:
-        options |= {"--executor": [plan.executor], "--jobs": [str(plan.jobs)]}
+        given += ["--executor", plan.executor, "--jobs", str(plan.jobs)]
         profile = ROOT / "profiles" / plan.executor
-        options |= {"--profile": [str(profile)]} if profile.exists() else {}
-    given = [word for flag, words in options.items() for word in (flag, *words)]
-    targets = [f"{name}/stage.json" for name in sorted(needed)]
-    return [*given, "--nolock", "--rerun-incomplete", "--nocolor", "--", *targets]
+        given += ["--profile", str(profile)] if profile.exists() else []
+    return [*given, "--", *(f"{name}/stage.json" for name in sorted(needed))]
 
 
 def pending(plan: Plan) -> list[str]:
     """Stages that Snakemake would run, in order."""
     plan.write()
     command = [sys.executable, "-m", "snakemake", "--dry-run", *snakemake_arguments(plan)]
-    planned = subprocess.run(command, capture_output=True, text=True)
-    said = f"{planned.stdout}{planned.stderr}"
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    planned = subprocess.run(command, **both, text=True)
     if planned.returncode:
-        raise CdeltaError(f"Snakemake cannot plan this run:\n{said.strip()}")
-    rules = re.findall(r"^rule (\w+):", said, re.MULTILINE)
+        raise CdeltaError(f"Snakemake cannot plan this run:\n{planned.stdout.strip()}")
+    rules = re.findall(r"^rule (\w+):", planned.stdout, re.MULTILINE)
     return [name for name in NAMES if find_stage(name).rule in rules]
 
 
@@ -223,13 +216,12 @@ def execute(plan: Plan) -> bool:
     return True
 
 
-def run(plan: Plan, record: bool = False) -> int:
+def run(plan: Plan, todo: Sequence[str], record: bool) -> int:
     """Run what is not up to date, then table, report and, if asked, the copy into the
     repository.
     """
     from cdelta.artifact.report import write_report
 
-    todo = pending(plan)
     for name in todo:  # before anything runs
         retrain = ["retrain"] if plan.retrain and name == NAMES[0] else []
         check_parameters(name, [*PARAMETERS, *retrain])
@@ -275,22 +267,6 @@ def print_table(run_dir: Path) -> None:
         print(f"{f['stage']:16} {clock(f['seconds']):>8} {f['peak_memory_mb']:>9} MB")
 
 
-def run_locked(plan: Plan, record: bool, dry: bool) -> int:
-    """Run or plan, unless another process runs this preset."""
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(plan.run_dir / ".lock", wait=False):
-            if not dry:
-                return run(plan, record)
-            lines = [f"would run {name}" for name in pending(plan)]
-            print("\n".join(lines) or "Nothing to be done.")
-            return 0
-    except BlockingIOError:
-        raise CdeltaError(
-            f"run {plan.settings.name} is being run by another process: wait for it, or end it."
-        ) from None
-
-
 # ---------------------------------------------------------------------- the command line
 
 
@@ -323,7 +299,7 @@ def run_tests(arguments: Sequence[str]) -> int:
 
 
 def run_preset(args: argparse.Namespace) -> int:
-    """List, plan, run or check one preset."""
+    """List, plan, run or check one preset, unless another process runs it."""
     from cdelta.artifact.claims import check_run
 
     plan = make_plan(args)
@@ -333,7 +309,18 @@ def run_preset(args: argparse.Namespace) -> int:
             state = f"finished in {clock(facts['seconds'])}" if facts else "not run"
             print(f"{name:16} {state:18} {find_stage(name).title}")
         return 0
-    code = run_locked(plan, args.record, args.dry_run)
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(plan.run_dir / ".lock", wait=False):
+            todo = pending(plan)
+            if args.dry_run:
+                print("\n".join(f"would run {name}" for name in todo) or "Nothing to be done.")
+                return 0
+            code = run(plan, todo, args.record)
+    except BlockingIOError:
+        raise CdeltaError(
+            f"run {plan.settings.name} is being run by another process: wait for it, or end it."
+        ) from None
     return code if args.check is None or code else check_run(plan.settings.name)
 
 
@@ -352,7 +339,7 @@ def dispatch(args: argparse.Namespace) -> int:
     if args.check:
         return check_run(args.check)
     names = expand(args.preset)
-    codes = [run_preset(argparse.Namespace(**{**vars(args), "preset": name})) for name in names]
+    codes = [run_preset(argparse.Namespace(**vars(args) | {"preset": name})) for name in names]
     if names[1:] and not (args.list or args.dry_run or any(codes)):
         print(aggregate([RUNS / name for name in names]))
     return max(codes)

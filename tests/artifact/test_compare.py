@@ -185,7 +185,7 @@ def test_strength_0_has_the_bases_rows(folder, whole):
 
 
 def test_the_rows_make_every_table(whole):
-    rows, curves = whole.rows(), whole.curves()
+    rows, curves = whole.rows(), whole.collected("curve")
     for make in (selectivity, matrix, ood, overrefusal, utility, robustness, measured):
         assert len(make(rows)), make
     assert len(compare(rows, "cdelta", ["base", "random"]))
@@ -275,7 +275,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(folder, whole, monkeypatc
             kills += 1
     assert kills == 3
     pd.testing.assert_frame_equal(ordered(killed.rows()), ordered(whole.rows()))
-    pd.testing.assert_frame_equal(killed.curves(), whole.curves())
+    pd.testing.assert_frame_equal(killed.collected("curve"), whole.collected("curve"))
     assert len(fitted) == 4, "a trained delta is kept until its job is done"
     comparison(folder, "killed").run_all()
     assert len(fitted) == 4, "a finished job is never done again"

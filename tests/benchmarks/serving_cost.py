@@ -37,7 +37,6 @@ def variants(model) -> dict:
     middle = spec.n_layers // 2
     several = Addition(vectors).at(*range(middle, max(middle + 1, round(0.72 * spec.n_layers))))
     found = {
-        "base": None,
         "cdelta": (WeightDelta.zeros(random_mask(spec, 0.05, 0)), 1.0),
         "as": (Addition(vectors).at(middle), 1e-3),
         "as_bias": (Bias({middle: vectors[middle]}), 1e-3),
