@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import sys
-import tomllib
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,10 +20,8 @@ from pathlib import Path
 import cdelta
 from cdelta.edit.recipe import Recipe
 from cdelta.errors import CdeltaError
+from cdelta.files import read_toml, write_text
 from cdelta.settings import OneLineParser, add_arguments, add_flags, given, load_toml
-
-ARGUMENTS = Path(__file__).with_suffix(".toml")
-"""The arguments of every command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +56,13 @@ def _quiet() -> None:
 
 
 def parser() -> OneLineParser:
-    """The command line: a command per function of `COMMANDS`, whose docstring is its help."""
+    """The command line: a command per function of `COMMANDS`, whose docstring is its help, with the
+    arguments of ``cli.toml``.
+    """
     text = "Selective refusal as a sparse weight edit on an ordinary checkpoint."
     top = OneLineParser(prog="cdelta", description=text)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    tables = tomllib.loads(ARGUMENTS.read_text(encoding="utf-8"))
+    tables = read_toml(Path(__file__).with_suffix(".toml"))
     for run in COMMANDS:
         name = run.__name__.removeprefix("_")
         command = commands.add_parser(name, help=getdoc(run), description=getdoc(run))
@@ -170,7 +169,6 @@ def _revert(arguments: Namespace) -> int:
 
 def _verify(arguments: Namespace) -> int:
     """Prove that only the mask's entries changed."""
-    from cdelta.files import write_text
     from cdelta.models.checkpoint import local_folder
 
     delta, base = cdelta.WeightDelta.load(arguments.delta), local_folder(arguments.base)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from cdelta.errors import CdeltaError
+from cdelta.files import read_toml
 
 T = TypeVar("T")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -124,7 +125,7 @@ def parse_value(text: str) -> Any:
 def load_toml(path: str | Path, cls: type[T]) -> T:
     """The defaults of `cls` with the values of a TOML file in them."""
     try:
-        return changed(cls(), tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        return changed(cls(), read_toml(Path(path)))
     except OSError as error:
         raise CdeltaError(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -46,14 +46,16 @@ from cdelta.evaluation.capability import differences, perplexity_ratios
 from cdelta.evaluation.classifiers import RULE_JUDGES, classifier
 from cdelta.evaluation.comparison import MEASURES, compare, measured, verdicts
 from cdelta.evaluation.rates import with_pooled
-from cdelta.methods.registry import METHODS
+from cdelta.methods.registry import METHODS, title_of
 
 run = open_run("05_evaluation", preset, run_dir, device, model_path, policy)
 comparison, settings = Comparison(run), run.settings
-titles = comparison.titles()
 used = [METHODS[key] for key in settings.evaluation.methods]
 methods = pd.DataFrame(
-    [{"method": titles[m.key], "varies": m.family, "what it is": m.note} for m in used]
+    [
+        {"method": title_of(m.key, comparison.tuned), "varies": m.family, "what it is": m.note}
+        for m in used
+    ]
 )
 run.table("tab_methods", methods, "The methods of this run.")
 

@@ -35,7 +35,7 @@ from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import BASE, of_category, with_kind
 from cdelta.files import read_json, write_json
 from cdelta.methods.attacks import ATTACKS, harmless_rate, measure_attacked
-from cdelta.methods.registry import METHODS, Task, method_of, title_of
+from cdelta.methods.registry import METHODS, Task, method_of
 from cdelta.methods.steering import SystemPrompt
 from cdelta.methods.tuning import Applied, Chosen, Edited, measure, tune
 from cdelta.policy.records import OTHER, SHARED, limited
@@ -291,10 +291,6 @@ class Comparison(Jobs):
     def tuned(self) -> bool:
         """Trained methods chose among several learning rates."""
         return len(self.how.rate_factors) > 1
-
-    def titles(self) -> dict[str, str]:
-        """Method -> its name for readers, with "(not tuned)" where that is so."""
-        return {key: title_of(key, self.tuned) for key in (BASE, *self.how.methods)}
 
     def skipped(self) -> dict[str, str]:
         """Method, or measurement -> why it was left out."""

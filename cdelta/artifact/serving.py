@@ -76,7 +76,6 @@ def interleaved(
     batch_sizes: Sequence[int],
     new_tokens: int,
     repeats: int,
-    progress: bool = False,
 ) -> pd.DataFrame:
     """One row per batch size, round and variant: ``batch_size, repeat, method, first, total,
     tokens`` (seconds; tokens over the batch). The base and `CONTROL` are added to the variants.
@@ -91,7 +90,7 @@ def interleaved(
     variants = {BASE: as_it_is, **variants, CONTROL: as_it_is}
     rng, rows = random.Random(0), []
     for size in batch_sizes:
-        rounds = tqdm(range(-WARMUP, MOST * repeats), f"batch {size}", disable=not progress)
+        rounds = tqdm(range(-WARMUP, MOST * repeats), f"batch {size}", disable=None)
         for repeat in rounds:
             asked = [chat_ids(tok, prompt) for prompt in rng.choices(prompts, k=size)]
             batch = left_pad(asked, 0, model.device)

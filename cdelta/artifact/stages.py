@@ -179,7 +179,7 @@ def _imports(path: Path) -> frozenset[Path]:
     """
     if path.suffix != ".py":
         return frozenset()
-    names, data = set(), set()
+    names, data = set(), {path.with_suffix(".toml")}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and DATA_FILE.fullmatch(name := str(node.value)):
             data |= {path.parent / name, path.parent / "templates" / name}

@@ -40,7 +40,7 @@ from cdelta.evaluation.tables import (
     utility,
 )
 from cdelta.files import locked
-from cdelta.methods.registry import METHODS
+from cdelta.methods.registry import METHODS, title_of
 from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
@@ -351,5 +351,6 @@ def test_jobs_of_the_full_preset_and_unknown_methods():
 def test_titles_say_what_was_not_tuned(folder):
     one = Comparison(RunReader(STAGE, SETTINGS, folder, "cpu"))
     two = changed(SETTINGS, {"evaluation": {"rate_factors": [0.3, 1.0]}})
-    assert one.titles()["random"] == "random mask (not tuned)"
-    assert Comparison(RunReader(STAGE, two, folder, "cpu")).titles()["random"] == "random mask"
+    assert title_of("random", one.tuned) == "random mask (not tuned)"
+    other = Comparison(RunReader(STAGE, two, folder, "cpu"))
+    assert title_of("random", other.tuned) == "random mask"

@@ -92,6 +92,7 @@ def test_imported_modules_are_found_through_others_but_presets_are_not(tmp_path)
     )
     found = {str(path.relative_to(ROOT / "cdelta")) for path in imported_modules(notebook)}
     assert {"policy/synthetic.py", "artifact/run.py", "models/spec.py", "errors.py"} <= found
+    assert {"policy/synthetic.toml", "models/families.toml"} <= found, "data beside a module"
     assert not {"artifact/presets.py", "artifact/workflow.py"} & found
 
 

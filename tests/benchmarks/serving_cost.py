@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tok = load_model(args.model, dtype=args.dtype, device=args.device)
     how = (args.batch_sizes, args.new_tokens, args.repeats)
-    timings = interleaved(model, tok, variants(model), PROMPTS, *how, progress=True)
+    timings = interleaved(model, tok, variants(model), PROMPTS, *how)
     if args.out:
         timings.to_csv(args.out, index=False)
     print(cost(timings, args.offline_seconds).to_string(index=False, float_format="{:.4g}".format))
