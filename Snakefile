@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 from cdelta.artifact.run import read_settings
-from cdelta.artifact.stages import SETTINGS, STAGES, fingerprint
+from cdelta.artifact.stages import NAMES, SETTINGS, fingerprint, needs, short_name
 from cdelta.files import read_json
 
 threads_of_a_stage = read_json(SETTINGS)["threads"]
@@ -21,28 +21,28 @@ python = shlex.quote(sys.executable).replace("{", "{{").replace("}", "}}")
 
 rule all:
     input:
-        [f"{stage.name}/stage.json" for stage in STAGES],
+        [f"{stage}/stage.json" for stage in NAMES],
 
 
-for position, stage in enumerate(STAGES):
+for position, stage in enumerate(NAMES):
 
     rule:
         name:
-            stage.rule
+            short_name(stage)
         input:
-            [f"{needed}/stage.json" for needed in stage.needs],
+            [f"{needed}/stage.json" for needed in needs(stage)],
         output:
-            f"{stage.name}/stage.json",
-            f"notebooks/{stage.name}.ipynb",
+            f"{stage}/stage.json",
+            f"notebooks/{stage}.ipynb",
         params:
-            stage=stage.name,
-            fingerprint=fingerprint(stage.name, preset),
+            stage=stage,
+            fingerprint=fingerprint(stage, preset),
         threads: threads_of_a_stage
         resources:
             mem_mb=lambda wildcards, attempt: attempt * preset.resources.memory_mb,
             gpu=preset.resources.gpus,
             runtime=preset.resources.minutes,
-        priority: len(STAGES) - position
+        priority: len(NAMES) - position
         shell:
             # `exec` makes the stage a child of Snakemake, so that it notices when Snakemake is killed.
             f"exec {python} -m cdelta.artifact.stages {{params.stage}}"

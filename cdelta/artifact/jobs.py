@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             method_of(key)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        run = RunReader(find_stage(args.stage).name, settings, folder, args.device)
+        run = RunReader(find_stage(args.stage), settings, folder, args.device)
         if args.stage == "04":
             jobs: Jobs = Edits(run, args.model)
         else:

@@ -18,7 +18,7 @@ from cdelta.artifact.claims import claims_of, measure
 from cdelta.artifact.numbers import formats, page, read_table
 from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import collect_figures, read_manifest, read_settings
-from cdelta.artifact.stages import NAMES, clock, find_stage, load_notebook, read_stage
+from cdelta.artifact.stages import NAMES, clock, heading, load_notebook, read_stage
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, new_folder, read_json, remove_folder, write_json, write_text
 from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, ROOT, RUNS
@@ -57,7 +57,7 @@ def write_report(run_dir: Path) -> Path:
         body, style = notebook_body(nbformat.read(run_dir / "notebooks" / f"{name}.ipynb", 4))
         text = page("page.html.j2", title=name, body=body, style=style, back="../report.html")
         write_text(figures / "report" / f"{name}.html", text)
-        facts.update(title=find_stage(name).title, time=clock(facts["seconds"]))
+        facts.update(title=heading(name), time=clock(facts["seconds"]))
     text = page(
         "report.html.j2",
         manifest=manifest,

@@ -28,6 +28,7 @@ from cdelta.artifact.stages import (
     VisibleSettings,
     find_stage,
     fingerprint,
+    needs,
     read_stage,
 )
 from cdelta.errors import CdeltaError
@@ -54,7 +55,7 @@ def open_run(
     The settings are those of the run's folder where the workflow wrote them, else the preset's.
     Raises `CdeltaError` for an unknown stage or preset.
     """
-    name = find_stage(stage).name
+    name = find_stage(stage)
     folder = Path(run_dir) if run_dir else RUNS / preset
     settings = read_settings(folder) or resolve(preset, model, policy)
     discard(folder, name)
@@ -117,7 +118,7 @@ class RunReader:
         Processes that share a stage's work share the folder. It goes when the stage finishes; code
         is not part of its identity, so remove ``.scratch`` by hand after a change to what fills it.
         """
-        needed = (self.folder / stage / "stage.json" for stage in find_stage(self.stage).needs)
+        needed = (self.folder / stage / "stage.json" for stage in needs(self.stage))
         texts = [
             json.dumps(asdict(self.preset), sort_keys=True),
             *(path.read_text() for path in needed if path.exists()),
@@ -308,7 +309,7 @@ def reuse_stages(source: Path, target: Path, fingerprints: dict[str, str]) -> li
     taken: list[str] = []
     for name, wanted in fingerprints.items():
         facts = read_stage(source, name) or {}
-        if set(find_stage(name).needs) <= set(taken) and facts.get("fingerprint") == wanted:
+        if set(needs(name)) <= set(taken) and facts.get("fingerprint") == wanted:
             taken.append(name)
     places = [*taken, *(f"notebooks/{name}.ipynb" for name in taken), ".snakemake/metadata"]
     for place in places if taken else ():

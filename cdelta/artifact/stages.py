@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,46 +56,36 @@ LARGE = 2**26
 """Bytes from which on a file's size and time stand for its content."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One notebook: the earlier stages whose artifacts it reads, and the settings that it reads."""
-
-    name: str
-    """``NN_title``, as the notebook and the artifact folder are called."""
-    needs: tuple[str, ...]
-    """Earlier stages, in order: all up to the edit."""
-    reads: tuple[str, ...]
-
-    @property
-    def source(self) -> Path:
-        """The percent-format source of the notebook. Raises `CdeltaError` if it is gone."""
-        path = NOTEBOOKS / f"{self.name}.py"
-        if not path.exists():
-            raise CdeltaError(f"there is no notebook {path}: restore it from git.")
-        return path
-
-    @property
-    def rule(self) -> str:
-        """The name as a Snakemake rule: without its number."""
-        return self.name[3:]
-
-    @property
-    def title(self) -> str:
-        """The notebook's heading."""
-        found = re.search(r"^# # (.*)", self.source.read_text(encoding="utf-8"), re.MULTILINE)
-        return found[1] if found else self.name
-
-
-STAGES = tuple(Stage(name, NAMES[: min(n, 5)], READS[name]) for n, name in enumerate(NAMES))
-
-
-def find_stage(text: str) -> Stage:
+def find_stage(text: str) -> str:
     """The stage with this number or name; raises `CdeltaError`."""
-    for stage in STAGES:
-        number = stage.name[:2]
-        if text in (stage.name, stage.rule, number, str(int(number))):
-            return stage
+    for name in NAMES:
+        if text in (name, short_name(name), name[:2], str(int(name[:2]))):
+            return name
     raise CdeltaError(f"unknown stage '{text}': choose one of {', '.join(NAMES)}.")
+
+
+def needs(stage: str) -> tuple[str, ...]:
+    """The earlier stages whose artifacts a stage reads, in order: all up to the edit."""
+    return NAMES[:5][: NAMES.index(stage)]
+
+
+def short_name(stage: str) -> str:
+    """A stage's name as a Snakemake rule: without its number."""
+    return stage[3:]
+
+
+def source(stage: str) -> Path:
+    """A stage's notebook in percent format. Raises `CdeltaError` if it is gone."""
+    path = NOTEBOOKS / f"{stage}.py"
+    if not path.exists():
+        raise CdeltaError(f"there is no notebook {path}: restore it from git.")
+    return path
+
+
+def heading(stage: str) -> str:
+    """The heading of a stage's notebook."""
+    found = re.search(r"^# # (.*)", source(stage).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else stage
 
 
 class VisibleSettings:
@@ -106,14 +96,14 @@ class VisibleSettings:
     ALWAYS = ("name", "description", "threads", "resources")
 
     def __init__(self, preset: Preset, stage: str):
-        self._preset, self._stage = preset, find_stage(stage)
+        self._preset, self._stage = preset, stage
 
     def __getattr__(self, name: str):
         parts = RECIPE if name == "recipe" else (name,)
-        undeclared = sorted(set(parts) - {*self.ALWAYS, *self._stage.reads})
+        undeclared = sorted(set(parts) - {*self.ALWAYS, *READS[self._stage]})
         if undeclared and hasattr(self._preset, name):
             raise CdeltaError(
-                f"stage {self._stage.name} does not declare that it reads {', '.join(undeclared)}: "
+                f"stage {self._stage} does not declare that it reads {', '.join(undeclared)}: "
                 "add it in cdelta/artifact/stages.py."
             )
         return getattr(self._preset, name)
@@ -138,12 +128,11 @@ def fingerprint(stage: str, preset: Preset) -> str:
     that the stage reads, and the files of model and policy where it reads those. Neither the device
     nor who reads the result counts.
     """
-    found = find_stage(stage)
-    values = {name: value for name, value in asdict(preset).items() if name in found.reads}
+    values = {name: value for name, value in asdict(preset).items() if name in READS[stage]}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
-    for path in [found.source, *imported_modules(found.source)]:
+    for path in [source(stage), *imported_modules(source(stage))]:
         digest.update(path.name.encode() + path.read_bytes())
-    for path in _files_read(found.name, preset):
+    for path in _files_read(stage, preset):
         digest.update(content(path).encode())
     return digest.hexdigest()
 
@@ -213,7 +202,7 @@ def load_notebook(stage: str) -> NotebookNode:
     """The notebook of a stage from its source, with cell ids that stay the same."""
     import jupytext
 
-    notebook = jupytext.read(find_stage(stage).source)
+    notebook = jupytext.read(source(stage))
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:02d}"
     return notebook
@@ -266,8 +255,7 @@ def run_stage(stage: str, run_dir: Path, parameters: dict[str, Any]) -> None:
     if problem:
         working.replace(failed)
         discard(run_dir, stage)
-        source = find_stage(stage).source
-        raise CdeltaError(f"notebook {source} {problem}\n  executed so far: {failed}")
+        raise CdeltaError(f"notebook {source(stage)} {problem}\n  executed so far: {failed}")
     working.replace(folder / f"{stage}.ipynb")
     failed.unlink(missing_ok=True)
 

