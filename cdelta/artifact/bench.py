@@ -20,7 +20,7 @@ from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
 from cdelta.edit.validation import Caps, Choice, answer_options, choose_scale, stop_rule
 from cdelta.evaluation.measure import evaluate
-from cdelta.evaluation.rates import edit_name
+from cdelta.evaluation.rates import edit_name, of_category
 from cdelta.files import read_json
 from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
@@ -191,14 +191,12 @@ def before_and_after(bench: Bench, deltas: dict[str, WeightDelta]) -> pd.DataFra
     """
     found = []
     for category, delta in deltas.items():
-        own = bench.val[bench.val["category"].isin((category, "benign"))]
-        own = own[own["role"].isin(("target", "benign", "borderline"))]
-        old = own[own["outcome"] == "comply"].drop_duplicates("role")
+        kinds = "role in ('target', 'benign', 'borderline') and outcome == 'comply'"
+        old = of_category(bench.val, category).query(kinds).drop_duplicates("role")
         new = bench.answers_of(delta, delta.k, old)
         both = old.merge(new, on="id", suffixes=(" before", " after"))
         found.append(both.assign(edit=category))
     names = {
-        "edit": "edit",
         "role before": "kind",
         "prompt before": "prompt",
         "answer before": "before",
@@ -206,4 +204,4 @@ def before_and_after(bench: Bench, deltas: dict[str, WeightDelta]) -> pd.DataFra
         "log_odds before": "log-odds before",
         "log_odds after": "log-odds after",
     }
-    return pd.concat(found, ignore_index=True)[list(names)].rename(columns=names)
+    return pd.concat(found, ignore_index=True)[["edit", *names]].rename(columns=names)

@@ -108,9 +108,9 @@ class Comparison(Jobs):
         test = limited(self.test, self.how.test_limit if fully else self.how.others_limit)
         if not category:
             return test
-        external = (test["role"] == "benign") & (test["source"] == test["ood_set"])
-        near = (test["ood_set"] == "") | test["category"].isin((category, SHARED, OTHER))
-        return test[near | external | (test["role"] == "borderline")]
+        external = "role == 'benign' and source == ood_set"
+        always = test.eval(f"ood_set == '' or role == 'borderline' or ({external})")
+        return test[always | test["category"].isin((category, SHARED, OTHER))]
 
     def task(self, job: Job, folder: Path | None = None) -> Task:
         """The data from which every method of a category is made: the same for all."""
@@ -119,8 +119,7 @@ class Comparison(Jobs):
         other = names[(names.index(category) + 1) % len(names)]
         known = (self.model, self.tok, self.val, category, recipe, self.metric)
         val = with_kind(self.val, category)
-        edit = with_kind(self.base[self.base["split"] == "edit"], category)
-        benign = of_category(edit[edit["kind"] == "benign"], category)
+        benign = of_category(self.base.query("split == 'edit' and role == 'benign'"), category)
         return Task(
             self.model,
             self.tok,
@@ -206,8 +205,8 @@ class Comparison(Jobs):
     @cached_property
     def benign(self) -> pd.DataFrame:
         """Benign test prompts with the base model's own answers, categories in turn."""
-        rows = self.base[(self.base["split"] == "test") & (self.base["ood_set"] == "")]
-        rows = rows[(rows["role"] == "benign") & (rows["n_tokens"] > 0)]
+        asked = "split == 'test' and ood_set == '' and role == 'benign' and n_tokens > 0"
+        rows = self.base.query(asked)
         turn = rows.groupby("category").cumcount()
         return rows.loc[turn.sort_values(kind="stable").index].head(self.how.shift_prompts)
 
@@ -258,10 +257,9 @@ class Comparison(Jobs):
         first = job.seed == self.settings.seeds[0]
         if job.method not in self.how.attacked or not first or not task.benign:
             return {}
-        test = with_kind(self.test_of("", job.category), job.category)
-        near = test[test["ood_set"] == ""]
-        own = of_category(near[near["kind"].isin(("target", "benign"))], job.category)
-        asked, rate = pd.concat([own, near[near["kind"] == "skills"]]), self.attack_rate(task)
+        test = with_kind(self.test_of("", job.category), job.category).query("ood_set == ''")
+        own = of_category(test.query("kind in ('target', 'benign')"), job.category)
+        asked, rate = pd.concat([own, test.query("kind == 'skills'")]), self.attack_rate(task)
         method, k = chosen.method, chosen.strength
         measure_attacked(task, method, k, asked, self.how.attacks, rate, **under)
         for number, wrapper in enumerate(self.how.wrappers, 1):

@@ -108,7 +108,8 @@ def interleaved(
 def settled(timings: pd.DataFrame) -> bool:
     """Whether base against base is 1 within the tolerance, at the last batch size."""
     size = timings["batch_size"].iloc[-1]
-    control = ratios(timings[(timings["batch_size"] == size) & (timings["repeat"] >= 0)])[CONTROL]
+    last = timings[timings["batch_size"] == size].query("repeat >= 0")
+    control = ratios(last)[CONTROL]
     return max(1 - control.low, control.high - 1) <= TOLERANCE
 
 
