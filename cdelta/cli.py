@@ -13,7 +13,6 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from inspect import getdoc
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import cdelta
 from cdelta.edit.recipe import Recipe
 from cdelta.errors import CdeltaError
 from cdelta.files import read_toml, write_text
-from cdelta.settings import OneLineParser, add_arguments, add_flags, given, load_toml
+from cdelta.settings import OneLineParser, add_arguments, add_flags, changed, given, load_toml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +87,7 @@ def _recipe(arguments: Namespace) -> Recipe:
     told = load_toml(name, Recipe) if name.endswith(".toml") else load_preset(name).recipe
     recipe = given(arguments, told)
     keywords = (*recipe.answers.template_args, *arguments.template_arg)
-    return replace(recipe, answers=replace(recipe.answers, template_args=keywords))
+    return changed(recipe, {"answers": {"template_args": keywords}})
 
 
 def _job(arguments: Namespace):

@@ -89,7 +89,7 @@ class Comparison(Jobs):
             return {"k": 0.0, "lacking": self._measure_rest(job, NO_CHANGE)}
         task = self.task(job, folder / "training")
         if reason := METHODS[job.method].why_not(task):
-            return {"skipped": reason}
+            return {"lacking": {job.method: reason}}
         chosen = self.chosen(job, task, folder)
         facts = {"k": chosen.strength, "candidate": chosen.name, "within_caps": chosen.within_caps}
         if job.method != BASE:
@@ -292,10 +292,10 @@ class Comparison(Jobs):
 
     def skipped(self) -> dict[str, str]:
         """Method, or measurement -> why it was left out."""
-        facts = [(job, self.facts(job) or {}) for job in self.jobs]
-        methods = {job.method: own["skipped"] for job, own in facts if "skipped" in own}
-        lacking = {name: why for _, own in facts for name, why in own.get("lacking", {}).items()}
-        return methods | lacking
+        found: dict[str, str] = {}
+        for job in self.jobs:
+            found |= (self.facts(job) or {}).get("lacking", {})
+        return found
 
     def timed(self, category: str, seed: int) -> dict[str, tuple[Applied, float]]:
         """What notebook 08 times beside the base: edited weights, run-time steering at 1; method

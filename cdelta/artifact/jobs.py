@@ -63,7 +63,7 @@ class Jobs(Bench):
 
     def do(self, job: Job, folder: Path) -> dict:
         """Do one job, from where an earlier attempt left it; what it says of itself: ``k`` and
-        more, or why it was ``skipped``.
+        more, and what is ``lacking``, and why.
         """
         raise NotImplementedError
 

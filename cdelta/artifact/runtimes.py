@@ -30,10 +30,12 @@ sys.modules["cdelta"] = None  # a later import of it fails
 Prompts = list[list[int]]
 
 
-def transformers_answers(folder: str, prompts: Prompts, limit: int, **source: str) -> list[str]:
-    """Through plain `transformers`, in fp32."""
+def transformers_answers(
+    folder: str, prompts: Prompts, limit: int, weights: str, **options: str
+) -> list[str]:
+    """Through plain `transformers`, in fp32, with the weights of another folder."""
     tok = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, **options)
     answers = []
     for ids in prompts:
         out = model.generate(
@@ -81,13 +83,12 @@ def main(folder: str, limit: str, runtime: str, tools: str) -> list[str]:
     prompts, n = json.load(sys.stdin), int(limit)
     name, _, kind = runtime.partition(":")
     if name == "transformers":
-        return transformers_answers(folder, prompts, n, pretrained_model_name_or_path=folder)
+        return transformers_answers(folder, prompts, n, folder)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.gguf"
         write_gguf(folder, file, kind, tools)
         if name == "gguf":
-            source = {"pretrained_model_name_or_path": scratch, "gguf_file": file.name}
-            return transformers_answers(folder, prompts, n, **source)
+            return transformers_answers(folder, prompts, n, scratch, gguf_file=file.name)
         sys.path.append(tools)  # after everything else: TOOLS has a `gguf` of its own
         return llama_cpp_answers(file, prompts, n)
 
