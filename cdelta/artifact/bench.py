@@ -111,8 +111,8 @@ class Bench:
         """The base's answers to the validation prompts, judged as every edit's (stage 04)."""
         if self.run.stage != "04_edit":
             return pd.read_parquet(self.run.input("04_edit", VALIDATION))
-        rows = self.base[self.base["split"] == "val"]
-        return self.answers(limited(rows, self.run.settings.answers.validation_limit))
+        rows, limit = self.base.query("split == 'val'"), self.run.settings.answers.validation_limit
+        return self.answers(limited(rows, limit))
 
     @cached_property
     def caps(self) -> Caps:

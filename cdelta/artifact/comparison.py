@@ -77,8 +77,7 @@ class Comparison(Jobs):
         self.how = run.settings.evaluation
         super().__init__(run, comparison_jobs(run.preset), model)
         self.data = data or self.how.data
-        records = self.policy.records
-        self.test = records[records["split"] == "test"]
+        self.test = self.policy.records.query("split == 'test'")
 
     def do(self, job: Job, folder: Path) -> dict:
         """Make the method, choose its strength on validation, measure it on test, attack it."""

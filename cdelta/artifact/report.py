@@ -18,7 +18,7 @@ from cdelta.artifact.claims import claims_of, measure
 from cdelta.artifact.numbers import formats, page, read_table
 from cdelta.artifact.presets import Preset
 from cdelta.artifact.run import collect_figures, read_manifest, read_settings
-from cdelta.artifact.stages import NAMES, clock, heading, load_notebook, read_stage
+from cdelta.artifact.stages import NAMES, clock, finished, heading, load_notebook
 from cdelta.errors import CdeltaError
 from cdelta.files import file_hash, new_folder, read_json, remove_folder, write_json, write_text
 from cdelta.paths import FIGURES, NOTEBOOKS, ORGANISM, ROOT, RUNS
@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     collect_figures(run_dir)
     figures = run_dir / "figures"
     manifest = read_manifest(figures)
-    stages = [facts for name in NAMES if (facts := read_stage(run_dir, name))]
+    stages = finished(run_dir)
     for facts in stages:
         name = facts["stage"]
         body, style = notebook_body(nbformat.read(run_dir / "notebooks" / f"{name}.ipynb", 4))

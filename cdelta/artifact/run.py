@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from cdelta.artifact.numbers import formats
 from cdelta.artifact.presets import Preset, resolve
 from cdelta.artifact.stages import (
-    NAMES,
     SETTINGS,
     VisibleSettings,
     find_stage,
     fingerprint,
+    finished,
     needs,
     read_stage,
 )
@@ -195,8 +195,9 @@ class Run(RunReader):
     def finish(self) -> None:
         """Publish the stage, then its figures. Until then nobody sees either."""
         self._check_current()
-        others = [i for n in NAMES if n != self.stage for i in _items(self.folder, n)]
-        if taken := {item["id"] for item in others} & {item["id"] for item in self._items}:
+        others = [facts for facts in finished(self.folder) if facts["stage"] != self.stage]
+        ids_of_others = {item["id"] for facts in others for item in facts["figures"]}
+        if taken := ids_of_others & {item["id"] for item in self._items}:
             ids = ", ".join(sorted(taken))
             raise CdeltaError(
                 f"stage {self.stage} reuses the ids {ids} of another stage: rename them."
@@ -255,7 +256,7 @@ def collect_figures(folder: Path) -> None:
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     with locked(folder / ".figures.lock"):
-        items = [item for name in NAMES for item in _items(folder, name)]
+        items = [item for facts in finished(folder) for item in facts["figures"]]
         for old in figures.glob("*.*"):
             if old.is_file() and old.name != "report.html":
                 old.unlink()
@@ -264,11 +265,6 @@ def collect_figures(folder: Path) -> None:
                 shutil.copy2(folder / item["notebook"] / "figures" / file, figures)
         manifest = {"preset": folder.name, "commit": commit(), "items": items}
         write_json(figures / "manifest.json", manifest)
-
-
-def _items(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """The manifest's items of a stage, if it is finished."""
-    return (read_stage(folder, stage) or {}).get("figures", [])
 
 
 def read_manifest(figures: Path) -> dict[str, Any]:

@@ -118,6 +118,11 @@ def read_stage(run_dir: Path, stage: str) -> dict[str, Any] | None:
         raise CdeltaError(f"{path} is damaged ({error}): remove it and run again.") from error
 
 
+def finished(run_dir: Path) -> list[dict[str, Any]]:
+    """What the finished stages of a run record of themselves, in order."""
+    return [facts for name in NAMES if (facts := read_stage(run_dir, name))]
+
+
 # ---------------------------------------------------------------------- when it must run again
 
 

@@ -23,6 +23,7 @@ from cdelta.artifact.stages import (
     clock,
     find_stage,
     fingerprint,
+    finished,
     heading,
     needs,
     read_stage,
@@ -262,7 +263,7 @@ def record_into_repository(plan: Plan) -> None:
 
 def print_table(run_dir: Path) -> None:
     """Time and peak memory of every finished stage."""
-    facts = [facts for name in NAMES if (facts := read_stage(run_dir, name))]
+    facts = finished(run_dir)
     seconds, memory = (sum(f["seconds"] for f in facts), max(f["peak_memory_mb"] for f in facts))
     total = {"stage": "sum of stages", "seconds": seconds, "peak_memory_mb": memory}
     print(f"\n{'stage':16} {'time':>8} {'peak memory':>12}")
