@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from cdelta.artifact.presets import GROUPS, Preset, expand, load_preset, preset_names, resolve
 from cdelta.artifact.stages import (
@@ -191,8 +192,7 @@ def pending(plan: Plan) -> list[str]:
     """Stages that Snakemake would run, in order."""
     plan.write()
     command = [sys.executable, "-m", "snakemake", "--dry-run", *snakemake_arguments(plan)]
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    planned = subprocess.run(command, **both, text=True)
+    planned = subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True)
     if planned.returncode:
         raise CdeltaError(f"Snakemake cannot plan this run:\n{planned.stdout.strip()}")
     rules = re.findall(r"^rule (\w+):", planned.stdout, re.MULTILINE)
