@@ -86,17 +86,17 @@ class Comparison(Jobs):
         if not job.category:
             evaluate(self.model, self.tok, self.test_of(job.method, ""), **under)
             return {"k": 0.0, "lacking": self._measure_rest(job, NO_CHANGE)}
-        task = self.task(job, folder / "training")
+        task = self.task(job)
         if reason := METHODS[job.method].why_not(task):
             return {"lacking": {job.method: reason}}
-        chosen = self.chosen(job, task, folder)
+        chosen = self.chosen(job, task)
         facts = {"k": chosen.strength, "candidate": chosen.name, "within_caps": chosen.within_caps}
         if job.method != BASE:
             self._save_curve(job, chosen)
             self._measure_test(job, chosen, under)
             facts["lacking"] = self._measure_rest(job, chosen)
         facts |= self._attack(job, task, chosen, under)
-        shutil.rmtree(folder / "training", ignore_errors=True)
+        shutil.rmtree(task.folder, ignore_errors=True)
         return facts
 
     def test_of(self, method: str, category: str) -> pd.DataFrame:
@@ -111,7 +111,7 @@ class Comparison(Jobs):
         always = test.eval(f"ood_set == '' or role == 'borderline' or ({external})")
         return test[always | test["category"].isin((category, SHARED, OTHER))]
 
-    def task(self, job: Job, folder: Path | None = None) -> Task:
+    def task(self, job: Job) -> Task:
         """The data from which every method of a category is made: the same for all."""
         category, recipe = job.category, self.settings.recipe.seeded(job.seed)
         names = self.settings.categories
@@ -133,10 +133,10 @@ class Comparison(Jobs):
             self.how.layers,
             self.how.rate_factors,
             stop_rule(*known) if METHODS[job.method].trained else None,
-            folder,
+            self.folder(job) / "training",
         )
 
-    def chosen(self, job: Job, task: Task, folder: Path) -> Chosen:
+    def chosen(self, job: Job, task: Task) -> Chosen:
         """The method at the strength that validation chooses; C-ΔΘ comes from stage 04, which chose
         by the same rule.
         """
@@ -150,9 +150,10 @@ class Comparison(Jobs):
             return Chosen("", Edited(delta), delta.k, delta.metadata["within_caps"], curve)
         method = METHODS[job.method]
         strengths = self.settings.answers.grid if method.trained else self.how.strengths
-        how = {"store": RowStore(folder / "tuning"), "method": job.method, "seed": job.seed}
+        store, options = RowStore(self.folder(job) / "tuning"), method.candidates(task)
+        how = {"store": store, "method": job.method, "seed": job.seed, **self.options}
         known = (self.val, self.val, job.category, self.caps, strengths)
-        return tune(self.model, self.tok, method.candidates(task), *known, **how, **self.options)
+        return tune(self.model, self.tok, options, *known, **how)
 
     # ------------------------------------------------------------------ measuring
 

@@ -175,7 +175,7 @@ def test_every_method_seed_and_attack_has_its_rows(whole):
 
 def test_strength_0_has_the_bases_rows(folder, whole):
     job = Job("cdelta", "crime")
-    still = replace(whole.chosen(job, whole.task(job), folder), strength=0.0)
+    still = replace(whole.chosen(job, whole.task(job)), strength=0.0)
     under = {"method": "cdelta", "seed": 0, "edit_category": "crime", **whole.options}
     made, found = RowStore(folder / "made"), RowStore(folder / "measured")
     whole._measure_test(job, still, under | {"store": made})
@@ -318,7 +318,7 @@ def test_wrong_calls_of_the_command_are_one_line(folder, capsys):
 
 def test_cdelta_is_stage_04s_delta(folder, whole):
     job = Job("cdelta", "crime", 1)
-    chosen = whole.chosen(job, whole.task(job), folder)
+    chosen = whole.chosen(job, whole.task(job))
     assert (chosen.strength, chosen.within_caps) == (0.5, True)
     saved = WeightDelta.load(folder / "04_edit" / "crime-1").values
     assert all(torch.equal(chosen.method.delta.values[name], v) for name, v in saved.items())
