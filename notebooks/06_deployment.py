@@ -86,10 +86,9 @@ run.table("tab_files", files, "Files of the edited checkpoint beside the base's.
 
 # %%
 changed = deployment.changed_entries(folder, edited, delta)
-headline = findings.title("touched", changed=delta.count(), total=bench.spec.n_params)
 run.figure(
     "fig_touched",
-    touched_entries(changed, headline),
+    touched_entries(changed, delta.count(), bench.spec.n_params),
     f"Entries that differ between the base and the {category} edit on disk (white: the same bits).",
 )
 

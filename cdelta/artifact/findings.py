@@ -7,18 +7,22 @@ says less, and the opposite where the table says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from cdelta.artifact.figures.style import title_of
+from cdelta.artifact.figures.style import styled, title_of
 from cdelta.artifact.numbers import TEMPLATES, block, span
 
 if TYPE_CHECKING:
     import networkx as nx
     from IPython.display import Markdown
+    from matplotlib.figure import Figure
 
 OWN = "cdelta"
 """The key of the method under study."""
@@ -32,6 +36,23 @@ def title(name: str, table: pd.DataFrame | None = None, **facts: object) -> str:
     if table is not None and not len(table):
         return ""
     return " ".join(block("findings.j2", name, table=table, **facts).split())
+
+
+def headed(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorates what draws a figure: in the artifact's look, under the finding of the function's
+    name, which takes the function's arguments by theirs.
+    """
+
+    @wraps(draw)
+    @styled
+    def drawn(*args: object) -> Figure:
+        headline = title(draw.__name__, **dict(zip(signature(draw).parameters, args)))
+        fig = draw(*args)
+        fig.set_figheight(fig.get_figheight() + 0.25 * bool(headline))
+        fig.suptitle(textwrap.fill(headline, 100), x=0.01, ha="left")
+        return fig
+
+    return drawn
 
 
 def section(name: str, **facts: object) -> Markdown:
@@ -65,8 +86,8 @@ def writers(graphs: Mapping[str, nx.DiGraph]) -> pd.Series:
 def rises(matrix: pd.DataFrame) -> pd.DataFrame:
     """Rows of `tab_matrix` with their ``rise`` over the base's, the largest change first."""
     keys = ["prompt_category", "prompt_kind"]
-    before = matrix[matrix["edit_category"] == "base"].set_index(keys)["refusal"]
-    edited = matrix[matrix["edit_category"] != "base"].join(before.rename("before"), on=keys)
+    before = matrix.query("edit_category == 'base'").set_index(keys)["refusal"]
+    edited = matrix.query("edit_category != 'base'").join(before.rename("before"), on=keys)
     edited["rise"] = edited["refusal"] - edited["before"]
     return edited.sort_values("rise", key=abs, ascending=False, kind="stable")
 

@@ -29,12 +29,13 @@ def results(figures: Path = FIGURES) -> str:
     recorded = [name for name in SUBJECTS if (figures / name / "tab_selectivity.csv").exists()]
     if not recorded:
         return block(TEMPLATE, "not_recorded")
-    names = ("selectivity", "scale", "targets", "ablations")
-    paths = [figures / recorded[0] / f"tab_{name}.csv" for name in names]
-    selectivity, scale, targets, ablations = (read_table(path) for path in paths)
-    lines = budget_lines(ablations) if len(ablations) else None
-    facts = {"table": selectivity, "scale": scale, "targets": targets, "lines": lines}
-    return block(TEMPLATE, "results", preset=load_preset(recorded[0]), **facts)
+    tables = {
+        name: read_table(figures / recorded[0] / f"tab_{name}.csv")
+        for name in ("selectivity", "scale", "targets", "ablations")
+    }
+    lines = budget_lines(tables["ablations"]) if len(tables["ablations"]) else None
+    preset = load_preset(recorded[0])
+    return block(TEMPLATE, "results", preset=preset, lines=lines, **tables)
 
 
 def presets() -> str:

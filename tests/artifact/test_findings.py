@@ -68,8 +68,8 @@ def graph(**scores):
 
 
 TITLES = {
-    "base": ({"table": BASE}, "refuses 5 % of the target categories and 0 % of the benign"),
-    "scores": (
+    "base_refusal": ({"table": BASE}, "refuses 5 % of the target categories and 0 % of the benign"),
+    "score_maps": (
         {"heads": {"a": np.array([[1.0, -4]])}, "mlps": {"a": np.array([2.0])}},
         "In every category head 0.1 has the largest",
     ),
@@ -78,41 +78,47 @@ TITLES = {
         {"table": EDGES},
         "least into MLP); the largest miss: input → m0, 4.00 for -4.00",
     ),
-    "graphs": (
+    "graph_figure": (
         {"graphs": {"a": graph(m0=-2.0, m1=1.0), "b": graph(m0=1.0), "c": graph(m1=1.0)}},
         "In 2 of 3 categories the strongest arrow into the logits comes from m0",
     ),
-    "depth": ({"table": DEPTH}, "Layer 0 holds 70–80 % of every mask"),
-    "faithfulness": ({"table": FAITHFUL}, "restore 10–40 % of the metric; without them 5 %"),
-    "controls": ({"table": CONTROLS}, "in 1 of 2 comparisons; not always: union of all circuits"),
+    "by_layer": ({"table": DEPTH}, "Layer 0 holds 70–80 % of every mask"),
+    "faithfulness_curves": ({"table": FAITHFUL}, "restore 10–40 % of the metric; without them 5 %"),
+    "against_controls": (
+        {"table": CONTROLS},
+        "in 1 of 2 comparisons; not always: union of all circuits",
+    ),
     "stability": ({"table": STABILITY, "threshold": 0.5}, "2 of 3 circuits fall below 0.5: under"),
-    "overlap": ({"table": JACCARD, "chance": 0.03}, "share 0.20–0.30 of their units; chance: 0.03"),
-    "parts": ({"table": PARTS}, "Parts of layer 0 carry 75 % of all"),
-    "attention": (
+    "overlap_map": (
+        {"table": JACCARD, "chance": 0.03},
+        "share 0.20–0.30 of their units; chance: 0.03",
+    ),
+    "part_effects": ({"table": PARTS}, "Parts of layer 0 carry 75 % of all"),
+    "attention_bars": (
         {"table": pd.DataFrame({"key": ["x", "y"], "value": [60.0, 40]})},
         "spend 60 % of their attention on: x",
     ),
-    "scale": (
+    "scale_curves": (
         {"table": BANDS, "chosen": {"a": 1.0}},
         "k = 1 turns 10 % of the target refused into",
     ),
-    "touched": ({"changed": 43136, "total": 1443456}, "43,136 of 1,443,456 entries"),
+    "touched_entries": ({"changed": 43136, "total": 1443456}, "43,136 of 1,443,456 entries"),
     "selectivity": ({"table": RATES}, "90 % of the target (base 10 %); next: random mask 80 %"),
     "matrix": ({"table": MATRIX}, "benign prompts of b under the a edit, +4 points"),
     "overrefusal": (
         {"table": MEASURED},
         "90 % of its own category's borderline prompts, the base 10",
     ),
-    "ood": ({"table": OOD}, "no edit has seen: held out 90 %"),
+    "out_of_distribution": ({"table": OOD}, "no edit has seen: held out 90 %"),
     "robustness": ({"table": ATTACKED}, "90 % of the target; 30 % after fine tuned"),
     "tradeoff": ({"table": CURVES}, "at most 5 %: C-ΔΘ 50 %"),
     "judges": (
         {"table": JUDGES},
         "judge (a) agrees with 90 % of 9 labels (x) and 90 % of 9 labels (y)",
     ),
-    "composition": ({"table": SUMS}, "2 edits at once refuse 80 % of their categories"),
-    "serving": ({"table": COST}, "relative to the base's: CAST 1.20"),
-    "budget": ({"table": LINES}, "At 1 % of the parameters the circuit refuses 90 %"),
+    "composition_map": ({"table": SUMS}, "2 edits at once refuse 80 % of their categories"),
+    "serving_cost": ({"table": COST}, "relative to the base's: CAST 1.20"),
+    "budget_curves": ({"table": LINES}, "At 1 % of the parameters the circuit refuses 90 %"),
 }
 SCORES = {"metric clean": [3.0], "metric corrupted": [1.0], "completeness error": [0.01]}
 SCALE = {"category": ["a"], "target": 0.9, "benign": 0.0, "other": 0.07, "within_caps": False}
@@ -199,7 +205,11 @@ def test_a_conclusion_has_three_parts_and_says_what_its_tables_say(name):
 
 
 def test_where_nothing_was_measured_a_title_is_empty():
-    assert findings.title("base", BASE[:0]) == findings.title("budget", LINES[:2:2]) == ""
+    assert (
+        findings.title("base_refusal", BASE[:0])
+        == findings.title("budget_curves", LINES[:2:2])
+        == ""
+    )
     assert findings.title("matrix", MATRIX[:2]).endswith("; nothing else moves")
 
 

@@ -62,8 +62,7 @@ def test_points_stand_apart_in_the_groups_order_with_their_intervals():
 
 def test_every_method_has_a_readable_name_and_one_colour():
     assert style.title_of("cdelta") == "C-ΔΘ" and style.title_of("my_own") == "my own"
-    rows = pd.DataFrame({"method": ["mine", "cdelta", "base"]})
-    assert style.in_order(rows)["method"].tolist() == ["base", "cdelta", "mine"]
+    assert style.in_order(["mine", "cdelta", "base"]) == ["base", "cdelta", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -240,8 +239,9 @@ def test_composition_frames_what_was_edited_and_names_a_common_scale():
 
 def test_unchanged_entries_are_left_white():
     fig = evaluation.touched_entries(
-        {"l.0.q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))}, "x"
+        {"l.0.q": np.array([[0.0, 2.0], [0.0, 0.0]]), "o": np.ones((2, 3))}, 7, 10
     )
+    assert headline(fig).startswith("7 of 10 entries differ")
     images = [ax.images[0] for ax in fig.axes[:2]]
     assert images[0].get_array().mask.sum() == 3
     assert {image.get_clim() for image in images} == {(0.0, 2.0)}

@@ -5,22 +5,19 @@ are to be trusted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.colors import AsinhNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from cdelta.artifact import findings
 from cdelta.artifact.figures import style
-from cdelta.artifact.figures.style import PAGE, PALETTE, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from cdelta.artifact.figures.style import PAGE, PALETTE
+from cdelta.artifact.findings import headed
 
 LINE = 0.19
 """Inches between lines of a `prompt_view`."""
@@ -28,17 +25,14 @@ EM = 6.5 * 0.602 / 72
 """Inches of one monospaced character at 6.5 points."""
 
 
-@styled
+@headed
 def base_refusal(table: pd.DataFrame) -> Figure:
     """Refusal of every category by the base, from rows ``category, kind, rate, low, high``."""
-    options = {"percent": True, "headline": findings.title("base", table)}
-    table = table.assign(panel="")
-    return style.forest(
-        table, "category", "refused by the base (%)", panel="panel", hue="kind", **options
-    )
+    table, xlabel = table.assign(panel=""), "refused by the base (%)"
+    return style.forest(table, "category", xlabel, panel="panel", hue="kind")
 
 
-@styled
+@style.styled
 def prompt_view(rows: pd.DataFrame) -> Figure:
     """Prompts token by token, and what was answered, from rows ``role, tokens, differs, outcome,
     answer``.
@@ -76,7 +70,7 @@ def _tokens(ax: Axes, row, y: float, colour) -> float:
     return y
 
 
-@styled
+@headed
 def score_maps(
     heads: Mapping[str, np.ndarray], mlps: Mapping[str, np.ndarray], label: str
 ) -> Figure:
@@ -86,10 +80,7 @@ def score_maps(
     bound = max(float(np.abs(values).max()) for values in [*heads.values(), *mlps.values()]) or 1.0
     norm = AsinhNorm(bound / 100, -bound, bound)
     titles = [title for name in heads for title in (name, "")]
-    options = {"width_ratios": [7, 1.2] * len(heads), "sharey": False}
-    fig, axes = style.grid(
-        titles, 1.7, headline=findings.title("scores", heads=heads, mlps=mlps), **options
-    )
+    fig, axes = style.grid(titles, 1.7, width_ratios=[7, 1.2] * len(heads), sharey=False)
     fig.get_layout_engine().set(w_pad=0.01, wspace=0.01)
     for own, mlp, name in zip(axes[::2], axes[1::2], heads):
         layers, count = heads[name].shape
@@ -102,14 +93,20 @@ def score_maps(
             ax.invert_yaxis()
             ax.spines[:].set_visible(True)
     axes[0].set_ylabel("layer")
-    decade = 10.0 ** np.floor(np.log10(bound))
-    ticks = [-decade, -decade / 10, 0, decade / 10, decade]
-    image = axes[0].collections[0]
+    image, ticks = axes[0].collections[0], _decades(bound, 10)
     fig.colorbar(image, ax=axes, label=label, shrink=0.9, ticks=ticks, format="%g")
     return fig
 
 
-@styled
+def _decades(bound: float, apart: float) -> list[float]:
+    """Ticks: zero, the largest power of ten up to `bound`, and one `apart` times smaller, on both
+    sides.
+    """
+    decade = 10.0 ** np.floor(np.log10(bound))
+    return [-decade, -decade / apart, 0, decade / apart, decade]
+
+
+@headed
 def agreement(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
     """Estimate against truth, one panel per kind of reader, from rows ``reader class, exact,
     estimate``.
@@ -119,14 +116,12 @@ def agreement(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
     """
     groups = table.groupby("reader class", sort=False)
     bound = 1.3 * table[["exact", "estimate"]].abs().max().max() or 1.0
-    fig, axes = style.grid(
-        [""] * len(groups), 2, headline=findings.title("agreement", table), sharex=True
-    )
+    fig, axes = style.grid([""] * len(groups), 2, sharex=True)
+    limits = (-bound, bound)
     for place, (ax, (name, rows)) in enumerate(zip(axes, groups)):
         r = rows["exact"].corr(rows["estimate"])
-        ax.plot([-bound, bound], [-bound, bound], color="0.7", lw=0.8, zorder=0)
+        ax.plot(limits, limits, color="0.7", lw=0.8, zorder=0)
         ax.scatter(rows["exact"], rows["estimate"], s=6, color=PALETTE[place], alpha=0.6, lw=0)
-        limits = (-bound, bound)
         ax.set(title=f"into {name}\nr = {r:.2f}, {len(rows)} edges", xlim=limits, ylim=limits)
         _both_logarithmic(ax, bound)
     axes[0].set_ylabel(ylabel)
@@ -135,32 +130,33 @@ def agreement(table: pd.DataFrame, xlabel: str, ylabel: str) -> Figure:
 
 
 def _both_logarithmic(ax: Axes, bound: float) -> None:
-    decade = 10.0 ** np.floor(np.log10(bound))
-    ticks = [-decade, -decade / 100, 0, decade / 100, decade]
     ax.set_xscale("symlog", linthresh=bound / 1000, linscale=0.4)
     ax.set_yscale("symlog", linthresh=bound / 1000, linscale=0.4)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_locator(FixedLocator(_decades(bound, 100)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     ax.tick_params(axis="x", rotation=45)
 
 
-@styled
+@headed
 def convergence(table: pd.DataFrame, panels: Mapping[str, str], steps: int) -> Figure:
     """Errors against the number of gradients, one panel per column of `panels` (column -> its
     label), from rows ``method, gradients, …``; `steps` is the preset's number of gradients.
     """
-    runs = table.groupby("method")["method"].transform("size")
-    named = table.assign(method=table["method"].mask(runs == 1, table["method"] + " (one run)"))
-    long = named.melt(["method", "gradients"], panels, "panel", "rate")
-    long = long.assign(low=long["rate"], high=long["rate"])
-    options = {"panel": "panel", "log": True, "percent": False, "sharey": False}
-    options |= {
-        "marks": dict.fromkeys(panels, steps),
-        "headline": findings.title("convergence", table, steps=steps),
-    }
-    fig = style.lines(long, "gradients", "method", "gradients per pair", "", **options)
+    methods = table["method"]
+    methods = methods.where(methods.duplicated(keep=False), methods + " (one run)")
+    long = table.assign(method=methods).melt(["method", "gradients"], panels, "panel", "rate")
+    fig = style.lines(
+        long.assign(low=long["rate"], high=long["rate"]),
+        "gradients",
+        "method",
+        "gradients per pair",
+        "",
+        panel="panel",
+        marks=dict.fromkeys(panels, steps),
+        sharey=False,
+    )
     for ax, label in zip(fig.axes, panels.values()):
         ax.set(title="", ylabel=label, yscale="log")
         style.plain_log_axis(ax.yaxis)

@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import combinations
 
 import networkx as nx
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from cdelta.artifact import findings
 from cdelta.artifact.figures import style
-from cdelta.artifact.figures.style import GAIN, LOSS, styled
+from cdelta.artifact.figures.style import GAIN, LOSS
+from cdelta.artifact.findings import headed
+from cdelta.artifact.numbers import page
 from cdelta.attribution.scores import Scores
 from cdelta.circuit.circuit import Circuit, node_order, parse_unit
 from cdelta.circuit.faithfulness import parts
 from cdelta.circuit.selection import readers_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 NODES, EDGES = 18, 22
 """Most parts and arrows of a drawing; the strongest stay."""
@@ -39,25 +37,25 @@ def circuit_graph(scores: Scores, circuit: Circuit, nodes: int = NODES) -> nx.Di
     """Parts of the circuit between ``input`` and ``logits``, at most `nodes` of them, the
     strongest.
 
-    Nodes carry ``label, kind, depth, units, score`` (nats) and their place ``x, y`` in [0, 1],
+    Nodes carry ``label, kind, row, units, score`` (nats) and their place ``x, y`` in [0, 1],
     edges ``score`` (nats) and ``rank`` (0: strongest; of every node the strongest arrow in and the
     strongest out come first).
     """
     pieces = {name: piece.nodes for name, piece in parts(circuit).items()}
     strength = {name: sum(_unit_score(scores, u) for u in units) for name, units in pieces.items()}
     strongest = sorted(pieces, key=lambda name: -abs(strength[name]))[:nodes]
+    order = {name: node_order(name)[:2] for name in ("input", *strongest, "logits")}
+    depths = sorted(set(order.values()))
     graph = nx.DiGraph()
-    graph.add_node("input", label="input", kind="end", depth=-1, units=(), score=0.0)
-    for name in sorted(strongest, key=node_order):
-        kind, units, depth = name[0], pieces[name], 2 * node_order(name)[0] + (name[0] == "m")
+    for name in sorted(order, key=node_order):
+        units, kind = pieces.get(name, ()), name[0] if name in pieces else "end"
         label = f"{name}\n{len(units)} neuron{'s' * (len(units) != 1)}" if kind == "m" else name
-        facts = {"kind": kind, "depth": depth, "units": units}
-        graph.add_node(name, label=label, score=strength[name], **facts)
-    graph.add_node("logits", label="logits", kind="end", depth=10**6, units=(), score=0.0)
+        facts = {"label": label, "kind": kind, "units": units, "score": strength.get(name, 0.0)}
+        graph.add_node(name, row=depths.index(order[name]), **facts)
     _place(graph)
-    depth = graph.nodes.data("depth")
-    for source, target in ((u, v) for u in graph for v in graph if depth[u] < depth[v]):
-        graph.add_edge(source, target, score=_edge_score(scores, source, target))
+    for source, target in combinations(graph, 2):
+        if order[source] < order[target]:
+            graph.add_edge(source, target, score=_edge_score(scores, source, target))
     _rank(graph)
     return graph
 
@@ -77,10 +75,9 @@ def _place(graph: nx.DiGraph) -> None:
     """Rows by depth, input below. Single nodes alternate between left and right, so that long
     arrows pass in the middle.
     """
-    depth = pd.Series(dict(graph.nodes.data("depth")))
-    row = depth.rank(method="dense").astype(int) - 1
-    size = depth.groupby(depth).transform("size")
-    x = (depth.groupby(depth).cumcount() + 0.5) / size
+    row = pd.Series(dict(graph.nodes.data("row")))
+    size = row.groupby(row).transform("size")
+    x = (row.groupby(row).cumcount() + 0.5) / size
     inner = (size == 1) & row.between(1, row.max() - 1)
     x = x.mask(inner, 0.5 + 0.32 * (-1.0) ** row)
     nx.set_node_attributes(graph, x.to_dict(), "x")
@@ -95,20 +92,15 @@ def _rank(graph: nx.DiGraph) -> None:
     nx.set_edge_attributes(graph, {edge: rank for rank, edge in enumerate(order)}, "rank")
 
 
-@styled
+@headed
 def graph_figure(graphs: Mapping[str, nx.DiGraph]) -> Figure:
     """One panel per category; width and opacity of an arrow: its score's size; blue carries
     refusal, red works against it.
     """
-    rows = [pd.Series(dict(graph.nodes.data("depth"))).value_counts() for graph in graphs.values()]
+    rows = [pd.Series(dict(graph.nodes.data("row"))).value_counts() for graph in graphs.values()]
     deepest, widest = max(map(len, rows)), max(map(max, rows))
     columns = 5 if widest <= 2 else 3 if widest <= 5 else 2 if widest <= 8 else 1
-    options = {
-        "headline": findings.title("graphs", graphs=graphs),
-        "columns": columns,
-        "sharey": False,
-    }
-    fig, axes = style.grid(graphs, max(2.0, 0.36 * deepest), **options)
+    fig, axes = style.grid(graphs, max(2.0, 0.36 * deepest), columns=columns, sharey=False)
     for ax, graph, depths in zip(axes, graphs.values(), rows):
         ax.set(xlim=(-0.14, 1.14), ylim=(-0.05, 1.05))
         ax.set_axis_off()
@@ -122,13 +114,19 @@ def _box(ax: Axes, node: Mapping, rows: int, letter: float) -> FancyBboxPatch:
     """A node's box with its label; arrows end at its edge. `letter`: width of one letter."""
     lines = node["label"].split("\n")
     width, height = letter * (1 + max(map(len, lines))), (0.16 + 0.27 * len(lines)) / max(rows, 4)
-    look = {"fc": FILLS[node["kind"]], "ec": "0.35", "lw": 0.6, "zorder": 5}
-    corner = (node["x"] - width / 2, node["y"] - height / 2)
-    box = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.02", **look)
-    ax.add_patch(box)
-    centred = {"ha": "center", "va": "center", "zorder": 6, "linespacing": 0.95}
-    ax.text(node["x"], node["y"], node["label"], fontsize=5.8, **centred)
-    return box
+    box = FancyBboxPatch(
+        (node["x"] - width / 2, node["y"] - height / 2),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.02",
+        fc=FILLS[node["kind"]],
+        ec="0.35",
+        lw=0.6,
+        zorder=5,
+    )
+    centred = {"ha": "center", "va": "center", "linespacing": 0.95}
+    ax.text(node["x"], node["y"], node["label"], fontsize=5.8, zorder=6, **centred)
+    return ax.add_patch(box)
 
 
 def _arrows(ax: Axes, graph: nx.DiGraph, boxes: Mapping[str, FancyBboxPatch]) -> None:
@@ -137,13 +135,22 @@ def _arrows(ax: Axes, graph: nx.DiGraph, boxes: Mapping[str, FancyBboxPatch]) ->
     for source, target, score in drawn:
         size = abs(score) / bound
         start, end = ((graph.nodes[name]["x"], graph.nodes[name]["y"]) for name in (source, target))
-        ends = {"patchA": boxes[source], "patchB": boxes[target], "shrinkA": 0.5, "shrinkB": 0.5}
-        look = {"lw": 0.4 + 2.2 * size, "alpha": 0.4 + 0.6 * size, "zorder": 2 + size}
-        look |= {"color": LOSS if score < 0 else GAIN, "mutation_scale": 5 + 4 * size}
-        bend = f"arc3,rad={_bend(start, end):.3f}"
-        ax.add_patch(
-            FancyArrowPatch(start, end, arrowstyle="-|>", connectionstyle=bend, **ends, **look)
+        arrow = FancyArrowPatch(
+            start,
+            end,
+            arrowstyle="-|>",
+            connectionstyle=f"arc3,rad={_bend(start, end):.3f}",
+            patchA=boxes[source],
+            patchB=boxes[target],
+            shrinkA=0.5,
+            shrinkB=0.5,
+            lw=0.4 + 2.2 * size,
+            alpha=0.4 + 0.6 * size,
+            zorder=2 + size,
+            color=LOSS if score < 0 else GAIN,
+            mutation_scale=5 + 4 * size,
         )
+        ax.add_patch(arrow)
 
 
 def _bend(start: tuple[float, float], end: tuple[float, float]) -> float:
@@ -160,86 +167,78 @@ def graph_page(graphs: Mapping[str, nx.DiGraph], title: str) -> str:
     says, what a node holds on a click.
     """
     data = {name: nx.node_link_data(graph, edges="edges") for name, graph in graphs.items()}
-    pages = Environment(loader=PackageLoader("cdelta.artifact", "templates"), autoescape=True)
     content = json.dumps(data).replace("</", "<\\/")
-    return pages.get_template("circuit.html").render(title=title, data=content, shown=EDGES)
+    return page("circuit.html", title=title, data=content, shown=EDGES)
 
 
 # ---------------------------------------------------------------------- what is known
 
 
-@styled
+@headed
 def by_layer(table: pd.DataFrame, n_layers: int, ylabel: str) -> Figure:
     """Where masks lie, from rows ``category, layer, module, value`` (percent); every layer has its
     place on the axis.
     """
     words = {"mlp.": "MLP ", "self_attn.": "attention ", "_proj": ""}
-    headline = findings.title("depth", table)
     table = table.assign(module=table["module"].replace(words, regex=True))
-    options = {"slots": range(n_layers), "headline": headline}
-    return style.stacked(table, "layer", "module", ylabel, **options)
+    return style.stacked(table, "layer", "module", ylabel, slots=range(n_layers))
 
 
-@styled
-def faithfulness_curves(table: pd.DataFrame, mark: float, found: pd.DataFrame) -> Figure:
+@headed
+def faithfulness_curves(curves: pd.DataFrame, mark: float, table: pd.DataFrame) -> Figure:
     """Faithfulness against size, from rows ``category, kind, fraction, f, low, high``; `mark`: the
-    mask's size; `found`: `tab_faithfulness`.
+    mask's size; `table`: `tab_faithfulness`.
     """
-    options = {"columns": 3, "height": 1.9, "percent": False, "log": True, "strong": "circuit"}
-    options |= {"marks": dict.fromkeys(table["category"], mark)}
-    options |= {"headline": findings.title("faithfulness", found)}
-    xlabel, table = "share of the units' parameters", table.rename(columns={"f": "rate"})
-    return style.lines(table, "fraction", "kind", xlabel, "faithfulness f", **options)
+    return style.lines(
+        curves.rename(columns={"f": "rate"}),
+        "fraction",
+        "kind",
+        "share of the units' parameters",
+        "faithfulness f",
+        columns=3,
+        height=1.9,
+        strong="circuit",
+        marks=dict.fromkeys(curves["category"], mark),
+    )
 
 
-@styled
+@headed
 def against_controls(table: pd.DataFrame) -> Figure:
     """CPR minus every control's, from rows ``category, control, difference, low, high``."""
-    xlabel, headline = (
-        "CPR of the circuit minus CPR of the control",
-        findings.title("controls", table),
-    )
-    table = table.rename(columns={"difference": "rate"})
-    return style.forest(table, "control", xlabel, line=0.0, headline=headline)
+    xlabel = "CPR of the circuit minus CPR of the control"
+    return style.forest(table.rename(columns={"difference": "rate"}), "control", xlabel, line=0.0)
 
 
-@styled
+@headed
 def stability(table: pd.DataFrame, threshold: float) -> Figure:
     """Jaccard overlap of the selected units under every variation; dotted: the threshold."""
-    xlabel, headline = (
-        "Jaccard overlap of the selected units",
-        findings.title("stability", table, threshold=threshold),
-    )
     names = {"Jaccard": "rate", "Jaccard low": "low", "Jaccard high": "high"}
-    table = table.rename(columns=names)
-    return style.forest(table, "variation", xlabel, line=threshold, headline=headline)
+    xlabel = "Jaccard overlap of the selected units"
+    return style.forest(table.rename(columns=names), "variation", xlabel, line=threshold)
 
 
-@styled
-def overlap_map(jaccard: pd.DataFrame, chance: float) -> Figure:
-    """Jaccard overlap of every two categories' circuits."""
-    others = jaccard.mask(np.eye(len(jaccard), dtype=bool))
-    headline = findings.title("overlap", jaccard, chance=chance)
-    return style.heatmap({"": others}, "Jaccard overlap", digits=2, vmax=0.5, headline=headline)
+@headed
+def overlap_map(table: pd.DataFrame, chance: float) -> Figure:
+    """Jaccard overlap of every two categories' circuits, from a square table; `chance`: of two
+    random masks.
+    """
+    others = table.mask(np.eye(len(table), dtype=bool))
+    return style.heatmap({"": others}, "Jaccard overlap", digits=2, vmax=0.5)
 
 
-@styled
+@headed
 def part_effects(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Effects of the circuits' parts, from rows ``category, part, effect, value, low, high``
     (nats).
     """
-    xlabel, headline = "fall of the metric without the part (nats)", findings.title("parts", table)
-    table = table.rename(columns={"value": "rate"})
-    table = table.sort_values(
-        "category", key=lambda names: names.map(list(categories).index), kind="stable"
-    )
-    return style.forest(table, "part", xlabel, hue="effect", line=0.0, headline=headline)
+    table = style.arranged(table.rename(columns={"value": "rate"}), "category", categories)
+    xlabel = "fall of the metric without the part (nats)"
+    return style.forest(table, "part", xlabel, hue="effect", line=0.0)
 
 
-@styled
+@headed
 def attention_bars(table: pd.DataFrame) -> Figure:
     """Attention from the last prompt token by what it goes to, from rows ``category, head, key,
     value`` (percent).
     """
-    headline = findings.title("attention", table)
-    return style.stacked(table, "head", "key", "attention (%)", rotation=30, headline=headline)
+    return style.stacked(table, "head", "key", "attention (%)", rotation=30)

@@ -5,53 +5,39 @@ checkpoint's entries, sums of edits, serving cost, budgets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import product
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from cdelta.artifact import findings
 from cdelta.artifact.figures import style
-from cdelta.artifact.figures.style import METHODS, PALETTE, PERCENT, in_order, styled, title_of
+from cdelta.artifact.figures.style import METHODS, PALETTE, PERCENT, arranged, in_order, title_of
+from cdelta.artifact.findings import OWN, headed
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MATRIX_BLOCKS = {
-    "harmful prompts": ("harmful", "refused"),
-    "benign counterparts": ("benign",),
-    "borderline prompts": ("borderline",),
-}
-"""Title of a part of the matrix -> kinds of prompts."""
-OVERREFUSAL = {
-    "benign": "its benign counterparts",
-    "borderline": "its own borderline prompts",
-    "other_borderline": "other borderline prompts",
-}
+OVERREFUSAL = style.NAMES["overrefusal"]
 """Measure of safe prompts -> title."""
 SELECTIVITY = ("target", "unseen", "benign", "borderline", "other", "utility")
 """Measures of the selectivity figure, where a run has them."""
 
 
-@styled
+@headed
 def selectivity(
     table: pd.DataFrame, titles: Mapping[str, str], reference: Mapping[str, float] = {}
 ) -> Figure:
     """Every measure of every method, from rows ``measure, method, category, rate, low, high``;
     `titles`: measure -> panel's title; `reference`: rates of a text classifier on the same rows.
     """
-    covered = table[table["category"] != "all"].groupby("method")["category"].nunique()
-    target = table[(table["measure"] == "target") & (table["category"] == "all")]
-    own = target["method"].map({"base": 2, findings.OWN: 1}).fillna(target["rate"] - 1)
-    order = target.assign(own=own).sort_values("own", ascending=False)["method"]
-    xlabel = "% of prompts (Wilson 95 %); grey: single categories; dashed: a text classifier"
-    headline = findings.title("selectivity", table)
+    covered = table.query("category != 'all'").groupby("method")["category"].nunique()
+    target = table.query("measure == 'target' and category == 'all'").set_index("method")["rate"]
+    target.update(pd.Series({"base": 3.0, OWN: 2.0}))  # before all others, whose rates are below
+    order = target.sort_values(ascending=False).index
     measures = [name for name in SELECTIVITY if name in set(table["measure"])]
-    rows = table.set_index("measure").loc[measures].reset_index()
+    rows = arranged(arranged(table, "measure", measures), "method", order)
     rows = rows.assign(panel=rows["measure"].map(titles))
-    rows = rows.set_index("method").loc[order].reset_index()
-    fig = _pooled(rows, "panel", xlabel, headline)
+    xlabel = "% of prompts (Wilson 95 %); grey: single categories; dashed: a text classifier"
+    fig = _pooled(rows, "panel", xlabel)
     partly = [f" ({n} of {max(covered)})" if n < max(covered) else "" for n in covered[order]]
     fig.axes[0].set_yticklabels([title_of(key) + some for key, some in zip(order, partly)])
     for ax, name in zip(fig.axes, measures):
@@ -60,34 +46,29 @@ def selectivity(
     return fig
 
 
-def _pooled(table: pd.DataFrame, panel: str, xlabel: str, headline: str) -> Figure:
+def _pooled(table: pd.DataFrame, panel: str, xlabel: str) -> Figure:
     """A line per method: all categories with their interval, single ones in grey. A panel shows
     0-100 %, or, where all values are close to one end, that end enlarged.
     """
     table = table.assign(**{panel: table[panel].str.replace("_", " ")})
-    single, pooled = table[table["category"] != "all"], table[table["category"] == "all"]
-    options = {"panel": panel, "percent": True, "sharex": False, "headline": headline}
-    fig = style.forest(pooled, "method", xlabel, **options)
+    pooled = table.query("category == 'all'")
+    fig = style.forest(pooled, "method", xlabel, panel=panel, sharex=False)
     methods = list(pooled["method"].unique())
-    for ax, name in zip(fig.axes, pooled[panel].unique()):
-        rows = single[single[panel] == name]
-        ax.scatter(rows["rate"], rows["method"].map(methods.index), s=9, color="0.75", lw=0)
-        rates = table.loc[table[panel] == name, "rate"]
+    for ax, (_, rows) in zip(fig.axes, table.groupby(panel, sort=False)):
+        single, rates = rows.query("category != 'all'"), rows["rate"]
+        ax.scatter(single["rate"], single["method"].map(methods.index), s=9, color="0.75", lw=0)
         whole = (-0.03, 1.03) if rates.min() < 0.9 else (0.896, 1.004)
         ax.set_xlim(*((-0.004, 0.104) if rates.max() <= 0.1 else whole))
     return fig
 
 
-@styled
+@headed
 def matrix(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Refusal of every kind of prompt under every edit, the edited category framed, from
     `tab_matrix`'s rows.
     """
-    blocks = matrix_blocks(table, categories)
     framed = [(name, name) for name in categories]
-    return style.heatmap(
-        blocks, "refused (%)", framed=framed, headline=findings.title("matrix", table)
-    )
+    return style.heatmap(matrix_blocks(table, categories), "refused (%)", framed=framed)
 
 
 def matrix_blocks(table: pd.DataFrame, categories: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -95,7 +76,7 @@ def matrix_blocks(table: pd.DataFrame, categories: Sequence[str]) -> dict[str, p
     asked categories (columns, the edited ones first).
     """
     blocks = {}
-    for title, kinds in MATRIX_BLOCKS.items():
+    for title, kinds in style.NAMES["matrix"].items():
         rows = table[table["prompt_kind"].isin(kinds)]
         wide = rows.pivot(index="edit_category", columns="prompt_category", values="refusal")
         columns = [*wide.columns.intersection(categories), *wide.columns.difference(categories)]
@@ -104,12 +85,12 @@ def matrix_blocks(table: pd.DataFrame, categories: Sequence[str]) -> dict[str, p
     return blocks
 
 
-@styled
+@style.styled
 def matrices(tables: Mapping[str, pd.DataFrame], categories: Sequence[str]) -> Figure:
     """The harmful part of the matrix for every method, all on one scale; grey where a method did
     not edit a category.
     """
-    names = in_order(pd.DataFrame({"method": list(tables)}))["method"]
+    names = in_order(tables)
     fig, axes = style.grid(map(title_of, names), 1.25, columns=5, sharex=True)
     for place, (ax, name) in enumerate(zip(axes, names)):
         table = matrix_blocks(tables[name], categories)["harmful prompts"].drop(index="base")
@@ -120,61 +101,55 @@ def matrices(tables: Mapping[str, pd.DataFrame], categories: Sequence[str]) -> F
     return fig
 
 
-@styled
+@headed
 def overrefusal(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     """Refusal of safe prompts (`OVERREFUSAL`) under every method: one panel per edited category,
     from rows ``measure, method, category, rate, low, high``.
     """
-    headline = findings.title("overrefusal", table)
-    table = in_order(table[table["measure"].isin(OVERREFUSAL)])
-    table = table.set_index("category").loc[list(categories)].reset_index()
+    table = table[table["measure"].isin(OVERREFUSAL)]
+    table = arranged(table, "method", in_order(table["method"]))
+    table = arranged(table, "category", categories)
     table = table.assign(kind=table["measure"].map(OVERREFUSAL))
-    options = {"hue": "kind", "percent": True, "headline": headline}
-    return style.forest(table, "method", "safe prompts refused (%)", **options)
+    return style.forest(table, "method", "safe prompts refused (%)", hue="kind")
 
 
-@styled
+@headed
 def out_of_distribution(table: pd.DataFrame) -> Figure:
     """Target refusal on every set that no edit has seen, from rows ``ood_set, method, category,
     rate, low, high``.
     """
-    return _target_refused(table, "ood_set", findings.title("ood", table))
+    return _target_refused(table, "ood_set")
 
 
-@styled
+@headed
 def robustness(table: pd.DataFrame) -> Figure:
     """Target refusal before and after attacks on the model, from rows ``attack, method, category,
     rate, low, high``.
     """
-    headline = findings.title("robustness", table)
-    names = ["before any attack" if key == "none" else f"after {key}" for key in table["attack"]]
-    return _target_refused(table.assign(attack=names), "attack", headline)
+    names = ("after " + table["attack"]).replace("after none", "before any attack")
+    return _target_refused(table.assign(attack=names), "attack")
 
 
-def _target_refused(table: pd.DataFrame, panel: str, headline: str) -> Figure:
-    order = table[panel].unique()
-    table = in_order(table)
-    table = table.set_index(panel).loc[order].reset_index()
-    xlabel = "target refused (%), Wilson 95 %; grey: single categories"
-    return _pooled(table, panel, xlabel, headline)
+def _target_refused(table: pd.DataFrame, panel: str) -> Figure:
+    rows = arranged(table, "method", in_order(table["method"]))
+    rows = arranged(rows, panel, table[panel].unique())
+    return _pooled(rows, panel, "target refused (%), Wilson 95 %; grey: single categories")
 
 
-@styled
-def tradeoff(curves: pd.DataFrame) -> Figure:
+@headed
+def tradeoff(table: pd.DataFrame) -> Figure:
     """Target refusal against the worst side effect as the strength grows: a row per family of
     methods with C-ΔΘ in each, a column per category.
 
     Rows ``method, category, k, x, y, chosen`` (0-1); a ring marks the chosen strength. The ideal is
     the upper left corner.
     """
-    categories, families = curves["category"].unique(), _families(curves)
+    categories, families = table["category"].unique(), _families(table["method"])
     titles = [*categories, *[""] * (len(families) - 1) * len(categories)]
-    options = {"columns": len(categories), "sharex": True}
-    fig, axes = style.grid(titles, 1.5, headline=findings.title("tradeoff", curves), **options)
-    panels = [(family, name) for family in families for name in categories]
-    for ax, (family, category) in zip(axes, panels):
+    fig, axes = style.grid(titles, 1.5, columns=len(categories), sharex=True)
+    for ax, (family, category) in zip(axes, product(families, categories)):
         for method in families[family]:
-            rows = curves[(curves["category"] == category) & (curves["method"] == method)]
+            rows = table.query("category == @category and method == @method")
             _strengths(ax, rows.sort_values("k"), method)
         ax.set_xscale("symlog", linthresh=0.01, linscale=0.6)
         ax.set(xlim=(-0.0025, 1.1), ylim=(-0.04, 1.08), xticks=[0, 0.01, 0.1, 1])
@@ -188,41 +163,37 @@ def tradeoff(curves: pd.DataFrame) -> Figure:
     return fig
 
 
-def _families(curves: pd.DataFrame) -> dict[str, list[str]]:
+def _families(methods: pd.Series) -> dict[str, list[str]]:
     """Family -> its methods that have curves, C-ΔΘ first in each."""
     families: dict[str, list[str]] = {}
-    for key in in_order(curves)["method"].unique():
-        if key not in ("base", findings.OWN):
+    for key in in_order(methods):
+        if key not in ("base", OWN):
             name = METHODS[key].family if key in METHODS else "other methods"
-            families.setdefault(name, [findings.OWN]).append(key)
-    return families or {"": [findings.OWN]}
+            families.setdefault(name, [OWN]).append(key)
+    return families or {"": [OWN]}
 
 
 def _strengths(ax: Axes, rows: pd.DataFrame, method: str) -> None:
-    picked, strong = rows[rows["chosen"]], method == findings.OWN
+    picked, strong = rows[rows["chosen"]], method == OWN
     title, colour, _ = style.shown(method)
-    width = 1.6 if strong else 0.9
-    ax.plot(
-        rows["x"], rows["y"], "o-", label=title, color=colour, lw=width, ms=2.2, zorder=2 + strong
-    )
+    look = {"color": colour, "lw": 1.6 if strong else 0.9, "ms": 2.2, "zorder": 2 + strong}
+    ax.plot(rows["x"], rows["y"], "o-", label=title, **look)
     ring = {"facecolors": "none", "edgecolors": colour, "lw": 1.1, "s": 64 if strong else 30}
     ax.scatter(picked["x"], picked["y"], clip_on=False, **ring)
 
 
-@styled
+@headed
 def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
     """Left: agreement of every judge with labels, from rows ``judge, data, accuracy, low, high``.
     Right: share of labelled refusals per bin of the log-odds at the first token, from rows
     ``log_odds, rate, low, high``.
     """
     table = table.rename(columns={"accuracy": "rate"})
-    names, sets = list(table["judge"].unique()), table["data"].unique()
+    names = list(table["judge"].unique())
     options = {"width_ratios": (1.2, 1), "sharey": False} if len(table) else {}
-    headline = findings.title("judges", table.rename(columns={"rate": "accuracy"}))
-    fig, (left, *right) = style.grid([""] * 2 * len(names[:1]), 2.1, headline=headline, **options)
-    for place, name in enumerate(sets):
-        rows = table[table["data"] == name]
-        at = rows["judge"].map(names.index) + style.dodge(place, len(sets))
+    fig, (left, *right) = style.grid([""] * 2 * len(names[:1]), 2.1, **options)
+    for place, (name, rows) in enumerate(table.groupby("data", sort=False)):
+        at = rows["judge"].map(names.index) + style.dodge(place, table["data"].nunique())
         style.points(left, rows, at, color=PALETTE[place], label=name)
     left.set_yticks(range(len(names)), names)
     left.set(xlabel="agreement with labels (%)", ylim=(len(names) - 0.4, -0.6))
@@ -239,29 +210,24 @@ def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
 # ---------------------------------------------------------------------- scales, sums, budgets
 
 
-@styled
+@headed
 def scale_curves(table: pd.DataFrame, chosen: Mapping[str, float]) -> Figure:
     """One panel per category: each kind's refusal (and skills' accuracy) against k with its
     interval; rows ``category, k, kind, rate, low, high``; `chosen` marks the k of validation.
     """
-    options = {
-        "marks": chosen,
-        "strong": "target",
-        "headline": findings.title("scale", table, chosen=chosen),
-    }
-    return style.lines(table, "k", "kind", "scale k (dotted: chosen)", "rate (%)", **options)
+    words = "scale k (dotted: chosen)", "rate (%)"
+    return style.lines(table, "k", "kind", *words, marks=chosen, strong="target", log=False)
 
 
-@styled
-def touched_entries(maps: Mapping[str, np.ndarray], headline: str) -> Figure:
+@headed
+def touched_entries(maps: Mapping[str, np.ndarray], changed: int, total: int) -> Figure:
     """Which entries of some weight matrices differ between two checkpoints: one panel per matrix,
-    |difference|, unchanged entries white.
+    |difference|, unchanged entries white; `changed` of `total` in the whole model.
     """
-    bound = max(float(values.max()) for values in maps.values()) or 1.0
-    titles = [name.replace(".", " ") for name in maps]
-    fig, axes = style.grid(titles, 2.0, headline=headline, sharey=False)
+    bound = max(map(np.max, maps.values())) or 1.0
+    fig, axes = style.grid([name.replace(".", " ") for name in maps], 2.0, sharey=False)
+    look = {"cmap": "flare", "vmin": 0, "vmax": bound, "interpolation": "nearest"}
     for ax, values in zip(axes, maps.values()):
-        look = {"cmap": "flare", "vmin": 0, "vmax": bound, "interpolation": "nearest"}
         image = ax.imshow(np.ma.masked_equal(values, 0), aspect="auto", **look)
         ax.set_xlabel("input")
         ax.spines[:].set_visible(True)
@@ -270,41 +236,37 @@ def touched_entries(maps: Mapping[str, np.ndarray], headline: str) -> Figure:
     return fig
 
 
-@styled
+@headed
 def composition_map(table: pd.DataFrame) -> Figure:
     """Refusal of every category's prompts (columns) under every composed edit (rows), the edited
     categories framed; then side effects.
 
     Rows of `artifact.composition.interference` with one method per subset, the base first.
     """
-    headline = findings.title("composition", table)
-    k = table["k"] if "k" in table else table["refusal"] * 0
-    scale = ("  (k = " + k.map("{:g}".format) + ")").mask(k.isin((0, 1)), "")
+    scale = "  (k = " + table["k"].map("{:g}".format) + ")"
+    scale = scale.mask(table["k"].isin((0, 1)), "")
     table = table.assign(subset=table["subset"].str.replace("+", " + ") + scale)
     wide = table.pivot(index="subset", columns="prompt_category", values="refusal")
-    ends = table.groupby("subset").agg(
-        benign=("benign_refusal", "max"), skills=("utility", "first")
-    )
-    subsets, categories = table["subset"].unique(), table["prompt_category"].unique()
-    ends = ends.loc[subsets].set_axis(["benign (worst)", "skills correct"], axis=1)
-    blocks = {"prompts of": 100 * wide.loc[subsets, categories], "beside": 100 * ends}
-    edited = table.loc[table["edited"], ["subset", "prompt_category"]]
-    framed = edited.itertuples(index=False, name=None)
-    return style.heatmap(blocks, "refused, or correct (%)", framed=list(framed), headline=headline)
+    ends = {"benign (worst)": ("benign_refusal", "max"), "skills correct": ("utility", "first")}
+    ends = table.groupby("subset", sort=False).agg(**ends)
+    wide = wide.loc[ends.index, table["prompt_category"].unique()]
+    framed = table.loc[table["edited"], ["subset", "prompt_category"]].to_numpy()
+    blocks = {"prompts of": 100 * wide, "beside": 100 * ends}
+    return style.heatmap(blocks, "refused, or correct (%)", framed=framed)
 
 
-@styled
+@headed
 def serving_cost(table: pd.DataFrame) -> Figure:
     """Seconds of an answer over the base's, with intervals, one panel per batch size; rows
     ``batch_size, method, ratio, low, high``.
     """
-    rows = table[table["method"] != "base"].rename(columns={"ratio": "rate"})
+    rows = table.query("method != 'base'").rename(columns={"ratio": "rate"})
     rows = rows.assign(batch="batch " + rows["batch_size"].astype(str))
-    options = {"panel": "batch", "line": 1.0, "headline": findings.title("serving", table)}
-    return style.forest(rows, "method", "seconds over the base's (1: equally fast)", **options)
+    xlabel = "seconds over the base's (1: equally fast)"
+    return style.forest(rows, "method", xlabel, panel="batch", line=1.0)
 
 
-@styled
+@headed
 def budget_curves(table: pd.DataFrame, reference: Mapping[str, float] = {}) -> Figure:
     """Target refusal against the mask's size, one panel per category, from rows ``category, mask,
     percent, rate, low, high``.
@@ -312,20 +274,13 @@ def budget_curves(table: pd.DataFrame, reference: Mapping[str, float] = {}) -> F
     Small points are single masks, lines their means; `reference`: a text classifier's rate per
     category.
     """
-    groups = table.sort_values("percent", kind="stable").groupby(
-        ["category", "mask", "percent"], sort=False
-    )
+    rows = table.sort_values("percent", kind="stable")
+    groups = rows.groupby(["category", "mask", "percent"], sort=False)
     means = groups[["rate", "low", "high"]].mean().reset_index()
-    options = {
-        "log": True,
-        "height": 2.2,
-        "columns": 3,
-        "headline": findings.title("budget", table),
-    }
-    xlabel = "parameters in the mask (%)"
-    fig = style.lines(means, "percent", "mask", xlabel, "target refused (%)", **options)
+    words = "parameters in the mask (%)", "target refused (%)"
+    fig = style.lines(means, "percent", "mask", *words, height=2.2, columns=3)
     for ax, name in zip(fig.axes, means["category"].unique()):
-        for mask, rows in table[table["category"] == name].groupby("mask"):
+        for mask, rows in table.query("category == @name").groupby("mask"):
             ax.scatter(rows["percent"], rows["rate"], s=5, color=style.shown(mask)[1], lw=0)
         if name in reference:
             ax.axhline(reference[name], color="0.4", lw=0.9, ls="--", zorder=0)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from cdelta.artifact.figures.style import PAGE, PALETTE, styled
 from cdelta.files import read_toml
 from cdelta.paths import FIGURES
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled

@@ -10,19 +10,17 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
+from cdelta.files import read_toml
 from cdelta.methods.registry import METHODS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PAGE = 7.0
 """Width in inches of two paper columns."""
@@ -31,17 +29,9 @@ LOSS, GAIN = "#2166ac", "#b2182b"
 """Ends of the map for signed effects (RdBu_r): the component carries the metric, or works against
 it.
 """
-SHOWN = {key: (method.title, method.colour, "o") for key, method in METHODS.items()} | {
-    "circuit": ("the circuit", PALETTE[0], "o"),
-    "union": ("union of all circuits", "0.2", "o"),
-    "base_again": ("the base again", PALETTE[7], "o"),
-    "target": ("target", PALETTE[3], "o"),
-    "benign": ("benign counterpart", PALETTE[0], "s"),
-    "other": ("other categories", PALETTE[1], "^"),
-    "skills": ("skills", PALETTE[2], "D"),
-    "refused": ("already refused", PALETTE[7], "v"),
-    "borderline": ("borderline", PALETTE[4], "P"),
-}
+NAMES = read_toml(Path(__file__).with_name("names.toml"))
+SHOWN = {key: (method.title, method.colour, "o") for key, method in METHODS.items()}
+SHOWN |= NAMES["shown"]
 """Method, control or kind of prompt -> title, colour and marker, the same in all figures."""
 PERCENT = PercentFormatter(1, symbol="")
 styled = plt.style.context(str(Path(__file__).with_name("look.mplstyle")))
@@ -58,42 +48,47 @@ def title_of(key: str) -> str:
     return shown(key)[0]
 
 
-def in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows with their ``method`` in the registry's order, unknown ones last."""
-    places = {key: place for place, key in enumerate(METHODS)}
-    return table.sort_values("method", key=lambda keys: keys.map(places), kind="stable")
+def in_order(keys: Iterable[str]) -> list[str]:
+    """Methods once each, in the registry's order, unknown ones last."""
+    keys = dict.fromkeys(keys)
+    return [key for key in METHODS if key in keys] + [key for key in keys if key not in METHODS]
+
+
+def arranged(table: pd.DataFrame, column: str, order: Iterable[str]) -> pd.DataFrame:
+    """The rows that have one of some values in a column, in the order of these."""
+    rows = table.set_index(column)
+    return rows.loc[[value for value in order if value in rows.index]].reset_index()
 
 
 # ---------------------------------------------------------------------- layout
 
 
 def grid(
-    titles: Iterable[str], height: float, *, headline: str = "", columns: int = 0, **options
+    titles: Iterable[str], height: float, *, columns: int = 0, **options
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of one panel per title, in rows of `columns` (default: one row), under a `headline`;
-    without any title it says that there is nothing.
+    """A figure of one panel per title, in rows of `columns` (default: one row); without any title
+    it says that there is nothing.
 
     Args:
         height: of one row of panels, inches.
         options: of `matplotlib.pyplot.subplots`.
     """
     titles = list(titles)
-    columns = min(columns or len(titles), len(titles)) or 1
-    rows = -(-len(titles) // columns) or 1
-    size = (PAGE, height * rows + 0.25 * bool(headline))
+    count = len(titles) or 1
+    columns = min(columns or count, count)
+    rows = -(-count // columns)
     options = {"sharey": True, "squeeze": False} | options
-    fig, axes = plt.subplots(rows, columns, figsize=size, **options)
+    fig, axes = plt.subplots(rows, columns, figsize=(PAGE, height * rows), **options)
     for ax in axes.flat[len(titles) :]:
         ax.set_axis_off()
     for ax, title in zip(axes.flat, titles):
         ax.set_title(textwrap.fill(title, max(8, 85 // columns)))
     if not titles:
         fig.text(0.5, 0.5, "nothing of this kind in this run", ha="center", color="0.4")
-    fig.suptitle(textwrap.fill(headline, 100), x=0.01, ha="left")
-    return fig, axes.flat[: len(titles) or 1]
+    return fig, axes.flat[:count]
 
 
-def legend(fig: Figure, ax: Axes, xlabel: str = "", where: str = "outside lower center") -> None:
+def legend(fig: Figure, ax: Axes, xlabel: str = "") -> None:
     """One legend for the whole figure, of the artists in `ax` (none if it has none), under the
     shared `xlabel`.
     """
@@ -102,8 +97,13 @@ def legend(fig: Figure, ax: Axes, xlabel: str = "", where: str = "outside lower 
     if len(named) < 2:
         fig.supxlabel(xlabel)
         return
-    columns = 1 if "right" in where else min(len(named), 6)
-    fig.legend(named.values(), named.keys(), loc=where, ncols=columns, title=xlabel or None)
+    fig.legend(
+        named.values(),
+        named.keys(),
+        loc="outside lower center",
+        ncols=min(len(named), 6),
+        title=xlabel or None,
+    )
 
 
 def plain_log_axis(axis) -> None:
@@ -125,26 +125,25 @@ def forest(
     panel: str = "category",
     hue: str = "",
     line: float | None = None,
-    percent: bool = False,
-    **options,
+    sharex: bool = True,
 ) -> Figure:
     """Values with intervals, a line per `label`, a panel per `panel`, beside each other per
-    `hue`; rows ``label, panel, hue, rate, low, high``. `line` is drawn for comparison;
-    `options` are those of `grid`.
+    `hue`; rows ``label, panel, hue, rate, low, high``. `line` is drawn for comparison. Values are
+    shares where `xlabel` has a "%".
     """
     labels, kinds = list(table[label].unique()), table[hue or label].unique()
-    names = table[panel].unique()
-    fig, axes = grid(names, 0.95 + 0.17 * len(labels), **{"sharex": True} | options)
-    for ax, name in zip(axes, names):
+    fig, axes = grid(table[panel].unique(), 0.95 + 0.17 * len(labels), sharex=sharex)
+    for ax, (_, own) in zip(axes, table.groupby(panel, sort=False)):
         for place, kind in enumerate(kinds):
-            rows = table[(table[panel] == name) & (table[hue or label] == kind)]
+            rows = own[own[hue or label] == kind]
             title, colour, _ = shown(kind, place if hue else 0)
-            at = rows[label].map(labels.index) + bool(hue) * dodge(place, len(kinds))
+            apart = dodge(place, len(kinds)) if hue else 0
+            at = [labels.index(name) + apart for name in rows[label]]
             points(ax, rows, at, color=colour, label=title if hue else None)
+        if "%" in xlabel:
+            ax.xaxis.set_major_formatter(PERCENT)
         if line is not None:
             ax.axvline(line, color="0.5", lw=0.7, ls=":", zorder=0)
-        if percent:
-            ax.xaxis.set_major_formatter(PERCENT)
         ax.grid(axis="y", color="0.93", lw=0.6)
     axes[0].set_yticks(range(len(labels)), map(title_of, labels))
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
@@ -172,28 +171,25 @@ def lines(
     *,
     panel: str = "category",
     strong: str = "",
-    percent: bool = True,
-    log: bool = False,
+    log: bool = True,
     marks: Mapping[str, float] = {},
     height: float = 2.1,
-    headline: str = "",
     **options,
 ) -> Figure:
     """One panel per value of `panel`: a line with its interval band per `hue`, from rows ``panel,
     x, hue, rate, low, high``.
 
     `marks` draws a dotted vertical line per panel; the series `strong` is drawn heavier and above
-    the others; `options` are those of `grid`.
+    the others; `log`: the horizontal axis is logarithmic. Values are shares where `ylabel` has a
+    "%". `options` are those of `grid`.
     """
-    names, kinds = table[panel].unique(), table[hue].unique()
-    fig, axes = grid(names, height, headline=headline, **options)
-    for ax, name in zip(axes, names):
-        for place, kind in enumerate(kinds):
-            rows = table[(table[panel] == name) & (table[hue] == kind)]
-            band(ax, rows, x, kind, place, kind == strong)
+    fig, axes = grid(table[panel].unique(), height, **options)
+    for ax, (name, own) in zip(axes, table.groupby(panel, sort=False)):
+        for place, kind in enumerate(table[hue].unique()):
+            band(ax, own[own[hue] == kind], x, kind, place, kind == strong)
         if name in marks:
             ax.axvline(marks[name], color="0.4", lw=0.8, ls=":")
-        if percent:
+        if "%" in ylabel:
             ax.yaxis.set_major_formatter(PERCENT)
         if log:
             ax.set_xscale("log")
@@ -207,9 +203,9 @@ def lines(
 def band(ax: Axes, rows: pd.DataFrame, x: str, kind: str, place: int, strong: bool) -> None:
     """A line with its interval; a star where it is a single point."""
     title, colour, marker = shown(kind, place)
-    single, width = len(rows) == 1, 1.9 if strong else 1
-    look = {"marker": "*" if single else marker, "ms": 8 if single else 3, "zorder": 2 + strong}
-    ax.plot(rows[x], rows["rate"], color=colour, label=title, lw=width, **look)
+    marker, size = ("*", 8) if len(rows) == 1 else (marker, 3)
+    look = {"color": colour, "lw": 1.9 if strong else 1, "zorder": 2 + strong}
+    ax.plot(rows[x], rows["rate"], label=title, marker=marker, ms=size, **look)
     ends = rows[[x, "low", "high"]].astype(float)
     ax.fill_between(ends[x], ends["low"], ends["high"], color=colour, alpha=0.15, lw=0)
 
@@ -222,17 +218,15 @@ def stacked(
     *,
     slots: Sequence | None = None,
     rotation: int = 0,
-    headline: str = "",
 ) -> Figure:
     """Stacked bars, one panel per category, from rows ``category, x, part, value``; `slots`: all
     values of `x` that the axis shows.
     """
-    table = table[table["value"] > 0]
-    names, parts = table["category"].unique(), table[part].unique()
-    fig, axes = grid(names, 1.9, headline=headline)
-    for ax, name in zip(axes, names):
-        own = table[table["category"] == name].pivot_table("value", x, part, aggfunc="sum")
-        wide = own.reindex(index=slots, columns=parts).fillna(0)
+    table = table.query("value > 0")
+    fig, axes = grid(table["category"].unique(), 1.9)
+    for ax, (_, own) in zip(axes, table.groupby("category", sort=False)):
+        wide = own.pivot_table("value", x, part, aggfunc="sum")
+        wide = wide.reindex(index=slots, columns=table[part].unique()).fillna(0)
         wide.plot.bar(ax=ax, stacked=True, width=0.8, color=PALETTE, lw=0, legend=False, xlabel="")
         every = max(1, len(wide) // 8)
         ax.set_xticks(range(0, len(wide), every), wide.index[::every], rotation=rotation)
@@ -245,26 +239,24 @@ def heatmap(
     blocks: Mapping[str, pd.DataFrame],
     label: str,
     *,
-    framed: Iterable[tuple[str, str]] = (),
+    framed: Sequence[tuple[str, str]] = (),
     digits: int = 0,
     vmax: float = 100.0,
-    headline: str = "",
 ) -> Figure:
     """Annotated maps beside each other, of the same rows: title -> table. The `framed` cells (row,
     column) get a frame.
     """
     widths = [table.shape[1] for table in blocks.values()]
     height = 1.05 + 0.22 * max(map(len, blocks.values()))
-    options = {"sharey": False, "width_ratios": widths}
-    fig, axes = grid(blocks, height, headline=headline, **options)
+    fig, axes = grid(blocks, height, sharey=False, width_ratios=widths)
     for ax, table in zip(axes, blocks.values()):
         shade(ax, table, vmax, annot=True, fmt=f".{digits}f", annot_kws={"fontsize": 6.5})
         ax.set_xticks(ax.get_xticks(), table, rotation=40, ha="right", rotation_mode="anchor")
         for row, column in framed:
             if column in table:
                 corner = (table.columns.get_loc(column), table.index.get_loc(row))
-                look = {"fill": False, "ec": PALETTE[0], "lw": 1.3, "clip_on": False, "zorder": 3}
-                ax.add_patch(plt.Rectangle(corner, 1, 1, **look))
+                look = {"fill": False, "ec": PALETTE[0], "lw": 1.3, "clip_on": False}
+                ax.add_patch(plt.Rectangle(corner, 1, 1, zorder=3, **look))
     for ax in axes[1:]:
         ax.set_yticks([])
     fig.colorbar(axes[0].collections[0], ax=axes, label=label, shrink=0.85, aspect=25)
@@ -273,8 +265,8 @@ def heatmap(
 
 def shade(ax: Axes, table: pd.DataFrame, vmax: float, **look) -> None:
     """A map of values from 0 to `vmax`; grey where there are none."""
-    look = {"vmin": 0, "vmax": vmax, "cmap": "rocket_r", "cbar": False} | look
-    sns.heatmap(table.astype(float), ax=ax, **look)
+    values = table.astype(float)
+    sns.heatmap(values, ax=ax, vmin=0, vmax=vmax, cmap="rocket_r", cbar=False, **look)
     ax.set(xlabel="", ylabel="", facecolor="0.92")
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
