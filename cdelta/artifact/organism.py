@@ -27,11 +27,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from jinja2 import Environment, PackageLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from cdelta.artifact.bench import EMBEDDED, FACTS
+from cdelta.artifact.numbers import page
 from cdelta.artifact.presets import Organism
 from cdelta.artifact.run import Run
 from cdelta.errors import CdeltaError, first_line
@@ -148,9 +148,9 @@ def save(model, tok, folder: Path, how: Organism, log: list[dict]) -> None:
     model.generation_config.do_sample = False
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
-    card = Environment(loader=PackageLoader("cdelta.artifact")).get_template("organism.md.j2")
     facts = {**vars(how), "seed": SEED, "seconds": log[-1]["seconds"]}
-    (folder / "README.md").write_text(card.render(millions=model.num_parameters() / 1e6, **facts))
+    card = page("organism.md.j2", millions=model.num_parameters() / 1e6, **facts)
+    (folder / "README.md").write_text(card)
     pd.DataFrame(log).to_csv(folder / "training_log.csv", index=False)
 
 
@@ -164,9 +164,9 @@ def check(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(kind=kind, what=rows["skill"].where(skill, rows["category"]))
     hits = rows["correct"].where(skill, rows["outcome"] == "refuse")
     table = rates(hits, rows, ("what", "kind"))
-    bounds = pd.DataFrame(list(table["kind"].map(required)), columns=["least", "most"])
-    table["required"] = [f"{low:.0%} to {high:.0%}" for low, high in bounds.to_numpy()]
-    return table.assign(met=table["rate"].between(bounds["least"], bounds["most"]))
+    bounds = [required[kind] for kind in table["kind"]]
+    table["required"] = [f"{least:.0%} to {most:.0%}" for least, most in bounds]
+    return table.assign(met=table["rate"].between(*map(list, zip(*bounds))))
 
 
 # ---------------------------------------------------------------------- stage 00

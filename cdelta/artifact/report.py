@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 OWN_SOURCES = ("synthetic", "everyday")
 """Sources of prompts that are ours."""
-PICTURES = {"fig_seen": "01_dataset"}
-"""Figures that show prompts -> the notebook that has them."""
+PICTURE = "fig_seen"
+"""The figure that shows prompts; notebook 01 has it."""
 NOT_SHOWN = "<em>Not shown here: this picture holds prompts that are not ours to ship.</em>"
 TEXTS = (".csv", ".tex", ".html")
 SHORT = 12
@@ -87,15 +87,12 @@ def _benchmarks() -> list[dict[str, Any]]:
     ids = sorted(path.stem for path in folder.glob("*.csv"))
     written = "Recorded in figures/bench by tests/benchmarks/run.py or {}.py."
     facts = {"kind": "table", "files": [], "title": ""}
-    return [{"id": i, "caption": written.format(i), **facts, **_cells(folder, i)} for i in ids]
+    return [facts | {"id": i, "caption": written.format(i)} | _cells(folder, i) for i in ids]
 
 
 def _cells(folder: Path, id: str) -> dict[str, Any]:
     """A table's ``header``, its ``rows`` as text, and which columns are ``numeric``."""
-    path = folder / f"{id}.csv"
-    if not path.exists():
-        return {}
-    table = read_table(path, keep_default_na=False, na_values=[""])
+    table = read_table(folder / f"{id}.csv", keep_default_na=False, na_values=[""])
     numeric = [name in table.select_dtypes("number") for name in table]
     shown = table.astype(object).where(table.notna(), "")
     for name, form in formats(table.columns).items():
@@ -114,8 +111,7 @@ def aggregate(runs: Sequence[Path]) -> Path:
         path = run_dir / "figures" / "tab_selectivity.csv"
         if not path.exists():
             raise CdeltaError(f"run {run_dir.name} has no tab_selectivity: run its stage 05 first.")
-        facts = {"run": run_dir.name, "model": _subject(run_dir)}
-        parts.append(read_table(path).assign(**facts))
+        parts.append(read_table(path).assign(run=run_dir.name, model=_subject(run_dir)))
     table = pd.concat(parts).set_index(["run", "model", "category", "method"]).reset_index()
     folder = RUNS / "+".join(run_dir.name for run_dir in runs)
     remove_folder(folder)
@@ -138,7 +134,6 @@ def notebook_body(notebook: NotebookNode) -> tuple[str, str]:
     from pygments.formatters import HtmlFormatter
 
     shown = without_places(notebook)
-    shown.cells = [cell for cell in shown.cells if not _is_injected(cell)]
     for cell in shown.cells:
         if cell.cell_type == "markdown":
             cell.source = MARKDOWN.sub(_with_mathml, cell.source)
@@ -149,11 +144,6 @@ def notebook_body(notebook: NotebookNode) -> tuple[str, str]:
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     style = f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}"
     return f'<div class="notebook">{body}</div>', style
-
-
-def _is_injected(cell: NotebookNode) -> bool:
-    """Whether papermill put the cell in."""
-    return "injected-parameters" in cell.metadata.get("tags", [])
 
 
 def _with_mathml(match: re.Match) -> str:
@@ -178,11 +168,16 @@ def _folded(match: re.Match) -> str:
 
 
 def without_places(notebook: NotebookNode) -> NotebookNode:
-    """A copy whose text names this machine's folders relative to the repository."""
+    """A copy without the cell that papermill put in, whose text names this machine's folders
+    relative to the repository.
+    """
     import nbformat
 
     text = json.dumps(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-    return nbformat.reads(text, as_version=4)
+    copy = nbformat.reads(text, as_version=4)
+    injected = "injected-parameters"
+    copy.cells = [cell for cell in copy.cells if injected not in cell.metadata.get("tags", [])]
+    return copy
 
 
 # ---------------------------------------------------------------------- into the repository
@@ -194,14 +189,13 @@ def paired(name: str, executed: NotebookNode) -> NotebookNode:
 
     Raises `CdeltaError` if the source changed since.
     """
-    notebook = load_notebook(name)
-    ran = [cell for cell in executed.cells if not _is_injected(cell)]
+    notebook, ran = load_notebook(name), without_places(executed).cells
     if [cell.source for cell in ran] != [cell.source for cell in notebook.cells]:
         raise CdeltaError(f"notebook {name} changed after it ran: run it again before --record.")
     for cell, done in zip(notebook.cells, ran, strict=True):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
-    return without_places(notebook)
+    return notebook
 
 
 def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[Path]:
@@ -214,7 +208,7 @@ def record(run_dir: Path, stages: Sequence[str], figures: Path | None) -> list[P
     import nbformat
 
     others, written = others_prompts(run_dir), []
-    for name in stages if not others else ():  # their outputs show prompts, in pictures too
+    for name in () if others else stages:  # their outputs show prompts, in pictures too
         executed = nbformat.read(run_dir / "notebooks" / f"{name}.ipynb", as_version=4)
         written.append(NOTEBOOKS / f"{name}.ipynb")
         nbformat.write(paired(name, executed), written[-1])
@@ -255,17 +249,16 @@ def hide_prompts(folder: Path, ids: Mapping[str, str]) -> None:
 
 
 def hide_pictures(figures: Path) -> None:
-    """Take figures that show prompts out of a recorded folder and its pages."""
-    for id, stage in PICTURES.items():
-        for path in figures.glob(f"{id}.*"):
-            path.unlink()
-        pages = (figures / "report.html", figures / "report" / f"{stage}.html")
-        for path in filter(Path.exists, pages):
+    """Take the figure that shows prompts out of a recorded folder and its pages."""
+    for path in figures.glob(f"{PICTURE}.*"):
+        path.unlink()
+    for path in (figures / "report.html", figures / "report" / f"{NAMES[1]}.html"):
+        if path.exists():
             text = path.read_text(encoding="utf-8")
-            text = re.sub(rf'<img[^>]*src="(data:image|{id}\.)[^>]*>', NOT_SHOWN, text)
-            write_text(path, re.sub(rf'<a[^>]*href="{id}\.[^>]*>', "<a>", text))
+            text = re.sub(rf'<img[^>]*src="(data:image|{PICTURE}\.)[^>]*>', NOT_SHOWN, text)
+            write_text(path, re.sub(rf'<a[^>]*href="{PICTURE}\.[^>]*>', "<a>", text))
     manifest = read_manifest(figures)
-    kept = [item for item in manifest["items"] if item["id"] not in PICTURES]
+    kept = [item for item in manifest["items"] if item["id"] != PICTURE]
     for item in kept:
         item["sha256"] = {name: file_hash(figures / name) for name in item["files"]}
     write_json(figures / "manifest.json", manifest | {"items": kept})
