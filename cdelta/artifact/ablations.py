@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 
@@ -17,14 +18,10 @@ from cdelta.circuit.selection import select_units
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.stats import wilson
+from cdelta.files import read_toml
 
-UPDATES: Mapping[str, Mapping[str, object]] = {
-    "retained by each side": {"retain_on": "sides"},
-    "rows weighed alike": {"focus": 0.0},
-    "retain rows at random": {"retain_pool": 1},
-    "θ⁺ alone": {"objective": "positive"},
-    "KL": {"retain_loss": "kl"},
-}
+UPDATES: Mapping[str, Mapping[str, object]]
+UPDATES = read_toml(Path(__file__).with_name("ablations.toml"))["updates"]
 """Name of a change to the training -> fields of `EditRecipe`."""
 RANDOM_MASKS = 3
 """Random masks of every size: one alone tells nothing about the next."""
@@ -61,7 +58,7 @@ def fit_variant(bench: Bench, variant: Variant) -> WeightDelta:
     """Train a variant as notebook 04 trains the edit, with its one change."""
     category, varied, value, draw = variant
     settings, spec = bench.run.settings, bench.spec
-    seed, usual = settings.seeds[0], settings.circuit
+    seed = settings.seeds[0]
     if varied == AS_IS:
         return bench.delta(category, seed)
     recipe, mask = settings.recipe.seeded(seed), bench.mask(category)
@@ -70,9 +67,10 @@ def fit_variant(bench: Bench, variant: Variant) -> WeightDelta:
     elif varied == "random":
         mask = random_mask(spec, value, seed + draw)
     else:
-        kept = varied == "circuit"
-        units = ranked(bench.scores, category, usual.ranking if kept else value)
-        mask = select_units(spec, *units, value if kept else usual.param_budget).to_mask(spec)
+        field = "param_budget" if varied == "circuit" else "ranking"
+        how = replace(settings.circuit, **{field: value})
+        units = ranked(bench.scores, category, how.ranking)
+        mask = select_units(spec, *units, how.param_budget).to_mask(spec)
     return bench.fit(mask, category, recipe).delta
 
 

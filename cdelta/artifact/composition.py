@@ -84,12 +84,12 @@ def interference(rows: pd.DataFrame) -> pd.DataFrame:
     category's benign counterparts; ``utility`` over all skills.
     """
     rows = with_kind(rows, ())
-    base = rows[rows["method"] == BASE]
+    base = rows.query("method == @BASE")
     categories = dict.fromkeys(base.loc[base["kind"].isin(HARMFUL), "category"])
     columns = ["edit_category", "method", "k", "param_fraction"]
     found = []
     for key, own in rows.groupby(columns, sort=False):
-        benign, skills = own[own["kind"] == "benign"], own[own["kind"] == "skills"]
+        benign, skills = own.query("kind == 'benign'"), own.query("kind == 'skills'")
         facts = dict(zip(("subset", *columns[1:]), (key[0] or BASE, *key[1:])))
         for category in categories:
             refusal = _harm_refused(own, category)
@@ -142,16 +142,16 @@ def removals(bench: Bench, deltas: Deltas, test: pd.DataFrame, rows: pd.DataFram
 
     `rows`: the base's rows of the test prompts, and those of the sum of all.
     """
-    rows = with_kind(rows, ())
-    everything, names = compose(list(deltas.values())), list(deltas)
-    base, full = rows[rows["method"] == BASE], rows[rows["edit_category"] == edit_name(names)]
+    rows, everything, names = with_kind(rows, ()), compose(list(deltas.values())), list(deltas)
+    base = rows.query("method == @BASE")
+    full = rows[rows["edit_category"] == edit_name(names)]
     found = []
     for category, delta in deltas.items():
         others = [name for name in names if name != category]
         left = everything - delta.k * delta
         rest = left - compose([deltas[name] for name in others]) if others else left
         after = with_kind(bench.answers_of(left, full["k"].iloc[0], test), ())
-        own = after[after["category"] == category].set_index("id")["outcome"]
+        own = after.query("category == @category").set_index("id")["outcome"]
         found.append(
             {
                 "category": category,

@@ -148,7 +148,8 @@ def _control_row(found: Compared, kind: str, size: float) -> dict[str, object]:
     areas = areas.T.groupby(level=[0, 1]).mean()
     own = areas.loc["circuit"]
     control = areas.loc[kind].reindex(own.index, method="ffill")  # what is run once serves all
-    difference = bootstrap_ratio((own - control).mean(), effect)
+    gap = own - control
+    difference = bootstrap_ratio(gap.mean(), effect)
     overlaps = [shared[near] for key, (_, shared) in found.items() if key[0] == kind]
     f, kl = "runs.faithfulness", "runs.faithfulness_kl"
     better = fractions[mean(found, kind, f) > mean(found, "circuit", f) + BETTER]
@@ -157,7 +158,7 @@ def _control_row(found: Compared, kind: str, size: float) -> dict[str, object]:
         "CPR circuit": own.mean().sum() / effect.sum(),
         "CPR control": control.mean().sum() / effect.sum(),
         **difference.named("difference"),
-        "worst seed": (own - control).sum(axis=1).min() / effect.sum(),
+        "worst seed": gap.sum(axis=1).min() / effect.sum(),
         "beats": difference.low > 0,
         f"shared at {fractions[near]:g}": np.mean(overlaps),
         "f KL circuit": mean(found, "circuit", kl)[near],
@@ -176,9 +177,8 @@ def curve_table(found: Mapping[str, Compared]) -> pd.DataFrame:
         for kind in kinds(own):
             for fraction, values in zip(curve.fractions, mean(own, kind, "runs.restored")):
                 f = bootstrap_ratio(values, curve.runs.effect.numpy(), draws=1000)
-                row = {"category": category, "kind": kind, "fraction": fraction}
-                rows.append(row | f.named("f"))
-    return pd.DataFrame(rows)
+                rows.append((category, kind, fraction, *f))
+    return pd.DataFrame(rows, columns=["category", "kind", "fraction", "f", "low", "high"])
 
 
 def faithfulness_row(study: CircuitStudy, category: str) -> list[dict[str, float]]:
@@ -191,34 +191,31 @@ def faithfulness_row(study: CircuitStudy, category: str) -> list[dict[str, float
     of single units (at most `Study.left_out`, evenly from all) whose removal from the circuit's own
     run does not lower the metric, on the first `Study.again_pairs` pairs.
     """
-    how, rows, circuit = study.how, {"rows": study.rows}, study.circuits[category]
-    pairs, units, scores = study.held_out[category], study.units[category], study.scores[category]
-    known, fractions = (study.model, pairs, study.metric), how.fractions
-    few = (study.model, pairs[: how.edge_pairs], study.metric)
-    chains = unit_circuits(study.spec, *units, fractions)
-    by_unit = curves(*known, {"": chains}, fractions, **rows)[""]
-    chains = edge_circuits(scores, study.spec, fractions)
-    by_edge = curves(*few, {"": chains}, fractions, **rows)[""]
-    runs = {outside: evaluate(*known, [circuit], outside, **rows) for outside in OUTSIDE}
-    whole = runs["corrupted"]
-    interval = bootstrap_ratio(whole.restored[0].numpy(), whole.effect.numpy())
-    rest = evaluate(*known, [circuit], ablate=True, **rows)
+    how, circuit, rows = study.how, study.circuits[category], {"rows": study.rows}
+    model, pairs, metric = study.model, study.held_out[category], study.metric
+    chain = unit_circuits(study.spec, *study.units[category], how.fractions)
+    units = curves(model, pairs, metric, {"": chain}, how.fractions, **rows)[""]
+    chain = edge_circuits(study.scores[category], study.spec, how.fractions)
+    edges = curves(model, pairs[: how.edge_pairs], metric, {"": chain}, how.fractions, **rows)[""]
+    runs = {kind: evaluate(model, pairs, metric, [circuit], kind, **rows) for kind in OUTSIDE}
+    whole, rest = runs["corrupted"], evaluate(model, pairs, metric, [circuit], ablate=True, **rows)
     nodes = circuit.nodes[:: -(-len(circuit.nodes) // how.left_out) or 1]
-    few = (study.model, pairs[: how.again_pairs], study.metric)
-    falls = leave_one_out(*few, circuit, {node: Circuit((node,)) for node in nodes}, **rows)
+    single = {node: Circuit((node,)) for node in nodes}
+    falls = leave_one_out(model, pairs[: how.again_pairs], metric, circuit, single, **rows)
     effect = whole.effect[: how.again_pairs].mean()
     idle = [(effect * fall.mean()).item() <= 0 for fall in falls.values()]
-    row = {
-        "CPR": by_unit.cpr,
-        "CMD": by_unit.cmd,
-        "CPR edges": by_edge.cpr,
-        "CMD edges": by_edge.cmd,
-        **interval.named("f"),
-        "f zero": runs["zero"].faithfulness.item(),
-        "f mean": runs["mean"].faithfulness.item(),
-        "KL (nats)": whole.kl_circuits.mean().item(),
-        "f KL": whole.faithfulness_kl.item(),
-        "rest": rest.faithfulness.item(),
-        "idle units": float(np.mean(idle)) if idle else 0.0,
-    }
-    return [row]
+    return [
+        {
+            "CPR": units.cpr,
+            "CMD": units.cmd,
+            "CPR edges": edges.cpr,
+            "CMD edges": edges.cmd,
+            **bootstrap_ratio(whole.restored[0].numpy(), whole.effect.numpy()).named("f"),
+            "f zero": runs["zero"].faithfulness.item(),
+            "f mean": runs["mean"].faithfulness.item(),
+            "KL (nats)": whole.kl_circuits.mean().item(),
+            "f KL": whole.faithfulness_kl.item(),
+            "rest": rest.faithfulness.item(),
+            "idle units": float(np.mean(idle)) if idle else 0.0,
+        }
+    ]

@@ -6,6 +6,7 @@ Third-party harmful prompts appear shortened.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,9 @@ def sample_answers(rows: pd.DataFrame) -> pd.DataFrame:
     answer, outcome``.
     """
     shown = rows.groupby(["category", "kind"], sort=False).head(1).reset_index(drop=True)
-    prompts, answers = (
-        shown["prompt"].apply(shorten, words=12),
-        shown["answer"].apply(shorten, words=25),
-    )
-    columns = ["category", "kind", "prompt", "answer", "outcome"]
-    return shown.assign(prompt=prompts, answer=answers)[columns]
+    shown["prompt"] = shown["prompt"].apply(shorten, words=12)
+    shown["answer"] = shown["answer"].apply(shorten, words=25)
+    return shown[["category", "kind", "prompt", "answer", "outcome"]]
 
 
 def base_kinds(rows: pd.DataFrame) -> pd.DataFrame:
@@ -71,7 +69,7 @@ def base_kinds(rows: pd.DataFrame) -> pd.DataFrame:
 
 def base_refusal(rows: pd.DataFrame) -> pd.DataFrame:
     """Refusal by the base, per ``category, kind`` of prompt: ``rate, low, high, n``."""
-    policy = base_kinds(rows).query("kind != 'skills'").reset_index(drop=True)
+    policy = base_kinds(rows).query("kind != 'skills'")
     return rates(policy["outcome"] == "refuse", policy, ["category", "kind"])
 
 
@@ -97,21 +95,16 @@ def sources_table(policy: Policy) -> pd.DataFrame:
     """One line per source: revision and whether we pinned it, licence, gating, rows kept, what was
     not selected or why it was skipped.
     """
-    whole = policy.report.query("split == ''")
-    left = whole[whole["rows"] > 0]
-    notes = left["step"] + ": " + left["rows"].astype(str) + " rows other than " + left["detail"]
-    notes = dict(zip(left["source"], notes))
-    known = {source["source"]: source for source in policy.manifest["sources"]}
-    found = []
-    for row in policy.manifest["contents"]:
-        facts = {key: known[row["source"]].get(key, False) for key in ("pinned", "gated")}
-        found.append(row | facts | {"note": notes.get(row["source"], "")})
-    for row in whole.query("step == 'skipped'").itertuples():
-        source = SOURCES[row.source]
-        facts = {"source_revision": source.revision, "license": source.license, "rows": 0}
-        facts |= {"pinned": True, "gated": source.gated, "note": row.detail}
-        found.append({"source": row.source} | facts)
-    return pd.DataFrame(found)
+    notes, skipped = {}, []
+    for row in policy.report.query("split == ''").itertuples():
+        notes[row.source] = f"{row.step}: {row.rows} rows other than {row.detail}"
+        if row.step == "skipped":
+            source, notes[row.source] = SOURCES[row.source], row.detail
+            skipped.append((row.source, source.revision, source.license, 0, True, source.gated))
+    origins = pd.DataFrame(policy.manifest["sources"])[["source", "pinned", "gated"]]
+    read = pd.DataFrame(policy.manifest["contents"]).merge(origins.drop_duplicates("source"))
+    table = pd.concat([read, pd.DataFrame(skipped, columns=list(read))], ignore_index=True)
+    return table.assign(note=[notes.get(name, "") for name in table["source"]])
 
 
 def near_repeats(policy: Policy) -> int:
@@ -139,8 +132,7 @@ def tokenizers(tok, prompts: Sequence[str], vocabulary: int = 1000) -> dict[str,
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     options = {"initial_alphabet": alphabet, "show_progress": False}
     bpe.train_from_iterator(prompts, hf.trainers.BpeTrainer(vocab_size=vocabulary, **options))
-    names = ("bos_token", "eos_token")
-    special = {name: getattr(tok, name) for name in names if getattr(tok, name, None)}
+    special = {"bos_token": tok.bos_token, "eos_token": tok.eos_token}
     trained = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
     trained.chat_template = tok.chat_template
     return {"the model's own": tok, f"BPE of {vocabulary} trained here": trained}
@@ -151,12 +143,10 @@ def pair_yields(policy: Policy, tokenizers: Mapping[str, object]) -> pd.DataFram
     `PairYield.as_dict` and `tokenizer`.
     """
     found = []
-    for name, tok in tokenizers.items():
-        for category in policy.categories:
-            roles = ("target", "benign")
-            rows = policy.select(split="discover", category=category, role=roles, ood_set="")
-            where = {"category": category, "split": "discover"}
-            found.append({"tokenizer": name} | pair_yield(rows, tok).as_dict() | where)
+    for (name, tok), category in product(tokenizers.items(), policy.categories):
+        where = {"category": category, "split": "discover"}
+        rows = policy.select(**where, role=("target", "benign"), ood_set="")
+        found.append({"tokenizer": name} | pair_yield(rows, tok).as_dict() | where)
     return pd.DataFrame(found)
 
 
@@ -165,15 +155,18 @@ def example_pairs(policy: Policy, count: int = 2) -> pd.DataFrame:
     harmful third-party text is shortened.
     """
     rows = policy.records.query("split == 'discover' and pair_id != ''")
-    benign = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
-    pairs = rows[rows["role"] == "target"].join(
-        benign["prompt"].rename("benign"), "pair_id", "inner"
-    )
+    benign = _counterparts(rows)["prompt"].rename("benign")
+    pairs = rows.query("role == 'target'").join(benign, "pair_id", "inner")
     pairs = pairs.groupby("category").head(count)
-    short = pairs["prompt"].map(shorten)
-    pairs["prompt"] = pairs["prompt"].mask(pairs["source"].isin(list(SOURCES)), short)
+    foreign, prompts = pairs["source"].isin(list(SOURCES)), pairs["prompt"]
+    pairs["prompt"] = prompts.mask(foreign, prompts.map(shorten))
     columns = ["category", "prompt", "benign", "source"]
     return pairs[columns].sort_values("category", kind="stable", ignore_index=True)
+
+
+def _counterparts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The benign prompt of every pair, by its ``pair_id``."""
+    return rows.query("role == 'benign'").drop_duplicates("pair_id").set_index("pair_id")
 
 
 def keyword_audit(records: pd.DataFrame) -> pd.DataFrame:
@@ -185,8 +178,8 @@ def keyword_audit(records: pd.DataFrame) -> pd.DataFrame:
     """
     found = []
     for category, words in read_toml(Path(__file__).with_name("keywords.toml")).items():
-        own = (records["role"] == "target") & (records["category"] == category)
-        prompts = records.loc[own, "prompt"].map(normalise)
+        own = records.query("role == 'target' and category == @category")
+        prompts = own["prompt"].map(normalise)
         without = (~prompts.str.contains(rf"(?:^| )(?:{'|'.join(words)})")).sum()
         found.append({"category": category, "rows": len(prompts), "without": without})
     table = pd.DataFrame(found).query("rows > 0")
@@ -212,17 +205,16 @@ def text_classifier(
     words = {"preprocessor": normalise, "token_pattern": r"\S+", "ngram_range": (1, 2)}
     found = []
     for category in categories:
-        rows = with_kind(records, category)
+        rows = with_kind(records, category).assign(category=category)
         rows["ood_set"] = rows["ood_set"].replace("", "in distribution")
-        train = rows[rows["split"] == "edit"]
-        test = rows[rows["split"] == split].reset_index(drop=True)
+        train = rows.query("split == 'edit'")
+        test = rows.query("split == @split").reset_index(drop=True)
         judge = LogisticRegression(C=10, class_weight="balanced", max_iter=1000)
         judge = make_pipeline(TfidfVectorizer(**words), judge)
         judge.fit(train["prompt"], train["kind"] == "target")
         refused = judge.predict(test["prompt"]) if len(test) else []
-        table = rates(pd.Series(refused, dtype=bool), test, ["ood_set", "kind"])
-        table.insert(0, "category", category)
-        found.append(table)
+        by = ["category", "ood_set", "kind"]
+        found.append(rates(pd.Series(refused, dtype=bool), test, by))
     return pd.concat(found, ignore_index=True)
 
 
@@ -230,7 +222,7 @@ def classifier_line(table: pd.DataFrame) -> dict[str, float]:
     """The classifier's refusal of the target in distribution, per category, and for all as
     ``target``; out of distribution as ``unseen``.
     """
-    target = table[table["kind"] == "target"]
+    target = table.query("kind == 'target'")
     near = target["ood_set"] == "in distribution"
     line = target.groupby(near.map({True: "target", False: "unseen"}))["rate"].mean()
     return line.to_dict() | dict(zip(target["category"][near], target["rate"][near]))
@@ -249,11 +241,10 @@ def benign_lengths(collected: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 # ---------------------------------------------------------------------- attribution
 
 
-def first_prompts(records: pd.DataFrame, found: PairYield) -> tuple[str, str]:
+def first_prompts(records: pd.DataFrame, found: PairYield) -> list[str]:
     """The first pair's two prompts, shortened."""
-    prompts = records.drop_duplicates("id").set_index("id")["prompt"]
-    target, benign = found.ids[0]
-    return shorten(prompts[target], 9), shorten(prompts[benign], 9)
+    prompts = dict(zip(records["id"], records["prompt"]))
+    return [shorten(prompts[id], 9) for id in found.ids[0]]
 
 
 def seen_pairs(
@@ -268,18 +259,17 @@ def seen_pairs(
     """
     rows = records.query("split != 'test' and pair_id != ''")
     rows = rows.merge(base[["id", "outcome", "answer"]], on="id")
-    benign = rows[rows["role"] == "benign"].drop_duplicates("pair_id").set_index("pair_id")
-    own = (rows["role"] == "target") & (rows["category"] == category)
-    targets = rows[own & rows["pair_id"].isin(benign.index)].drop_duplicates("outcome")
-    found = []
+    benign = _counterparts(rows)
+    own = "role == 'target' and category == @category and pair_id in @benign.index"
+    targets, found = rows.query(own).drop_duplicates("outcome"), []
     for target in targets.sort_values("outcome", ascending=False).head(2).to_dict("records"):
         sides = [target, benign.loc[target["pair_id"]]]
         tokens = [[tok.decode([i]) for i in chat_ids(tok, side["prompt"])] for side in sides]
         for side, mine, other in zip(sides, tokens, tokens[::-1]):
             shown = mine[:most] + ["…"] * (len(mine) > most)
             differs = [token not in (*other, "…") for token in shown]
-            said = side["outcome"], shorten(side["answer"], 12)
-            found.append((side["role"], shown, differs, *said))
+            answer = shorten(side["answer"], 12)
+            found.append((side["role"], shown, differs, side["outcome"], answer))
     return pd.DataFrame(found, columns=["role", "tokens", "differs", "outcome", "answer"])
 
 

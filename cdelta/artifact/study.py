@@ -73,7 +73,7 @@ def attribution_tables(
     """
     run, records = bench.run, bench.policy.records
     refused = records.query("split == 'discover' and role == 'other_harm'")
-    sizes = refused.groupby("category", sort=False).size()
+    sizes = refused["category"].value_counts(sort=False)
     # it is only compared with: where it has too few prompts, it is left out
     harm = sizes[sizes >= run.settings.attribution.min_pairs].index
     scores, rows, costs = {}, [], []
@@ -94,13 +94,13 @@ def category_scores(bench: Bench, metric: Metric | SequenceMetric, category: str
     base.
     """
     model, recipe, work = bench.model, bench.run.settings.recipe, bench.run.scratch(category)
-    how = recipe.attribution
     if (work / COST).exists():
         return Scores.load(work / "scores")
     pairs, _ = recipe_pairs(bench.policy.records, category, bench.tok, recipe)
-    edited = category in bench.run.settings.categories
-    on = recipe if edited else replace(recipe, attribution=replace(how, localise_on="base"))
-    with refusing(model, bench.tok, bench.base, on, category, checkpoint=work):
+    if category not in bench.run.settings.categories:
+        recipe = replace(recipe, attribution=replace(recipe.attribution, localise_on="base"))
+    how = recipe.attribution
+    with refusing(model, bench.tok, bench.base, recipe, category, checkpoint=work):
         guess = estimate_cost(model, pairs, metric, how.method, how.ig_steps, how.micro_batch)
         attribute = partial(recipe_scores, model, pairs, metric, recipe)
         scores, cost = measured(attribute, model.device)
@@ -267,10 +267,11 @@ def stability(study: CircuitStudy, category: str) -> pd.DataFrame:
         a, b = (ranked(scores, category, study.ranking) for scores in drawn)
         jaccard = study.selected(a).jaccard(study.selected(b))
         rows.append((name, jaccard, spearmanr(a.flat().abs(), b.flat().abs()).statistic))
-    kinds, ends = ("Jaccard", "rank correlation"), {"": 0.5, " low": 0.025, " high": 0.975}
+    kinds = ["Jaccard", "rank correlation"]
     groups = pd.DataFrame(rows, columns=["variation", *kinds]).groupby("variation", sort=False)
-    parts = [groups[k].quantile(q).rename(k + end) for k in kinds for end, q in ends.items()]
-    return pd.concat(parts, axis=1).reset_index()
+    table = groups.quantile([0.5, 0.025, 0.975]).unstack(sort=False)
+    names = [f"{kind}{end}" for kind in kinds for end in ("", " low", " high")]
+    return table.set_axis(names, axis=1).reset_index()
 
 
 def overlap(study: CircuitStudy) -> pd.DataFrame:
@@ -280,26 +281,26 @@ def overlap(study: CircuitStudy) -> pd.DataFrame:
     rng, redone = np.random.default_rng(0), []
     for _ in range(study.how.bootstrap):
         drawn = {name: redrawn(own, rng) for name, own in study.scores.items()}
-        own = {name: study.selected(ranked(drawn, name, study.ranking)) for name in study.circuits}
-        redone.append(jaccard_matrix(own))
+        own = [study.selected(ranked(drawn, name, study.ranking)) for name in study.circuits]
+        redone.append(jaccards(own))
     low, high = np.quantile(redone, [0.025, 0.975], axis=0)
-    own = jaccard_matrix(study.circuits)
-    rows = [
-        (own.index[i], own.index[j], own.iloc[i, j], low[i, j], high[i, j])
-        for i, j in combinations(range(len(own)), 2)
-    ]
-    return pd.DataFrame(rows, columns=["first", "second", "Jaccard", "low", "high"])
+    table = pd.DataFrame(list(combinations(study.circuits, 2)), columns=["first", "second"])
+    return table.assign(Jaccard=jaccards(study.circuits.values()), low=low, high=high)
 
 
 def chance_overlap(study: CircuitStudy) -> float:
     """What two random masks of the circuits' size share (Jaccard)."""
     masks = [random_mask(study.spec, study.budget, seed) for seed in range(4)]
-    pairs = combinations([Circuit(mask.units) for mask in masks], 2)
-    return float(np.mean([a.jaccard(b) for a, b in pairs]))
+    return float(np.mean(jaccards([Circuit(mask.units) for mask in masks])))
+
+
+def jaccards(circuits: Iterable[Circuit]) -> list[float]:
+    """Overlap of every two circuits, pair by pair."""
+    return [a.jaccard(b) for a, b in combinations(circuits, 2)]
 
 
 def jaccard_matrix(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
-    """Overlap of every two circuits."""
+    """Overlap of every two circuits, as a square."""
     rows = [[a.jaccard(b) for b in circuits.values()] for a in circuits.values()]
     return pd.DataFrame(rows, index=list(circuits), columns=list(circuits))
 
@@ -308,8 +309,7 @@ def sharing(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
     """In how many categories' circuits each circuit's units are: rows ``category, units, in N``."""
     owners = Counter(node for circuit in circuits.values() for node in circuit.nodes)
     rows = []
-    for category, units in product(circuits, ("heads", "neurons")):
-        letter = "a" if units == "heads" else "m"
+    for category, (letter, units) in product(circuits, (("a", "heads"), ("m", "neurons"))):
         counts = Counter(owners[n] for n in circuits[category].nodes if n.startswith(letter))
         row = {"category": category, "units": units}
         rows.append(row | {f"in {n}": counts[n] for n in range(1, len(circuits) + 1)})
@@ -334,12 +334,12 @@ def component_table(study: CircuitStudy, category: str) -> list[dict]:
         "direct": direct_effects(*known, pieces, **rows),
         "left out": leave_one_out(*known, circuit, pieces, **rows),
     }
-    found = []
-    for kind, values in effects.items():
-        for part, fall in values.items():
-            mean = bootstrap_mean(fall.numpy().round(DECIMALS), draws=1000)
-            found.append({"part": part, "effect": kind, **mean._asdict()})
-    return found
+    return [
+        {"part": part, "effect": kind}
+        | bootstrap_mean(fall.numpy().round(DECIMALS), draws=1000)._asdict()
+        for kind, falls in effects.items()
+        for part, fall in falls.items()
+    ]
 
 
 def strongest_parts(table: pd.DataFrame, most: int = 12) -> pd.DataFrame:

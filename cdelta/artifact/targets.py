@@ -5,6 +5,7 @@ interval and verdict.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 
 from cdelta.evaluation.comparison import compare, measured
 from cdelta.evaluation.rates import BASE, Rate, in_distribution, paired_means, views
-from cdelta.evaluation.stats import bootstrap_ratio, paired_interval
+from cdelta.evaluation.stats import Estimate, bootstrap_ratio, paired_interval
 from cdelta.evaluation.tables import ood
 from cdelta.files import read_toml
 
@@ -32,20 +33,20 @@ def targets_met(rows: pd.DataFrame, subject: str, **tables: pd.DataFrame) -> pd.
     """
     tables = measurements(rows[rows["method"].isin((METHOD, BASE))]) | tables
     found = []
-    for category in tables["edits"]["category"]:
-        for target in read_toml(TARGETS)[subject]:
-            value = looked_up(tables.get(target["table"], pd.DataFrame()), target, category)
-            met = meets(target["required"], *value) if value.notna().all() else pd.NA
-            row = {"category": category, "target": target["name"], "required": target["required"]}
-            found.append(row | value.to_dict() | {"met": met})
-    return pd.DataFrame(found).astype({"met": "boolean"})
+    for category, target in product(tables["edits"]["category"], read_toml(TARGETS)[subject]):
+        value = looked_up(tables.get(target["table"], pd.DataFrame()), target, category)
+        met = meets(target["required"], *value) if value.notna().all() else pd.NA
+        found.append((category, target["name"], target["required"], *value, met))
+    columns = ["category", "target", "required", "measured", "low", "high", "met"]
+    return pd.DataFrame(found, columns=columns).astype({"met": "boolean"})
 
 
 def meets(required: str, value: float, low: float, high: float) -> bool:
     """Whether a value keeps a bound as ``>= 0.9``; ``within 0.05``: the whole interval in ±0.05 (a
     test of equivalence at 2.5 % on either side).
     """
-    operator, bound = required.split()[0], float(required.split()[1])
+    operator, number = required.split()
+    bound = float(number)
     kept = {
         ">=": value >= bound - SLACK,
         "<=": value <= bound + SLACK,
@@ -58,11 +59,10 @@ def meets(required: str, value: float, low: float, high: float) -> bool:
 def looked_up(table: pd.DataFrame, target: Mapping[str, str], category: str) -> pd.Series:
     """``measured, low, high`` of a target in a table; of several rows, where it is largest."""
     if len(table):
-        rows = table[(table["method"] == METHOD) & (table["category"] == category)]
+        rows = table.query("method == @METHOD and category == @category")
         rows = rows.query(target["where"]) if "where" in target else rows
-        names = {"measured": target["value"], "low": "low", "high": "high"}
-        names |= {key: target[key] for key in ("low", "high") if key in target}
-        values = pd.DataFrame({name: rows.eval(column) for name, column in names.items()}).dropna()
+        ends = {end: rows.eval(target.get(end, end)) for end in ("low", "high")}
+        values = pd.DataFrame({"measured": rows.eval(target["value"]), **ends}).dropna()
         if len(values):
             return values.loc[values["measured"].idxmax()]
     return pd.Series(np.nan, ["measured", "low", "high"])
@@ -77,11 +77,11 @@ def measurements(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     usual = in_distribution(seen)
     edits = [
         {"method": METHOD, "category": category, **_edit(seen, category)}
-        for category in seen.loc[seen["method"] == METHOD, "edit"].unique()
+        for category in seen.query("method == @METHOD")["edit"].unique()
     ]
     rises = []
     for (category, role, asked), part in usual.groupby(["edit", "role", "category"]):
-        own, base = (part[part["method"] == method] for method in (METHOD, BASE))
+        own, base = part.query("method == @METHOD"), part.query("method == @BASE")
         if len(own):
             change = paired_interval(*paired_means(own, base, "refused", "id"))
             rises.append((METHOD, category, role, asked, *change))
@@ -99,25 +99,23 @@ def _edit(seen: pd.DataFrame, category: str) -> dict:
     """An edit's share of the parameters, skills over the base's, and target refusal within the
     preset's texts around its test prompts (``wrapped``).
     """
-    seen = seen[seen["edit"] == category]
-    skills = seen.query("kind == 'skills' and attack == ''")
-    own, base = seen[seen["method"] == METHOD], skills[skills["method"] == BASE]
-    facts = dict.fromkeys(("skills", "skills_low", "skills_high"), np.nan)
-    facts["share"] = own["param_fraction"].mean()
-    if len(base) and base["right"].any():
-        ratio = bootstrap_ratio(
-            *paired_means(skills[skills["method"] == METHOD], base, "right", "id")
-        )
-        facts |= dict(zip(facts, ratio))
-    inside = own[own["attack"].str.startswith("wrapper")].query(
-        "kind == 'target' and ood_set == ''"
-    )
-    return facts | Rate.refusal(inside).named("wrapped_refusal", "wrapped_")
+    seen = seen.query("edit == @category")
+    own, skills = seen.query("method == @METHOD"), "kind == 'skills' and attack == ''"
+    base = seen.query(f"{skills} and method == @BASE")
+    ratio = Estimate(np.nan, np.nan, np.nan)
+    if base["right"].any():
+        ratio = bootstrap_ratio(*paired_means(own.query(skills), base, "right", "id"))
+    wrapped = own[own["attack"].str.startswith("wrapper")]
+    refused = Rate.refusal(wrapped.query("kind == 'target' and ood_set == ''"))
+    return {
+        "share": own["param_fraction"].mean(),
+        **ratio.named("skills", "skills_"),
+        **refused.named("wrapped_refusal", "wrapped_"),
+    }
 
 
 def _with_sizes(rises: pd.DataFrame) -> pd.DataFrame:
     """With the absolute change, whose interval begins at 0 where the sign is open."""
     ends = rises[["low", "high"]].abs()
-    undecided = (rises["low"] <= 0) & (rises["high"] >= 0)
-    low = ends.min(axis=1).mask(undecided, 0.0)
+    low = ends.min(axis=1).mask(rises["low"] * rises["high"] <= 0, 0.0)
     return rises.assign(size=rises["rise"].abs(), size_low=low, size_high=ends.max(axis=1))
