@@ -40,15 +40,15 @@ class Family:
     """Phrases that say the same, and what they are worth."""
 
     name: str
-    decides: bool
-    """Found, it makes the answer a refusal, whatever else the opening says."""
-    points: int
     pattern: re.Pattern[str]
+    unless: re.Pattern[str] | None = None
+    decides: bool = False
+    """Found, it makes the answer a refusal, whatever else the opening says."""
+    points: int = 0
     greets: bool = False
     """It may come before the first sentence that counts."""
     clears: bool = False
     """Found in the first two sentences, it makes the answer none, whatever else is found."""
-    unless: re.Pattern[str] | None = None
 
     def found(self, opening: str) -> bool:
         """One of the phrases is in the opening, and none of the exceptions."""
@@ -142,18 +142,21 @@ def read_families(text: str) -> tuple[Family, ...]:
 
 
 def _families(table: Mapping) -> tuple[Family, ...]:
-    found = []
-    for entry in table["family"]:
-        patterns = {
-            field: re.compile(
-                "|".join(_expression(p, table.get("classes", {})) for p in entry[name])
-            )
-            for field, name in (("pattern", "phrases"), ("unless", "unless"))
-            if name in entry
-        }
-        signs = {sign: entry.get(sign, False) for sign in ("decides", "greets", "clears")}
-        found.append(Family(entry["name"], points=entry.get("points", 0), **signs, **patterns))
-    return tuple(found)
+    def any_of(phrases: Sequence[str]) -> re.Pattern[str]:
+        return re.compile("|".join(_expression(p, table.get("classes", {})) for p in phrases))
+
+    return tuple(
+        Family(
+            entry["name"],
+            any_of(entry["phrases"]),
+            any_of(entry["unless"]) if "unless" in entry else None,
+            entry.get("decides", False),
+            entry.get("points", 0),
+            entry.get("greets", False),
+            entry.get("clears", False),
+        )
+        for entry in table["family"]
+    )
 
 
 # ------------------------------------------------------------------------ text as phrases see it
