@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 import torch
 import torch.nn.functional as F
 from transformers.activations import NewGELUActivation
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 from cdelta.models.chat import left_pad, positions
 from cdelta.models.hooks import read_end
@@ -54,12 +55,8 @@ class Batch:
             kept: last positions that stay, which the metric looks at.
         """
         both = self.both_sides()
-        shared = without_prefix(model, both.clean, both.mask, kept)
-        if shared is None:
-            return self
-        clean, corrupted = shared.ids.chunk(2)
-        mask, where = shared.mask.chunk(2)[0], shared.positions.chunk(2)[0]
-        return Batch(clean, corrupted, mask, where, self.rows, shared.read_prefix(model))
+        ids, mask, where, cache = without_prefix(model, both.clean, both.mask, kept)
+        return Batch(*ids.chunk(2), mask.chunk(2)[0], where.chunk(2)[0], self.rows, cache)
 
 
 def batches(pairs: PromptPairs, size: int, device: torch.device) -> list[Batch]:
@@ -86,17 +83,21 @@ def seen_by(metric, model, ids: Int[Tensor, "row pos"], batch: Batch) -> tuple[T
     Logits are computed only where it looks: at its last `kept` positions, one if it does not say.
     """
     kept = getattr(metric, "kept", 1)
-    logits = read_end(
-        model,
-        kept,
-        input_ids=ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        past_key_values=repeated(batch.prefix, len(ids)) if batch.prefix else None,
-        use_cache=batch.prefix is not None,
-    ).logits
+    rows = (ids, batch.mask, batch.positions, repeated(batch.prefix, len(ids)))
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = fp32_mask
+    try:
+        logits = read_end(model, kept, *rows).logits
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return (logits, ids[:, -kept:].to(logits.device)) if kept > 1 else (logits[:, -1],)
+
+
+def fp32_mask(dtype: torch.dtype, **facts: Any) -> Tensor | None:
+    """Eager attention's mask, with fp32's lowest number instead of fp64's: the softmax computes in
+    fp32, where that is −∞, and a row of padding, which attends to nothing, would be NaN.
+    """
+    return eager_mask(dtype=torch.float32 if dtype == torch.float64 else dtype, **facts)
 
 
 def input_device(model) -> torch.device:

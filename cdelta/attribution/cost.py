@@ -37,33 +37,21 @@ class Cost:
 
 def passes(spec: ModelSpec, steps: int) -> float:
     """Arithmetic of a run, in forward passes: the two runs for the differences, every step's
-    forward and backward pass, and the products with source differences (once for `STEPS_AT_ONCE`
-    steps).
+    forward and backward pass, and (once for `STEPS_AT_ONCE` steps) reader gradients and their
+    products with source differences.
     """
-    contractions = -(-steps // STEPS_AT_ONCE)
-    return 2 + 2 * steps + contractions * extra_work(spec)
-
-
-def extra_work(spec: ModelSpec) -> float:
-    """Arithmetic of reader gradients and of their products with source differences, in forward
-    passes.
-    """
-    wiring, width = Wiring(spec), spec.n_heads * spec.head_dim
-    kv_width = 2 * spec.n_kv * spec.head_dim
+    width, kv_width = spec.n_heads * spec.head_dim, 2 * spec.n_kv * spec.head_dim
     forward = spec.n_layers * spec.d_model * (2 * width + kv_width + 3 * spec.d_mlp)
     readers = spec.n_layers * spec.d_model * (width + kv_width)
-    return (readers + wiring.edges().sum().item() * spec.d_model) / forward
+    products = Wiring(spec).edges().sum().item() * spec.d_model
+    contractions = -(-steps // STEPS_AT_ONCE)
+    return 2 + 2 * steps + contractions * ((readers + products) / forward)
 
 
 def memory_needed(model, spec: ModelSpec, todo: list[Batch], steps: int) -> int:
     """Peak bytes on top of the model, which grow with the largest micro-batch only."""
     tokens = max(batch.mask.numel() for batch in todo)
     positions = max(batch.mask.shape[1] for batch in todo)
-    return tokens * memory_per_token(model, spec, positions, steps)
-
-
-def memory_per_token(model, spec: ModelSpec, positions: int, steps: int) -> int:
-    """Peak bytes per token of a pair in memory, its rows `positions` long."""
     own, work = model.dtype.itemsize, compute_dtype(model).itemsize
     wiring, width = Wiring(spec), spec.n_heads * spec.head_dim
     dense = len(wiring.sources) * spec.d_model * work
@@ -76,7 +64,7 @@ def memory_per_token(model, spec: ModelSpec, positions: int, steps: int) -> int:
     passing += 3 * 4 * model.config.get_text_config().vocab_size // positions  # logits of one token
     weights = spec.d_mlp * spec.d_model * work  # exact patching: what each neuron writes
     second = min(steps, STEPS_AT_ONCE) * (graph + passing) + buffers if steps else weights
-    return dense + inputs + second
+    return tokens * (dense + inputs + second)
 
 
 def graph_per_token(spec: ModelSpec, own: int, positions: int) -> int:
@@ -91,10 +79,7 @@ def graph_per_token(spec: ModelSpec, own: int, positions: int) -> int:
     norms = (4 if spec.layout.attn_post else 2) * copies * spec.d_model
     if any("q_norm" in name for name in spec.shapes):
         norms += 2 * (width + kv_width)
-    weights = [part for part in spec.neuron_slices(0, 0) if part.name.endswith("weight")]
-    per_neuron = (
-        4 if len(weights) == 3 else 1
-    )  # gate, up and their product; or the activation alone
+    per_neuron = 4 if spec.gated else 1  # gate, up and their product; or the activation alone
     activations = 2 * width + 2 * kv_width + per_neuron * spec.d_mlp
     return spec.n_layers * (activations * own + norms * size + 3 * spec.n_heads * positions * 4)
 
@@ -121,9 +106,9 @@ def check_memory(needed: int, device: torch.device, micro_batch: int) -> None:
     if free is None or needed <= free:
         return
     fitting = int(micro_batch * free / needed)
-    remedy = (
-        f"use micro_batch={fitting}" if fitting else "shorten the prompts or use a larger device"
-    )
+    remedy = "shorten the prompts or use a larger device"
+    if fitting:
+        remedy = f"use micro_batch={fitting}"
     raise CdeltaError(
         f"attribution with micro_batch={micro_batch} needs about {needed / 2**30:.1f} GiB beside "
         f"the model, and {device} has {free / 2**30:.1f} GiB left: {remedy}."

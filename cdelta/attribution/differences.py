@@ -63,8 +63,7 @@ class SourceDifferences:
     def _input(self, x: Float[Tensor, "rows pos d"]) -> None:
         self.residual = x.unflatten(0, (2, -1))
         first = self._difference(x)
-        shape = len(self.wiring.sources), *first.shape
-        self.dense = torch.empty(shape, dtype=self.dtype, device=first.device)
+        self.dense = first.new_empty(len(self.wiring.sources), *first.shape)
         self.dense[0] = first
 
     def _units(self, kind, layer, writer: Writer, x: Tensor, written: Tensor | None = None) -> None:
@@ -105,7 +104,9 @@ def patch_all(
         attn, mlp = writers(differences.spec, block).values()
         outputs = differences.dense[differences.wiring.heads(layer)]
         heads[:, layer] += patch(outputs, partial(write_more, attn)).T
-        changes = patch(neuron_outputs(differences, layer, mlp), partial(write_more, mlp)).T
+        inputs = differences.inputs["mlp", layer].T[..., None]
+        outputs = inputs * mlp.weight(differences.dtype)[:, None]
+        changes = patch(outputs, partial(write_more, mlp)).T
         neurons[:, layer] += changes if len(neurons) > 1 else changes.sum(0, keepdim=True)
 
 
@@ -137,20 +138,15 @@ def readers(model, differences: SourceDifferences) -> Iterator[tuple[int, int, H
     """
     spec, wiring = differences.spec, differences.wiring
     for layer, block in enumerate(differences.blocks):
-        upstream, column = (
-            wiring.upstream(layer, "attention"),
-            wiring.attention_readers(layer).start,
-        )
-        for _, module, start, units in spec.qkv_parts():
-            for first in range(start, start + units * spec.head_dim, spec.head_dim):
-                rows = slice(first, first + spec.head_dim)
-                yield (
-                    upstream,
-                    column,
-                    partial(project_shifted, block.attn_norm, block.qkv[module], rows),
-                )
+        upstream = wiring.heads(layer).start
+        column = wiring.attention_readers(layer).start
+        for module, start, units in spec.qkv_parts():
+            for unit in range(units):
+                first = start + unit * spec.head_dim
+                rows, projection = slice(first, first + spec.head_dim), block.qkv[module]
+                yield upstream, column, partial(project_shifted, block.attn_norm, projection, rows)
                 column += 1
-        yield wiring.upstream(layer, "mlp"), column, partial(read_shifted, block.mlp_norm)
+        yield wiring.mlp(layer), column, partial(read_shifted, block.mlp_norm)
     yield len(wiring.sources), wiring.logits().start, partial(read_shifted, spec.final_norm(model))
 
 
@@ -163,25 +159,18 @@ def project_shifted(norm, projection, rows: slice, shift: Float[Tensor, "row pos
     """Hooks: the named output rows of the projection are computed from x + shift, the others from
     x.
     """
-    seen: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
 
-    def replace_rows(out):
-        x = seen.pop("x")
+    def replace_rows(out: Tensor) -> Tensor:
+        """The projection's output with these rows computed again."""
+        x, out = seen.pop(), out.clone()
         shifted = projection.forward(norm.forward((x + shift.to(x.device)).to(x.dtype)))
-        out = out.clone()
         out[..., rows] = shifted[..., rows]
         return out
 
-    return [before(norm, lambda x: seen.__setitem__("x", x)), after(projection, replace_rows)]
+    return [before(norm, seen.append), after(projection, replace_rows)]
 
 
 def write_more(writer: Writer, shift: Float[Tensor, "row pos d"]) -> list:
     """Hooks: the writer adds `shift` to what it writes."""
     return [after(writer.out, lambda out: (out + shift.to(out.device)).to(out.dtype))]
-
-
-def neuron_outputs(
-    differences: SourceDifferences, layer: int, mlp: Writer
-) -> Float[Tensor, "neuron n d"]:
-    """What each neuron writes in the corrupted run minus the clean run."""
-    return differences.inputs["mlp", layer].T[..., None] * mlp.weight(differences.dtype)[:, None]

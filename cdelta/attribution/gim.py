@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,7 +29,6 @@ from cdelta.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 TEMPERATURE = 2.0
 """Of the softmax in the backward pass: the paper's choice."""
@@ -37,21 +36,6 @@ FACTOR = 0.5
 """Of the gradient of either factor of a product."""
 ATTENTION = "cdelta_gim"
 """Name under which transformers knows the attention below."""
-
-
-class ScaledGradient(torch.autograd.Function):
-    """The identity, with a scaled gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
-        """Take `x` as it is."""
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        """Scale the gradient."""
-        return ctx.factor * grad, None
 
 
 class WarmSoftmax(torch.autograd.Function):
@@ -73,7 +57,10 @@ class WarmSoftmax(torch.autograd.Function):
 
 def scaled(x: Tensor, factor: float = FACTOR) -> Tensor:
     """`x`, with its gradient scaled."""
-    return ScaledGradient.apply(x, factor)
+    same = x.view_as(x)
+    if same.requires_grad:
+        same.register_hook(lambda grad: factor * grad)
+    return same
 
 
 def attention(
@@ -119,13 +106,11 @@ def norms(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def modified_gradients(model, spec: ModelSpec) -> Iterator[None]:
     """Backward passes as the module's text says, inside."""
-    gates = []
-    if sum(part.name.endswith("weight") for part in spec.neuron_slices(0, 0)) == 3:
-        blocks = [block.module for block in spec.blocks(model)]
-        gates = [block.get_submodule(path) for block in blocks for path in spec.layout.mlp_in]
     implementation, changed = model.config._attn_implementation, norms(model)
     with ExitStack() as stack:
-        stack.enter_context(hooked(*(after(module, scaled) for module in gates)))
+        for block in spec.blocks(model) if spec.gated else ():
+            modules = map(block.module.get_submodule, spec.layout.mlp_in)
+            stack.enter_context(hooked(*(after(module, scaled) for module in modules)))
         model.set_attn_implementation(ATTENTION)
         stack.callback(model.set_attn_implementation, implementation)
         for norm in changed:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdelta.attribution.batch import Batch, compute_dtype, run
 from cdelta.attribution.differences import SourceDifferences
@@ -40,7 +40,6 @@ from cdelta.models.spec import Block, ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 Schedule = list[tuple[float, float]]
 """(a_t, weight) of gradient steps: where on the path from corrupted (0) to clean (1), and how
@@ -120,10 +119,8 @@ class GradientPass:
         self.steps = len(schedule)
         together = batch.repeat(self.steps)
         weights = torch.tensor([weight for _, weight in schedule], device=start.device)
-        with (
-            hooked(before(self.blocks[0].module, lambda x: start), *self._registrations()),
-            torch.enable_grad(),
-        ):
+        begin = before(self.blocks[0].module, lambda x: start)
+        with hooked(begin, *self._registrations()), torch.enable_grad():
             values = run(self.model, together.clean, together, metric)
             per_row = weights.repeat_interleave(self.n_rows).to(values.device, values.dtype)
             value = (values * per_row).sum()
@@ -135,35 +132,22 @@ class GradientPass:
 
     def _registrations(self) -> list:
         final = self.spec.final_norm(self.model)
-        registrations = [before(final, lambda x: watch(x, self._logits))]
+        found = [before(final, partial(watch, call=self._logits))]
         for layer, block in enumerate(self.blocks):
-            registrations += self._reader_hooks(layer, block) + self._writer_hooks(layer, block)
-        return registrations
-
-    def _reader_hooks(self, layer: int, block: Block) -> list:
-        def keep(kind: str, x: Tensor) -> None:
-            self.residual[kind, layer] = x.detach()
-
-        def keep_output(module: int, out: Tensor) -> None:
-            self.outputs[layer, module] = out
-            watch(out, partial(self._qkv, layer, module))
-
-        return [
-            before(block.attn_norm, partial(keep, "attn")),
-            before(block.mlp_norm, partial(keep, "mlp")),
-            after(block.mlp_norm, partial(watch, call=partial(self._mlp, layer))),
-            *(after(module, partial(keep_output, index)) for index, module in enumerate(block.qkv)),
-        ]
-
-    def _writer_hooks(self, layer: int, block: Block) -> list:
-        registrations = []
-        for kind, writer in writers(self.spec, block).items():
-            arrive = partial(watch, call=partial(self._units, kind, layer, writer))
-            if writer.post is None:
-                registrations.append(before(writer.projection, arrive))
-            else:
-                registrations.append(after(writer.post, arrive))
-        return registrations
+            keep_attn = partial(self.residual.__setitem__, ("attn", layer))
+            keep_mlp = partial(self.residual.__setitem__, ("mlp", layer))
+            arrive = partial(watch, call=partial(self._mlp, layer))
+            found += [before(block.attn_norm, keep_attn), before(block.mlp_norm, keep_mlp)]
+            found.append(after(block.mlp_norm, arrive))
+            for index, module in enumerate(block.qkv):
+                keep = partial(self.outputs.__setitem__, (layer, index))
+                arrive = partial(watch, call=partial(self._qkv, layer, index))
+                found += [after(module, keep), after(module, arrive)]
+            for kind, writer in writers(self.spec, block).items():
+                arrive = partial(watch, call=partial(self._units, kind, layer, writer))
+                post = writer.post
+                found.append(after(post, arrive) if post else before(writer.projection, arrive))
+        return found
 
     # Each of these runs inside the backward pass, with the gradient as it arrives.
 
@@ -191,8 +175,7 @@ class GradientPass:
             readers = self._readers(grad.device)
             self._attention(layer, readers[:-1])
             self.arrived.clear()
-            upstream = self.wiring.upstream(layer, "mlp")
-            self._contract(upstream, self.wiring.layer_readers(layer), readers)
+            self._contract(self.wiring.mlp(layer), self.wiring.layer_readers(layer), readers)
 
     def _attention(self, layer: int, rows: Float[Tensor, "reader n d"]) -> None:
         """Fill `rows` with the gradients at the layer's q, k and v readers, summed over the
@@ -201,11 +184,10 @@ class GradientPass:
         block, folded = self.blocks[layer], self.folded[layer]
         unit, scale = self._normalised(block.attn_norm, self.residual.pop(("attn", layer)))
         outputs = {
-            module: self._per_step(self.outputs.pop((layer, module)).detach())
-            for module in self.arrived
+            module: self._per_step(self.outputs.pop((layer, module))) for module in self.arrived
         }
         along, means, filled = [], [], 0
-        for _, module, start, units in self.spec.qkv_parts():
+        for module, start, units in self.spec.qkv_parts():
             part = slice(start, start + units * self.spec.head_dim)
             grad = self.arrived[module][..., part]
             out = outputs[module][..., part] - folded.constants[module][part]
@@ -219,17 +201,14 @@ class GradientPass:
             torch.bmm(per_unit(summed.to(rows.dtype), units), weight, out=target)
             filled += units
         rows.mul_(folded.weights["attn"].to(rows.dtype))
-        self._correct(rows, unit.mul_(scale), along, means)
-
-    def _correct(self, rows: Tensor, directions: Tensor, along: list, means: list) -> None:
-        """Take off the norm's derivative along each step's residual, and the mean, in place."""
+        # take off the norm's derivative along each step's residual, and the mean
         amounts = torch.cat(along, -1).permute(1, 2, 0) / self.spec.d_model  # n reader step
-        directions = directions.transpose(0, 1)
+        directions = unit.mul_(scale).transpose(0, 1)
         if self.frozen_norms:
             amounts, directions = amounts[..., :0], directions[:, :0]
         if means:
-            ones = directions.new_ones(len(directions), 1, directions.shape[-1])
             amounts = torch.cat([amounts, torch.cat(means, -1)[..., None]], -1)
+            ones = directions.new_ones(len(directions), 1, directions.shape[-1])
             directions = torch.cat([directions, ones], 1)
         amounts, directions = amounts.to(rows.dtype), directions.to(rows.dtype)
         rows.transpose(0, 1).baddbmm_(amounts, directions, alpha=-1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cdelta.models.hooks import loaded
@@ -18,7 +18,6 @@ from cdelta.models.spec import Block, ModelSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Wiring:
     """Order of sources and readers.
 
     Sources: the input, then per layer its heads and its MLP. Readers: per layer q, k, v and MLP,
-    then the logits.
+    then the logits. A layer's attention reads the sources before its heads, its MLP those before
+    itself, the logits all.
     """
 
     spec: ModelSpec
@@ -42,8 +42,12 @@ class Wiring:
     @property
     def readers(self) -> tuple[str, ...]:
         """Names of all readers."""
-        layers = range(self.spec.n_layers)
-        return (*(name for layer in layers for name in self._layer_readers(layer)), "logits")
+        names: list[str] = []
+        for layer in range(self.spec.n_layers):
+            names += [f"a{layer}.h{head}<q>" for head in range(self.spec.n_heads)]
+            names += [f"a{layer}.g{group}<{x}>" for x in "kv" for group in range(self.spec.n_kv)]
+            names.append(f"m{layer}")
+        return (*names, "logits")
 
     def heads(self, layer: int) -> slice:
         """Sources: the heads of a layer."""
@@ -73,16 +77,12 @@ class Wiring:
         start = self.spec.n_layers * self.readers_per_layer
         return slice(start, start + 1)
 
-    def upstream(self, layer: int, of: str) -> int:
-        """How many sources (the first ones) write before the layer's "attention" or "mlp" reads."""
-        return self.heads(layer).start if of == "attention" else self.heads(layer).stop
-
     def edges(self) -> Bool[Tensor, "source reader"]:
         """Which edges exist: those from a source to a reader that comes after it."""
         exists = torch.zeros(len(self.sources), len(self.readers), dtype=torch.bool)
         for layer in range(self.spec.n_layers):
-            exists[: self.upstream(layer, "attention"), self.attention_readers(layer)] = True
-            exists[: self.upstream(layer, "mlp"), self.mlp_reader(layer)] = True
+            exists[: self.heads(layer).start, self.attention_readers(layer)] = True
+            exists[: self.mlp(layer), self.mlp_reader(layer)] = True
         exists[:, self.logits()] = True
         return exists
 
@@ -90,11 +90,6 @@ class Wiring:
     def readers_per_layer(self) -> int:
         """How many readers a layer has: q of every head, k and v of every group, and the MLP."""
         return self.spec.n_heads + 2 * self.spec.n_kv + 1
-
-    def _layer_readers(self, layer: int) -> list[str]:
-        queries = [f"a{layer}.h{h}<q>" for h in range(self.spec.n_heads)]
-        keys_values = [f"a{layer}.g{g}<{x}>" for x in "kv" for g in range(self.spec.n_kv)]
-        return queries + keys_values + [f"m{layer}"]
 
 
 # ---------------------------------------------------------------------- linear maps

@@ -38,11 +38,7 @@ def refusal_log_odds(refuse_ids: Sequence[int], comply_ids: Sequence[int]) -> Me
             "a first token must tell refusal from compliance."
         )
     refuse, comply = list(refuse_ids), list(comply_ids)
-
-    def metric(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
-        return logits[:, refuse].logsumexp(-1) - logits[:, comply].logsumexp(-1)
-
-    return metric
+    return lambda logits: logits[:, refuse].logsumexp(-1) - logits[:, comply].logsumexp(-1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def first_token_sets(
     Raises `CdeltaError` if a side ends up without tokens: then the answers differ later, and
     `SequenceMetric` is the metric.
     """
-    shares = {}
+    shares, sets = [], []
     for side in ("refuse", "comply"):
         rows = [
             encode_answer(tok, answer)
@@ -83,23 +79,15 @@ def first_token_sets(
             if outcome == side
         ]
         counts = Counter(row[0] for row in rows if row)
-        shares[side] = {token: n / counts.total() for token, n in counts.most_common()}
-    refuse = distinctive(shares["refuse"], shares["comply"], top)
-    comply = distinctive(shares["comply"], shares["refuse"], top)
-    for side, tokens in (("refusals", refuse), ("compliances", comply)):
+        shares.append({token: n / counts.total() for token, n in counts.most_common()})
+    for name, own, other in zip(("refusals", "compliances"), shares, reversed(shares)):
+        tokens = [token for token, share in own.items() if share >= 2 * other.get(token, 0.0)]
         if not tokens:
             raise CdeltaError(
-                f"no first token tells {side} apart: label more answers, or use SequenceMetric."
+                f"no first token tells {name} apart: label more answers, or use SequenceMetric."
             )
-    return TokenSets(refuse, comply)
-
-
-def distinctive(
-    shares: Mapping[int, float], other: Mapping[int, float], top: int
-) -> dict[int, float]:
-    """The `top` tokens of `shares` that are at least twice as frequent there as in `other`."""
-    kept = [(token, share) for token, share in shares.items() if share >= 2 * other.get(token, 0.0)]
-    return dict(kept[:top])
+        sets.append({token: own[token] for token in tokens[:top]})
+    return TokenSets(*sets)
 
 
 def encode_answer(tok, answer: str | Sequence[int]) -> list[int]:
@@ -127,8 +115,8 @@ class SequenceMetric:
         object.__setattr__(self, "compliance", tuple(self.compliance[:n]))
         if self.refusal == self.compliance:
             raise CdeltaError(
-                "the refusal and the compliance start with the same tokens: "
-                "give longer or other answers."
+                "the refusal and the compliance start with the same tokens: give longer or other "
+                "answers."
             )
 
     @property

@@ -51,8 +51,6 @@ METHODS = ("eap", "eap-ig", "clean-corrupted", "gim", "exact")
 RULES = {"midpoint": 0.5, "left": 0.0, "right": 1.0}
 """Where in its interval each of the T steps is evaluated: a_t = (t + offset) / T."""
 
-TENSORS = ("edges", "heads", "neurons", "kv", "pair_heads", "pair_neurons")
-
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -109,15 +107,15 @@ class Scores:
         """Write ``scores.safetensors`` and ``scores.json``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            folder / "scores.safetensors",
-        )
-        facts = {
-            name: value for name, value in vars(self).items() if name not in (*TENSORS, "spec")
-        }
-        (folder / "scores.json").write_text(json.dumps(facts | {"spec": vars(self.spec)}, indent=1))
+        tensors, facts = {}, {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value.contiguous()
+            elif value is not None:
+                facts[name] = value
+        facts["spec"] = vars(facts.pop("spec"))
+        save_file(tensors, folder / "scores.safetensors")
+        (folder / "scores.json").write_text(json.dumps(facts, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> Scores:
@@ -126,7 +124,9 @@ class Scores:
         if not (folder / "scores.json").exists():
             raise CdeltaError(f"{folder} holds no scores: run the attribution stage first.")
         facts = read_json(folder / "scores.json")
-        facts["spec"] = ModelSpec.from_dict(facts["spec"])
+        spec = facts["spec"]
+        spec["shapes"] = {name: tuple(shape) for name, shape in spec["shapes"].items()}
+        facts["spec"] = ModelSpec(**spec)
         return cls(**facts | load_file(folder / "scores.safetensors"))
 
 
@@ -289,11 +289,12 @@ class Totals:
         rows = len(batch.rows)
         heads = self.zeros(rows, *self.heads.shape[1:])
         neurons = self.zeros(rows if self.per_pair else 1, *self.neurons.shape[1:])
+        sums = (self.edges, heads, neurons)
         if not schedule:
-            patch_all(model, differences, batch, metric, self.edges, heads, neurons)
+            patch_all(model, differences, batch, metric, *sums)
         for first in range(0, len(schedule), STEPS_AT_ONCE):
             steps = schedule[first : first + STEPS_AT_ONCE]
-            self.gradients.run(differences, batch, metric, steps, self.edges, heads, neurons)
+            self.gradients.run(differences, batch, metric, steps, *sums)
         owners = torch.tensor(batch.rows, device=heads.device) // self.rows_per_pair
         self.heads.index_add_(0, owners, heads)
         self.neurons.index_add_(0, owners if self.per_pair else owners[:1] * 0, neurons)
@@ -326,7 +327,5 @@ def kv_scores(
 ) -> Float[Tensor, "layer kv_group"]:
     """Sum of all edges into each group's keys and values."""
     into, wiring = edges.sum(0), Wiring(spec)
-    layers = [
-        into[wiring.attention_readers(layer)][spec.n_heads :] for layer in range(spec.n_layers)
-    ]
-    return torch.stack(layers).unflatten(-1, (2, spec.n_kv)).sum(1)
+    attention = [into[wiring.attention_readers(layer)] for layer in range(spec.n_layers)]
+    return torch.stack(attention)[:, spec.n_heads :].unflatten(-1, (2, spec.n_kv)).sum(1)

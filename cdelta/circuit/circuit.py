@@ -76,7 +76,7 @@ def unit_slices(spec: ModelSpec, unit: Unit) -> tuple[Slice, ...]:
 def unit_sizes(spec: ModelSpec) -> list[int]:
     """Entries of a head by itself, of a kv group, and of a neuron."""
     return [
-        sum(_entries(s.stop - s.start, spec.shape(s.name), s.dim) for s in slices)
+        sum(_entries(s.stop - s.start, spec.shapes[s.name], s.dim) for s in slices)
         for slices in (spec.head_slices(0, 0), spec.kv_slices(0, 0), spec.neuron_slices(0, 0))
     ]
 
@@ -95,21 +95,19 @@ class Circuit:
 
     Nodes are units (``a0.h3``, ``m2.n17``) or, in circuits of edges, whole MLPs (``m2``), ``input``
     and ``logits``. `provenance` is JSON: hashes of model and pairs, method, budget, what was
-    pruned; of a set operation, both sides'.
+    pruned; of a difference, both sides'.
     """
 
     nodes: tuple[str, ...]
     edges: tuple[Edge, ...] = ()
     provenance: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
-    def __and__(self, other: Circuit) -> Circuit:
-        return self._combined("intersection", other)
-
-    def __or__(self, other: Circuit) -> Circuit:
-        return self._combined("union", other)
-
     def __sub__(self, other: Circuit) -> Circuit:
-        return self._combined("difference", other)
+        gone = {*other.nodes, *other.edges}
+        nodes = tuple(node for node in self.nodes if node not in gone)
+        edges = tuple(edge for edge in self.edges if edge not in gone)
+        facts = {"operation": "difference", "of": [self.provenance, other.provenance]}
+        return Circuit(nodes, edges, facts)
 
     def jaccard(self, other: Circuit) -> float:
         """Shared over united edges, or nodes where neither has edges; 1 for two empty circuits."""
@@ -139,13 +137,6 @@ class Circuit:
             raise CdeltaError(
                 f"{path} holds no circuit ({error}): write it with Circuit.save."
             ) from error
-
-    def _combined(self, operation: str, other: Circuit) -> Circuit:
-        """By a method of Python's sets."""
-        nodes = getattr(set(self.nodes), operation)(other.nodes)
-        edges = getattr(set(self.edges), operation)(other.edges)
-        facts = {"operation": operation, "of": [self.provenance, other.provenance]}
-        return Circuit(tuple(sorted(nodes, key=node_order)), tuple(sorted(edges)), facts)
 
 
 def node_order(node: str) -> tuple:
@@ -194,7 +185,7 @@ class ParameterMask:
         slices = {
             name: (dim, torch.tensor(sorted(indices[name, dim]))) for name, dim in sorted(indices)
         }
-        shapes = {name: spec.shape(name) for name in slices}
+        shapes = {name: spec.shapes[name] for name in slices}
         return cls(slices, shapes, spec.n_params, tuple(map(unit_name, units)))
 
     def size(self, name: str) -> int:
@@ -240,23 +231,6 @@ class ParameterMask:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ParameterMask) and self.hash() == other.hash()
-
-    def __or__(self, other: ParameterMask) -> ParameterMask:
-        units = {*self.units, *other.units}
-        return self._combined(other, union_slices(self.slices, other.slices), units)
-
-    def __and__(self, other: ParameterMask) -> ParameterMask:
-        units = set(self.units).intersection(other.units)
-        return self._combined(other, intersect_slices(self.slices, other.slices), units)
-
-    def _combined(self, other: ParameterMask, slices: Slices, units: set[str]) -> ParameterMask:
-        shapes = {**self.shapes, **other.shapes}
-        if self.n_params != other.n_params or shapes != {**other.shapes, **self.shapes}:
-            raise CdeltaError(
-                "the two masks belong to different models: build both from the same ModelSpec."
-            )
-        kept = {name: shapes[name] for name in slices}
-        return ParameterMask(slices, kept, self.n_params, tuple(sorted(units)))
 
 
 def union_slices(first: Slices, second: Slices) -> Slices:

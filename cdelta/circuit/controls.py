@@ -5,8 +5,8 @@ whole.
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
-from typing import Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ def random_scores(spec: ModelSpec, seed: int) -> UnitScores:
     head, group, neuron = unit_sizes(spec)
 
     def draw(width: int, price: int) -> Tensor:
+        """Random scores per parameter times a unit's parameters."""
         drawn = torch.rand(spec.n_layers, width, generator=generator, dtype=torch.float64)
         return (drawn + 1e-9) * price
 
@@ -55,25 +56,16 @@ def layer_matched(mask: ParameterMask, spec: ModelSpec, seed: int) -> ParameterM
         raise CdeltaError("a layer-matched control needs a mask that was built from units.")
     generator = torch.Generator().manual_seed(seed)
     units = [parse_unit(name) for name in mask.units]
+    shuffled, size = partial(torch.randperm, generator=generator), spec.n_heads // spec.n_kv
     chosen: list[Unit] = []
     for layer in sorted({layer for _, layer, _ in units}):
-        heads = [index for kind, at, index in units if (kind, at) == ("a", layer)]
-        chosen += [("a", layer, head) for head in _shuffled_heads(spec, heads, generator)]
-        n_neurons = sum(unit[:2] == ("m", layer) for unit in units)
-        drawn = torch.randperm(spec.d_mlp, generator=generator)[:n_neurons]
-        chosen += [("m", layer, neuron) for neuron in drawn.tolist()]
+        groups = [spec.group_of(i) for kind, at, i in units if (kind, at) == ("a", layer)]
+        heads_in = [n for _, n in Counter(groups).most_common()]
+        for group, n in zip(shuffled(spec.n_kv).tolist(), heads_in):
+            chosen += [("a", layer, group * size + i) for i in shuffled(size)[:n].tolist()]
+        neurons = shuffled(spec.d_mlp)[: sum(unit[:2] == ("m", layer) for unit in units)]
+        chosen += [("m", layer, neuron) for neuron in neurons.tolist()]
     return ParameterMask.from_units(spec, chosen)
-
-
-def _shuffled_heads(spec: ModelSpec, heads: Sequence[int], generator) -> list[int]:
-    """As many heads in as many kv groups as `heads`, drawn at random."""
-    per_group = sorted(Counter(map(spec.group_of, heads)).values(), reverse=True)
-    size = spec.n_heads // spec.n_kv
-    chosen = []
-    for group, n in zip(torch.randperm(spec.n_kv, generator=generator).tolist(), per_group):
-        order = torch.randperm(size, generator=generator)[:n].tolist()
-        chosen += [group * size + head for head in order]
-    return chosen
 
 
 def magnitude_scores(model, spec: ModelSpec) -> UnitScores:
@@ -102,16 +94,16 @@ def loss_gradients(model, losses: Iterable[Tensor]) -> dict[str, Tensor]:
     with requires_grad(model, on=True) as parameters:
         total = {name: torch.zeros_like(wide(p)) for name, p in parameters.items()}
         for loss in losses:
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            inputs = list(parameters.values())
+            gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
             for name, gradient in zip(total, gradients):
-                if gradient is not None:
-                    total[name] += gradient
+                total[name] += gradient
     return total
 
 
-def metric_gradients(model, pairs: PromptPairs, metric, rows: int = 32) -> dict[str, Tensor]:
+def metric_gradients(model, pairs: PromptPairs, metric) -> dict[str, Tensor]:
     """`loss_gradients` of the metric, summed over the clean prompts."""
-    todo = batches(pairs, rows, input_device(model))
+    todo = batches(pairs, 32, input_device(model))
     return loss_gradients(model, (run(model, b.clean, b, metric).sum() for b in todo))
 
 
@@ -120,6 +112,7 @@ def unit_sums(spec: ModelSpec, values: Mapping[str, Tensor]) -> UnitScores:
 
     @cache
     def sums(name: str, dim: int) -> list[float]:
+        """Sums of one parameter's rows along an axis."""
         table = values[name].double().movedim(dim, 0)
         return table.reshape(len(table), -1).sum(1).tolist()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdelta.attribution.batch import Batch, run
 from cdelta.attribution.differences import SourceDifferences
-from cdelta.attribution.linear import Wiring, Writer, in_out, wide
+from cdelta.attribution.linear import Wiring, Writer, bias_of, in_out, wide
 from cdelta.circuit.circuit import Circuit, Edge, node_units
 from cdelta.errors import CdeltaError
 from cdelta.models.hooks import after, before, hooked, loaded
@@ -95,7 +95,8 @@ class UnitRuns:
     def _run(self, batch: Batch, chosen: Tensor, outside: Mapping, metric) -> Tensor:
         repeated = batch.repeat(len(chosen))
 
-        def replace(key, x):
+        def replace(key: tuple[str, int], x: Tensor) -> Tensor:
+            """A projection's input, what no circuit keeps replaced by the outside's."""
             kind, layer = key
             keep = self.keep[kind][chosen, None, None, layer].to(x.device)
             inside = x.unflatten(0, (len(chosen), -1))
@@ -156,7 +157,7 @@ class EdgePass(SourceDifferences):
     def _hooks(self, kind: str, layer: int, writer: Writer) -> list:
         hooks, block, wiring = super()._hooks(kind, layer, writer), self.blocks[layer], self.wiring
         if kind == "mlp":
-            reader, upstream = wiring.mlp_reader(layer), wiring.upstream(layer, "mlp")
+            reader, upstream = wiring.mlp_reader(layer), wiring.mlp(layer)
             return [*hooks, before(block.mlp_norm, partial(self._read, reader, upstream))]
         hooks.append(before(block.attn_norm, partial(setattr, self, "stream")))
         for index, module in enumerate(block.qkv):
@@ -181,11 +182,9 @@ class EdgePass(SourceDifferences):
         stream.
         """
         block, out = self.blocks[layer], out.clone()
-        first, upstream = (
-            self.wiring.attention_readers(layer).start,
-            self.wiring.upstream(layer, "attention"),
-        )
-        for _, index, start, units in self.spec.qkv_parts():
+        first = self.wiring.attention_readers(layer).start
+        upstream = self.wiring.heads(layer).start
+        for index, start, units in self.spec.qkv_parts():
             if index == module:
                 rows = slice(start, start + units * self.spec.head_dim)
                 streams = self._streams(slice(first, first + units), upstream, self.stream)
@@ -201,10 +200,9 @@ def project(
     """Output rows of a projection whose units each read a stream of their own, equally many
     each.
     """
-    weight = in_out(projection, streams.dtype)
-    with loaded(norm), loaded(projection):
+    weight, bias = in_out(projection, streams.dtype), bias_of(projection)
+    with loaded(norm):
         normed = norm.forward(streams.to(device=weight.device, dtype=norm.weight.dtype))
-        per_reader = weight[:, rows].unflatten(1, (len(streams), -1))
-        heads = torch.einsum("vrpd,dvk->rpvk", normed.to(streams.dtype), per_reader).flatten(-2)
-        bias = getattr(projection, "bias", None)
-        return heads if bias is None else heads + bias[rows].to(heads.dtype)
+    per_reader = weight[:, rows].unflatten(1, (len(streams), -1))
+    heads = torch.einsum("vrpd,dvk->rpvk", normed.to(streams.dtype), per_reader).flatten(-2)
+    return heads if bias is None else heads + bias[rows].to(heads.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def unit_scores(scores, others: Sequence = (), ranking: str = "pairs") -> UnitSc
     if ranking == "mean" or not others:
         return own
     rest = torch.stack([UnitScores(s.heads, s.neurons).flat() for s in others])
-    return own.like(SELECTIVE[ranking](own.flat(), rest))
+    return own.like(selective(ranking, own.flat(), rest))
 
 
 def equal_say(scores) -> UnitScores:
@@ -92,34 +92,27 @@ def shares(scores: Float[Tensor, "*run unit"]) -> Float[Tensor, "*run unit"]:
     return scores.abs() / scores.abs().sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def _difference(own: Tensor, others: Tensor) -> Tensor:
-    return (shares(own) - shares(others).mean(0)).clamp(min=0)
-
-
-def _ratio(own: Tensor, others: Tensor) -> Tensor:
-    share, mean = shares(own), shares(others).mean(0)
-    return share * share / (share + mean).clamp(min=1e-30)
-
-
-def _orthogonalised(own: Tensor, others: Tensor) -> Tensor:
-    weights = torch.linalg.lstsq(others.T, own.unsqueeze(-1), driver="gelsd").solution
-    return own - (others.T @ weights).squeeze(-1)
-
-
-SELECTIVE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "difference": _difference,
-    "ratio": _ratio,
-    "orthogonalised": _orthogonalised,
-}
-"""Rankings that set a category's scores [unit] against other runs' [run unit]; p is |score| over
-its sum, p̄ their mean.
-
-``difference``: max(p − p̄, 0). ``ratio``: p · p / (p + p̄). ``orthogonalised``: the part of the
-signed scores that is orthogonal to all the others' score vectors.
-"""
-
-RANKINGS: tuple[str, ...] = ("pairs", "mean", *SELECTIVE)
+SELECTIVE = ("difference", "ratio", "orthogonalised")
+"""Rankings that set a category's scores against other runs': see `selective`."""
+RANKINGS = ("pairs", "mean", *SELECTIVE)
 """``pairs``: every pair has the same say (`equal_say`). ``mean``: means over pairs as they are."""
+
+
+def selective(
+    ranking: str, own: Float[Tensor, "unit"], others: Float[Tensor, "run unit"]
+) -> Float[Tensor, "unit"]:
+    """A category's scores against other runs'; p is |score| over its sum, p̄ the others' mean.
+
+    ``difference``: max(p − p̄, 0). ``ratio``: p · p / (p + p̄). ``orthogonalised``: the part of the
+    signed scores that is orthogonal to all the others' score vectors.
+    """
+    if ranking == "orthogonalised":
+        weights = torch.linalg.lstsq(others.T, own.unsqueeze(-1), driver="gelsd").solution
+        return own - (others.T @ weights).squeeze(-1)
+    share, mean = shares(own), shares(others).mean(0)
+    if ranking == "difference":
+        return (share - mean).clamp(min=0)
+    return share * share / (share + mean).clamp(min=1e-30)
 
 
 # ---------------------------------------------------------------------- what is bought

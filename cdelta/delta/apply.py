@@ -12,10 +12,11 @@ import shutil
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import cdelta
 from cdelta.delta.base import (
@@ -32,11 +33,8 @@ from cdelta.delta.base import (
 )
 from cdelta.delta.weight_delta import WeightDelta, put
 from cdelta.errors import CdeltaError
-from cdelta.files import file_hash, new_folder
+from cdelta.files import file_hash, new_folder, write_text
 from cdelta.models.checkpoint import Checkpoint, rewrite_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RECORD = "cdelta"
 EDIT, ORIGINAL, BASE_CARD = "edit.json", "original.safetensors", "base_README.md"
@@ -80,6 +78,7 @@ def save_edited(
     originals: dict[str, Tensor] = {}
 
     def add(name: str, tensor: Tensor) -> None:
+        """Change a parameter, and keep its entries as they were."""
         originals[name] = delta.add_to(name, tensor, k).contiguous()
 
     with new_folder(out) as folder:
@@ -87,8 +86,7 @@ def save_edited(
         delta = delta.with_metadata(**published_facts(delta.metadata, base.folder))
         facts = {"scale": k, "base_hash": base_hash, "metadata": delta.metadata}
         _write_record(base.folder, folder, delta, originals, facts)
-        card = model_card(delta, k, selectivity, base.folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_text(folder / CARD, model_card(delta, k, selectivity, base.folder))
     return Path(out)
 
 
@@ -116,17 +114,16 @@ def revert(edited: str | Path, delta: WeightDelta, out: str | Path, force: bool 
     kept = source.folder / RECORD
     originals = _original_entries(kept / ORIGINAL, record["original_sha256"], delta)
     for place, sha256 in record["files"].items():
-        if not (source.folder / place).is_file() or file_hash(source.folder / place) != sha256:
+        path = source.folder / place
+        if not path.is_file() or file_hash(path) != sha256:
             raise CdeltaError(
                 f"{edited}: {place} was changed after the edit, so reverting does not give the "
                 "base back: restore that file, or use the base itself."
             )
-
-    def restore(name: str, tensor: Tensor) -> None:
-        put(tensor, *delta.slices[name], originals[name])
-
     with new_folder(out) as folder:
-        _write_files(source, folder, delta, restore)
+        _write_files(
+            source, folder, delta, lambda name, t: put(t, *delta.slices[name], originals[name])
+        )
         if (kept / BASE_CARD).is_file():
             shutil.copyfile(kept / BASE_CARD, folder / CARD)
         if (kept / PREVIOUS).is_dir():
@@ -222,7 +219,7 @@ def _write_record(
         "cdelta": cdelta.__version__,
         "original_sha256": file_hash(record / ORIGINAL),
     }
-    (record / EDIT).write_text(sealed(content), encoding="utf-8")
+    write_text(record / EDIT, sealed(content))
 
 
 def _original_entries(path: Path, sha256: str, delta: WeightDelta) -> dict[str, Tensor]:
@@ -256,27 +253,19 @@ def model_card(
         selectivity: rows of a table of measurements, see `markdown_table`.
         base_folder: whose licence entries the card's front matter repeats.
     """
-    facts = delta.metadata
-    base, terms = str(facts.get("base") or "unknown"), licence(base_folder)
+    facts, terms = delta.metadata, licence(base_folder)
+    base = str(facts.get("base") or "unknown")
     if facts.get("licence"):
         terms.setdefault("license", str(facts["licence"]))
-    mask = facts.get("mask") or {}
-    words = f"{delta.count():,} parameters"
-    if isinstance(mask.get("fraction"), (int, float)):
-        words += f" ({100 * mask['fraction']:.2f} % of the model)"
-    if "heads" in mask and "neurons" in mask:
-        words += f": {mask['heads']} attention heads and {mask['neurons']} MLP neurons"
     return render(
         "card.md.j2",
         front=({"base_model": base} if base.count("/") == 1 else {}) | terms,
-        title=base.rsplit("/", 1)[-1],
         base=base,
-        revision=facts.get("base_revision"),
-        licence=terms.get("license_name") or terms.get("license"),
-        category=facts.get("category") or "one category",
-        mask=words,
+        facts=facts,
+        terms=terms,
+        mask=facts.get("mask") or {},
+        count=delta.count(),
         scale=scale,
-        base_hash=str(facts.get("base_hash")),
         mask_hash=delta.mask_hash(),
         delta_hash=delta.hash(),
         version=cdelta.__version__,

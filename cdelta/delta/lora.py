@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cdelta.delta.base import CARD, markdown_table, published_facts, render
 from cdelta.delta.weight_delta import WeightDelta, put
 from cdelta.errors import CdeltaError
-from cdelta.files import new_folder
+from cdelta.files import new_folder, write_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -70,7 +70,8 @@ def export_lora(
     if rank is not None and rank < 1:
         raise CdeltaError(f"a LoRA's rank is at least 1, not {rank}.")
     modules = {name: _factors(delta, name, rank) for name in _expressible(delta)}
-    norms = {name: delta.values[f"{name}.weight"].double().norm().item() for name in modules}
+    each = delta.norms()
+    norms = {name: each[f"{name}.weight"] for name in modules}
     missed = math.hypot(*(factors.missed for factors in modules.values()))
     adapter = Adapter(
         folder=Path(out),
@@ -81,8 +82,19 @@ def export_lora(
     with new_folder(out) as folder:
         save_file(_tensors(delta, modules, scale), folder / "adapter_model.safetensors")
         config = json.dumps(_config(delta, modules, adapter.rank), indent=1, sort_keys=True)
-        (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        (folder / CARD).write_text(_card(delta, adapter, scale), encoding="utf-8")
+        write_text(folder / "adapter_config.json", config + "\n")
+        rows = [{"module": "all", "relative error": adapter.error}]
+        rows += [{"module": m, "relative error": error} for m, error in adapter.errors.items()]
+        card = render(
+            "adapter.md.j2",
+            **published_facts(delta.metadata),
+            category=delta.metadata.get("category") or "one category",
+            scale=scale,
+            rank=adapter.rank,
+            delta_hash=delta.hash(),
+            table=markdown_table(rows),
+        )
+        write_text(folder / CARD, card)
     return adapter
 
 
@@ -160,17 +172,3 @@ def _config(delta: WeightDelta, modules: Mapping[str, Factors], rank: int) -> di
         "lora_bias": _has_biases(delta),
         "fan_in_fan_out": bool(delta.metadata.get("conv1d")),
     }
-
-
-def _card(delta: WeightDelta, adapter: Adapter, scale: float) -> str:
-    errors = {"all": adapter.error, **adapter.errors}
-    rows = [{"module": name, "relative error": error} for name, error in errors.items()]
-    return render(
-        "adapter.md.j2",
-        **published_facts(delta.metadata),
-        category=delta.metadata.get("category") or "one category",
-        scale=scale,
-        rank=adapter.rank,
-        delta_hash=delta.hash(),
-        table=markdown_table(rows),
-    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, NamedTuple, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cdelta.circuit.circuit import is_block_parameter
@@ -24,7 +24,6 @@ from cdelta.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
 
 SCHEMES = ("bf16", "fp16", "int8", "int4", "q8_0", "q4_1")
 GROUP = 32
@@ -54,30 +53,20 @@ def codes(weight: Float[Tensor, "out in"], scheme: str) -> Codes:
         return Codes(groups.bfloat16().float())
     if scheme == "fp16" or (one_group and scheme in ("q8_0", "q4_1")):
         return Codes(groups.half().float())  # GGUF's converters, too, where blocks do not fit
-    if scheme == "q8_0":
-        return _q8_0(groups)
-    if scheme == "q4_1":
-        return _q4_1(groups)
+    largest = groups.abs().amax(-1, keepdim=True)
+    if scheme == "q8_0":  # rounds halves away from zero, and stores the scale in 16 bits
+        scale = largest / 127
+        size = (groups * _inverse(scale)).abs()
+        numbers = groups.sign() * (size.floor() + (2 * (size - size.floor())).floor())
+        return Codes(numbers, scale.half().float())
+    if scheme == "q4_1":  # 16 levels from the smallest to the largest entry, both in 16 bits
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        scale = (high - low) / 15
+        numbers = ((groups - low) * _inverse(scale) + 0.5).trunc().clamp(0, 15)
+        return Codes(numbers, scale.half().float(), low.half().float())
     limit = 2 ** (int(scheme.removeprefix("int")) - 1)
-    scale = groups.abs().amax(-1, keepdim=True) / (limit - 0.5)
-    scale = scale.clamp(min=torch.finfo(torch.float32).eps)
+    scale = (largest / (limit - 0.5)).clamp(min=torch.finfo(torch.float32).eps)
     return Codes((groups / scale).round().clamp(-limit, limit - 1), scale)
-
-
-def _q8_0(groups: Tensor) -> Codes:
-    """Rounds halves away from zero, and stores the scale in 16 bits."""
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    size = (groups * _inverse(scale)).abs()
-    numbers = groups.sign() * (size.floor() + (2 * (size - size.floor())).floor())
-    return Codes(numbers, scale.half().float())
-
-
-def _q4_1(groups: Tensor) -> Codes:
-    """Sixteen levels from the smallest to the largest entry, both stored in 16 bits."""
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    scale = (high - low) / 15
-    numbers = ((groups - low) * _inverse(scale) + 0.5).trunc().clamp(0, 15)
-    return Codes(numbers, scale.half().float(), low.half().float())
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -97,11 +86,9 @@ def quantised(model, scheme: str) -> Iterator[None]:
     }
     try:
         for module, weight in old.items():
-            if isinstance(module, Conv1D):  # stored [in, out]
-                rounded = codes(weight.T, scheme).values().T
-            else:
-                rounded = codes(weight, scheme).values()
-            module.weight.data = rounded.to(weight.dtype).contiguous()
+            flipped = isinstance(module, Conv1D)  # stored [in, out]
+            rounded = codes(weight.T if flipped else weight, scheme).values().to(weight.dtype)
+            module.weight.data = (rounded.T if flipped else rounded).contiguous()
         yield
     finally:
         for module, weight in old.items():

@@ -9,17 +9,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import Any, Iterator
 
 import torch
+from torch import Tensor
 
 from cdelta.delta.apply import EDIT, ORIGINAL, RECORD, carried_files, read_record, runtime_files
 from cdelta.delta.weight_delta import METADATA, WeightDelta, put, shifted, take
 from cdelta.files import file_hash
 from cdelta.models.checkpoint import INDEX, Checkpoint
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ENTRIES_AT_ONCE = 1 << 20
 """Entries of a tensor that are compared at once: about 25 MB with everything around them."""
@@ -96,7 +94,7 @@ def verify(
     if scale is None and record is not None:
         scale = float(record["scale"])
     scale = delta.scale_or_own(scale)
-    problems = [*_file_problems(first, second), *_record_problems(second.folder, record, delta)]
+    problems = list(_file_problems(first, second, record, delta))
     counts = _compare_tensors(first, second, delta, scale, problems)
     return VerifyReport(
         scale,
@@ -113,14 +111,18 @@ def verify(
 # ---------------------------------------------------------------------- files
 
 
-def _file_problems(first: Checkpoint, second: Checkpoint) -> Iterator[str]:
+def _file_problems(
+    first: Checkpoint, second: Checkpoint, record: dict[str, Any] | None, delta: WeightDelta
+) -> Iterator[str]:
+    """What differs between the files of two checkpoints, or in the second's record of the edit."""
     for key in sorted(first.file_of.keys() ^ second.file_of.keys()):
         yield f"the tensor {key} is only in {(first if key in first.file_of else second).folder}."
     ours = set(carried_files(first.folder))
     theirs = set(runtime_files(second.folder)) - set(map(Path, second.shards))
     same_layout = first.shards == second.shards
     if not same_layout:  # the same edit, saved in other files
-        ours, theirs = ours - {Path(INDEX)}, theirs - {Path(INDEX)}
+        ours.discard(Path(INDEX))
+        theirs.discard(Path(INDEX))
     for place in sorted(ours):
         other = second.folder / place
         if not other.is_file() or not filecmp.cmp(first.folder / place, other, shallow=False):
@@ -130,6 +132,16 @@ def _file_problems(first: Checkpoint, second: Checkpoint) -> Iterator[str]:
     for file in first.shards if same_layout else ():
         if _header(first.folder / file) != _header(second.folder / file):
             yield f"the header of {file} differs from the base's."
+    if record is None:
+        return
+    if record["delta_hash"] != delta.hash():
+        yield f"{EDIT} records another delta than the given one."
+    own = second.folder / RECORD
+    original, beside = own / ORIGINAL, own / "delta"
+    if not original.is_file() or file_hash(original) != record["original_sha256"]:
+        yield f"{ORIGINAL} is missing or damaged: the edit can no longer be reverted exactly."
+    if (beside / METADATA).is_file() and WeightDelta.load(beside).hash() != delta.hash():
+        yield f"the delta in {beside} is another than the given one."
 
 
 def _header(path: Path) -> bytes:
@@ -137,20 +149,6 @@ def _header(path: Path) -> bytes:
     with path.open("rb") as file:
         size = file.read(8)
         return size + file.read(int.from_bytes(size, "little"))
-
-
-def _record_problems(
-    edited: Path, record: dict[str, Any] | None, delta: WeightDelta
-) -> Iterator[str]:
-    if record is None:
-        return
-    if record["delta_hash"] != delta.hash():
-        yield f"{EDIT} records another delta than the given one."
-    original, beside = edited / RECORD / ORIGINAL, edited / RECORD / "delta"
-    if not original.is_file() or file_hash(original) != record["original_sha256"]:
-        yield f"{ORIGINAL} is missing or damaged: the edit can no longer be reverted exactly."
-    if (beside / METADATA).is_file() and WeightDelta.load(beside).hash() != delta.hash():
-        yield f"the delta in {beside} is another than the given one."
 
 
 # ---------------------------------------------------------------------- tensors

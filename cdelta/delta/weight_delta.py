@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cdelta.circuit.circuit import (
     ParameterMask,
@@ -28,10 +29,7 @@ from cdelta.circuit.circuit import (
 )
 from cdelta.delta.base import WrongBase, damaged, model_hash, read_sealed, sealed
 from cdelta.errors import CdeltaError
-from cdelta.files import file_hash, new_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from cdelta.files import file_hash, new_folder, write_text
 
 WEIGHTS, METADATA = "delta.safetensors", "delta.json"
 FORMAT, UNSEALED_FORMAT = "cdelta.delta.2", "cdelta.delta.1"
@@ -109,9 +107,9 @@ class WeightDelta:
                 raise ValueError("its checksum is another")
             dims, metadata = header["dims"], header["metadata"]
             _check_header(dims, metadata)
-            with safe_open(weights, framework="pt") as file:
-                values = {name: file.get_tensor(f"values/{name}") for name in dims}
-                slices = {name: (dims[name], file.get_tensor(f"index/{name}")) for name in dims}
+            tensors = load_file(weights)
+            values = {name: tensors[f"values/{name}"] for name in dims}
+            slices = {name: (dims[name], tensors[f"index/{name}"]) for name in dims}
             for name, (_, index) in slices.items():
                 _check_tensors(values[name], index)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -137,7 +135,7 @@ class WeightDelta:
                 "metadata": self.metadata,
                 "weights_sha256": file_hash(partial / WEIGHTS),
             }
-            (partial / METADATA).write_text(sealed(content), encoding="utf-8")
+            write_text(partial / METADATA, sealed(content))
         return Path(folder)
 
     # ------------------------------------------------------------------ algebra
@@ -165,11 +163,11 @@ class WeightDelta:
     def restrict(self, mask: ParameterMask) -> WeightDelta:
         """The part on the entries of `mask`."""
         slices = intersect_slices(self.slices, mask.slices)
-        values = {}
-        for name, (dim, index) in slices.items():
-            kept = torch.isin(self.slices[name][1], index).nonzero().flatten()
-            values[name] = self.values[name].index_select(dim, kept)
-        return WeightDelta(values, slices, self.metadata)
+        values = {
+            name: take(self.values[name], dim, torch.searchsorted(self.slices[name][1], index))
+            for name, (dim, index) in slices.items()
+        }
+        return replace(self, values=values, slices=slices)
 
     # ------------------------------------------------------------------ reading
 
@@ -216,11 +214,10 @@ class WeightDelta:
         """Raise `WrongBase` unless every slice fits the model with these parameter shapes."""
         own = self.metadata.get("shapes") or {}
         for name, (dim, index) in self.slices.items():
-            shape = shapes.get(name)
+            shape = tuple(shapes.get(name, ()))
             if (
-                shape is None
-                or list(own.get(name, shape)) != list(shape)
-                or dim >= len(shape)
+                dim >= len(shape)
+                or tuple(own.get(name, shape)) != shape
                 or index.max() >= shape[dim]
                 or tuple(self.values[name].shape) != _slice_shape(shape, dim, index)
             ):
@@ -336,11 +333,10 @@ def _settled(owned: Tensor, n_owners: Tensor, overlap: str) -> Tensor:
 
 def _agreed(metadata: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     """What all deltas say alike, and the shapes of all their parameters."""
-    first, *rest = metadata
     shared = {
         key: value
-        for key, value in first.items()
-        if all(key in facts and facts[key] == value for facts in rest)
+        for key, value in metadata[0].items()
+        if all(key in facts and facts[key] == value for facts in metadata)
     }
     if all(facts.get("shapes") for facts in metadata):
         shared["shapes"] = {name: n for facts in metadata for name, n in facts["shapes"].items()}

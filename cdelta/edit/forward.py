@@ -95,19 +95,14 @@ def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
 
 
 def _logits(model, batch: Batch, gather: Callable) -> TokenLogits:
-    ids, mask = batch.input_ids, batch.attention_mask
-    where, cache = batch.position_ids, None
-    shared = without_prefix(model, ids, mask, batch.labels.shape[1])
+    rows = without_prefix(model, batch.input_ids, batch.attention_mask, batch.labels.shape[1])
     with hooked(before(model.get_output_embeddings(), gather)):
-        if shared is not None:
-            cache = repeated(shared.read_prefix(model), len(ids))
-            ids, mask, where = shared.ids, shared.mask, shared.positions
         found = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=where,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            input_ids=rows.ids,
+            attention_mask=rows.mask,
+            position_ids=rows.positions,
+            past_key_values=repeated(rows.cache, len(rows.ids)),
+            use_cache=rows.cache is not None,
         )
     return found.logits[0].float()
 

@@ -9,7 +9,8 @@ the same place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,15 +29,14 @@ NO_LABEL = -100
 # ---------------------------------------------------------------------- words to token ids
 
 
-def chat_ids(tok, prompt: str, system: str = "", **template_args: Any) -> list[int]:
+def chat_ids(tok, prompt: str, system: str = "") -> list[int]:
     """Token ids of one user turn up to where the assistant's answer starts; one BOS at most.
 
     Args:
         system: a system prompt, in place of the one that `bind_template` gave; it comes before the
             user's words where the template has no such turn.
-        template_args: keywords for the template, beside those of `bind_template`.
     """
-    return _encode(tok, written(tok, prompt, system, **template_args))
+    return _encode(tok, written(tok, prompt, system))
 
 
 def example_ids(
@@ -45,7 +45,6 @@ def example_ids(
     answer: str | Sequence[int],
     stops: Sequence[int],
     finished: bool = True,
-    system: str = "",
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the answer that follows it.
 
@@ -59,11 +58,11 @@ def example_ids(
 
     Raises `CdeltaError` on an answer without any token.
     """
-    start = chat_ids(tok, prompt, system)
+    start = chat_ids(tok, prompt)
     if isinstance(answer, str):
-        ids = _text_ids(tok, prompt, answer, start, finished, system)
+        ids = _text_ids(tok, prompt, answer, start, finished)
     else:
-        ids = [int(token) for token in answer]
+        ids = list(map(int, answer))
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     if not finished:
         if not end:
@@ -75,14 +74,12 @@ def example_ids(
     return start, ids[: end + 1] if end < len(ids) else [*ids, own if own in stops else stops[0]]
 
 
-def _text_ids(
-    tok, prompt: str, answer: str, start: list[int], finished: bool, system: str
-) -> list[int]:
+def _text_ids(tok, prompt: str, answer: str, start: list[int], finished: bool) -> list[int]:
     """Ids of an answer as the template writes it; its plain tokens where the template does not
     continue the prompt's own ids.
     """
-    whole = written(tok, prompt, system, answer)
-    if not finished and answer in whole[len(written(tok, prompt, system)) :]:
+    whole = written(tok, prompt, answer=answer)
+    if not finished and answer in whole[len(written(tok, prompt)) :]:
         whole = whole[: whole.rfind(answer) + len(answer)]
     ids = _encode(tok, whole)
     if ids[: len(start)] == start and len(ids) > len(start):
@@ -156,13 +153,11 @@ def rope_boundary(model) -> int | None:
     """The length from which LongRoPE rotates a *whole batch* otherwise, or None: no batch may hold
     rows of both sides.
     """
-    text = model.config.get_text_config()
+    text, name = model.config.get_text_config(), "original_max_position_embeddings"
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return None
-    return rope.get("original_max_position_embeddings") or getattr(
-        text, "original_max_position_embeddings", None
-    )
+    return rope.get(name) or getattr(text, name, None)
 
 
 BATCH_TOKENS = 2**15
@@ -188,6 +183,7 @@ def by_length(
     """
 
     def side(length: int) -> int:
+        """The same for lengths that may share a batch."""
         crosses = boundary and length <= boundary < length + growth
         if equal or crosses:
             return length
@@ -223,33 +219,25 @@ def batches(
     """
     encoded = [chat_ids(tok, prompt, system) for prompt in prompts]
     lengths, pad = [len(ids) for ids in encoded], pad_id(model, tok)
-    check_context(model, max(lengths, default=0), growth)
-    for rows in by_length(lengths, batch_size, rope_boundary(model), growth, equal):
-        yield rows, *left_pad([encoded[row] for row in rows], pad, model.device)
-
-
-def check_context(model, length: int, growth: int = 0) -> None:
-    """Raise `CdeltaError` if `length` tokens and `growth` more are too many for the model."""
+    longest = max(lengths, default=0)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and length + growth > context:
+    if context and longest + growth > context:
         raise CdeltaError(
-            f"a prompt of {length} tokens and {growth} more for its answer exceed the model's "
+            f"a prompt of {longest} tokens and {growth} more for its answer exceed the model's "
             f"context of {context} tokens: shorten the prompt or the answers."
         )
+    for rows in by_length(lengths, batch_size, rope_boundary(model), growth, equal):
+        yield rows, *left_pad([encoded[row] for row in rows], pad, model.device)
 
 
 def left_pad(
     rows: Sequence[Sequence[int]], pad: int, device="cpu"
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Ids and attention mask; every row ends in the last column."""
-    ids, mask = (
-        pad_sequence(padded, batch_first=True, padding_value=value, padding_side="left")
-        for padded, value in (
-            ([torch.tensor(row) for row in rows], pad),
-            ([torch.ones(len(row), dtype=torch.long) for row in rows], 0),
-        )
-    )
-    return ids.to(device), mask.to(device)
+    tensors = list(map(torch.tensor, rows))
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    mask = padded(list(map(torch.ones_like, tensors)))
+    return padded(tensors, padding_value=pad).to(device), mask.to(device)
 
 
 def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
@@ -281,18 +269,10 @@ def collate(
     seen = labels[:, 1:] != NO_LABEL
     ids = torch.cat([prompts, labels[:, :-1].where(seen, pad)], dim=1)
     mask = torch.cat([mask, seen.long()], dim=1)
-    tensors = ids, mask, positions(mask), labels
-    return Batch(*(tensor.to(device) for tensor in tensors))
+    return Batch(*(tensor.to(device) for tensor in (ids, mask, positions(mask), labels)))
 
 
 def answer_logits(model, batch: Batch) -> Float[Tensor, "row answer vocab"]:
     """fp32 logits that predict each answer token."""
-    out = read_end(
-        model,
-        batch.labels.shape[1],
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    return out.logits.float()
+    rows = (batch.input_ids, batch.attention_mask, batch.position_ids)
+    return read_end(model, batch.labels.shape[1], *rows).logits.float()

@@ -6,24 +6,20 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from functools import cached_property
 from pathlib import Path
 from statistics import mode
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping
+from typing import Callable, Iterator, Mapping
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from cdelta.errors import CdeltaError, first_line
 from cdelta.files import read_json
 from cdelta.models.spec import check_config
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NEEDED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
@@ -62,10 +58,9 @@ class Checkpoint:
         """Parameter name in the model -> tensor on disk: of that name, or with its wrappers at
         other places. Sorted, tied parameters once.
         """
-        parameters = sorted(meta_model(read_config(self.folder)).named_parameters())
         meant = {_meaning(key): key for key in self.file_of}
         found = {}
-        for name, parameter in parameters:
+        for name, parameter in sorted(meta_model(read_config(self.folder)).named_parameters()):
             key = name if name in self.file_of else meant.get(_meaning(name))
             if key is None:
                 raise CdeltaError(
@@ -161,8 +156,7 @@ class Checkpoint:
                 raise CdeltaError(
                     f"{index} names {file!r}, which is no file of the folder: copy the index again."
                 )
-        missing = [file for file in files if not (self.folder / file).is_file()]
-        if missing:
+        if missing := [file for file in files if not (self.folder / file).is_file()]:
             raise CdeltaError(f"{self.folder} lacks {', '.join(missing)}: download it again.")
         return files
 
@@ -188,7 +182,7 @@ def rewrite_tensors(path: Path, changes: Mapping[str, Callable[[Tensor], None]])
         changes: tensor name -> function that modifies the tensor it gets in place.
     """
     with path.open("r+b") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
+        size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         for key, change in changes.items():
             dtype, (start, stop) = header[key]["dtype"], header[key]["data_offsets"]

@@ -112,19 +112,17 @@ def answer(
             answers, first = decode(model, ids, mask, stops, max_new_tokens, drop_finished, process)
             scores = metric(first).tolist() if metric else [None] * len(rows)
             for row, tokens, score in zip(rows, answers, scores):
-                found[row] = _answer(tok, tokens, stops, score)
+                finished = tokens[-1] in stops
+                written = tokens[:-1] if finished else tokens
+                text = tok.decode(written, skip_special_tokens=True).strip()
+                found[row] = Answer(text, tuple(written), finished, score)
             bar.update(len(rows))
     return found
 
 
 @torch.no_grad()
 def first_logits(
-    model,
-    tok,
-    prompts: Sequence[str],
-    batch_size: int = 64,
-    system: str = "",
-    read: Read | None = None,
+    model, tok, prompts: Sequence[str], batch_size: int = 64, read: Read | None = None
 ) -> Float[Tensor, "prompt *columns"]:
     """fp32 logits at each prompt's last token, or what `read` makes of them, on the CPU, in the
     order of the prompts.
@@ -135,8 +133,10 @@ def first_logits(
             vocabulary for every prompt: 6.3 GB for 6,000 prompts and 262,144 tokens.
     """
     found: dict[int, Tensor] = {}
-    for rows, ids, mask in batches(model, tok, prompts, batch_size, system):
-        logits, _ = _next_logits(model, *_begun(model, ids, mask, 0), keep=False)
+    for rows, ids, mask in batches(model, tok, prompts, batch_size):
+        ids, mask, where, cache = without_prefix(model, ids, mask)
+        out = read_end(model, 1, ids, mask, where, repeated(cache, len(rows)))
+        logits = out.logits[:, -1].float()
         found |= zip(rows, (read(logits) if read else logits).cpu())
     return torch.stack([found[row] for row in range(len(prompts))]) if found else torch.empty(0)
 
@@ -159,15 +159,15 @@ def decode(
     """
     ends = torch.as_tensor(stops, device=ids.device)
     answers: list[list[int]] = [[] for _ in ids]
-    writing: list[int | None] = list(
-        range(len(ids))
-    )  # the row that each row of the batch writes to
+    writing: list[int | None] = list(range(len(ids)))  # the answer that each row writes
     boundary, seen, where, cache = rope_boundary(model), ids, positions(mask), None
     if drop_finished:  # steering that remembers rows must see whole ones
-        ids, mask, where, cache = _begun(model, ids, mask, max_new_tokens)
+        ids, mask, where, cache = without_prefix(model, ids, mask, growth=max_new_tokens)
+        cache = repeated(cache, len(ids))
     first = torch.empty(0)
     for step in range(max_new_tokens):
-        logits, cache = _next_logits(model, ids, mask, where, cache)
+        out = read_end(model, 1, ids, mask, where, cache, keep=True)
+        logits, cache = out.logits[:, -1].float(), out.past_key_values
         first = first if step else logits
         chosen = (process(seen, logits) if process else logits).argmax(-1)
         writing = _append(answers, writing, chosen, ends)
@@ -186,31 +186,6 @@ def decode(
     return answers, first
 
 
-def _begun(model, ids: Tensor, mask: Tensor, growth: int) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Ids, mask, positions and cache of rows whose shared prefix has been read."""
-    shared = without_prefix(model, ids, mask, growth=growth)
-    if shared is None:
-        return ids, mask, positions(mask), None
-    cache = repeated(shared.read_prefix(model), len(ids))
-    return shared.ids, shared.mask, shared.positions, cache
-
-
-def _next_logits(
-    model, ids: Tensor, mask: Tensor, where: Tensor, cache: Any = None, keep: bool = True
-) -> tuple[Float[Tensor, "row vocab"], Any]:
-    """fp32 logits after each row's last token, and the cache with these tokens in it."""
-    out = read_end(
-        model,
-        1,
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=where,
-        past_key_values=cache,
-        use_cache=keep,
-    )
-    return out.logits[:, -1].float(), out.past_key_values
-
-
 def _append(
     answers: list[list[int]], writing: list[int | None], chosen: Tensor, stops: Tensor
 ) -> list[int | None]:
@@ -222,37 +197,25 @@ def _append(
     return [None if end else row for row, end in zip(writing, ended)]
 
 
-def _answer(tok, tokens: list[int], stops: Sequence[int], score: float | None) -> Answer:
-    finished = tokens[-1] in stops
-    ids = tokens[:-1] if finished else tokens
-    text = tok.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, tuple(ids), finished, score)
-
-
 def checkpoint_penalties(model) -> dict[str, Any]:
     """What generation_config.json says that changes greedy answers in other runtimes; `answer`
     ignores it unless told.
     """
-    config = model.generation_config
-    found = {name: getattr(config, name, None) for name in PENALTIES}
-    return {name: value for name, value in found.items() if value and value != PENALTIES[name][0]}
+    said = vars(model.generation_config)
+    set_ones = [name for name in PENALTIES if said.get(name)]
+    return {name: said[name] for name in set_ones if said[name] != PENALTIES[name][0]}
 
 
 def unsupported_penalties(model) -> dict[str, Any]:
     """Fields of generation_config.json that change greedy answers elsewhere and never here."""
-    config = model.generation_config
-    found = {name: getattr(config, name, None) for name in UNSUPPORTED_PENALTIES}
-    return {name: value for name, value in found.items() if value}
+    said = vars(model.generation_config)
+    return {name: said[name] for name in UNSUPPORTED_PENALTIES if said.get(name)}
 
 
 def penalty_processor(model) -> Any:
     """Changes logits as `checkpoint_penalties` asks, given the ids so far; None where it asks
     nothing.
     """
-    named = checkpoint_penalties(model)
-    if not named:
-        return None
-    processors = logits_process.LogitsProcessorList()
-    for name, value in named.items():
-        processors.append(getattr(logits_process, PENALTIES[name][1])(value))
-    return processors
+    named = checkpoint_penalties(model).items()
+    processors = [getattr(logits_process, PENALTIES[name][1])(value) for name, value in named]
+    return logits_process.LogitsProcessorList(processors) or None

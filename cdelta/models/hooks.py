@@ -31,6 +31,7 @@ def before(module: nn.Module, look: Callable) -> Registration:
     """
 
     def hook(_, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """What torch calls: show `look` the input, and pass on what it returns."""
         new = look(args[0] if args else kwargs["hidden_states"])
         if new is None:
             return None
@@ -47,6 +48,7 @@ def after(module: nn.Module, look: Callable) -> Registration:
     """
 
     def hook(_, args: tuple, output: Any) -> Any:
+        """What torch calls: show `look` the output, and pass on what it returns."""
         if not isinstance(output, tuple):
             return look(output)
         new = look(output[0])
@@ -55,14 +57,30 @@ def after(module: nn.Module, look: Callable) -> Registration:
     return lambda: module.register_forward_hook(hook)
 
 
-def read_end(model: nn.Module, kept: int, **inputs: Any) -> Any:
-    """The model's output with the logits of the last `kept` positions.
+def read_end(
+    model: nn.Module,
+    kept: int,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    cache: Any = None,
+    keep: bool = False,
+) -> Any:
+    """The model's output on rows with the logits of the last `kept` positions; with `keep`, also
+    their keys and values.
 
     A slice of the hidden states is not contiguous, and a linear layer copies its whole weight for
     every row of such a batch: 40 % of a batch of answers at 135 million parameters.
     """
     with hooked(before(model.get_output_embeddings(), Tensor.contiguous)):
-        return model(**inputs, logits_to_keep=kept)
+        return model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=keep or cache is not None,
+            logits_to_keep=kept,
+        )
 
 
 @contextmanager
@@ -71,14 +89,13 @@ def loaded(module: nn.Module) -> Iterator[nn.Module]:
     between calls.
     """
     offload = getattr(module, "_hf_hook", None)
-    if offload is None:
-        yield module
-        return
-    offload.pre_forward(module)
+    if offload:
+        offload.pre_forward(module)
     try:
         yield module
     finally:
-        offload.post_forward(module, None)
+        if offload:
+            offload.post_forward(module, None)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from cdelta.errors import CdeltaError, first_line
 from cdelta.memory import free_memory
@@ -21,9 +21,6 @@ from cdelta.models.checkpoint import Checkpoint, meta_model, read_config
 from cdelta.models.generation import checkpoint_penalties, unsupported_penalties
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import bind_template, template_facts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 GIB = 2**30
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,11 +29,11 @@ class Family:
     final_norm: str = "model.norm"
     attn_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qkv: Sequence[str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """The query, key and value projections, or the one fused projection whose outputs are q, k, v
     in this order."""
     o: str = "self_attn.o_proj"
-    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_in: Sequence[str] = ("mlp.gate_proj", "mlp.up_proj")
     """Gate and up projections, or one module: fused gate and up, or the only projection of an
     ungated MLP."""
     down: str = "mlp.down_proj"
@@ -44,12 +44,8 @@ class Family:
     """Added to a norm's stored weight (Gemma stores w − 1)."""
 
 
-def _family(paths: Mapping[str, Any]) -> Family:
-    return Family(**{k: tuple(v) if isinstance(v, list) else v for k, v in paths.items()})
-
-
 FACTS = read_toml(Path(__file__).with_name("families.toml"))
-FAMILIES = {kind: _family(paths) for kind, paths in FACTS["families"].items()}
+FAMILIES = {kind: Family(**paths) for kind, paths in FACTS["families"].items()}
 """Supported families by the `model_type` of their Hugging Face configuration."""
 
 
@@ -170,12 +166,6 @@ class ModelSpec:
             spec._check_block(block)
         return spec
 
-    @classmethod
-    def from_dict(cls, values: Mapping) -> ModelSpec:
-        """From what JSON made of a spec's `vars`."""
-        shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
-        return cls(**{**values, "shapes": shapes})
-
     @property
     def layout(self) -> Family:
         """Where the family keeps its parts."""
@@ -186,31 +176,25 @@ class ModelSpec:
     def head_slices(self, layer: int, head: int) -> tuple[Slice, ...]:
         """Query rows (and bias) and output columns of one head."""
         out = self._slices(layer, self.layout.o, head, self.head_dim, columns=True)
-        return self._qkv_slices("q", layer, head) + out
+        return self._qkv_slices(0, layer, head) + out
 
     def kv_slices(self, layer: int, group: int) -> tuple[Slice, ...]:
         """Key rows and value rows (and biases) of one kv group, which its heads share."""
-        return self._qkv_slices("k", layer, group) + self._qkv_slices("v", layer, group)
+        return self._qkv_slices(1, layer, group) + self._qkv_slices(2, layer, group)
 
     def neuron_slices(self, layer: int, neuron: int) -> tuple[Slice, ...]:
         """Gate row, up row (and biases) and down column of one MLP neuron."""
         rows: tuple[Slice, ...] = ()
         for path in self.layout.mlp_in:
-            outputs = self.shape(self._name(0, path, "weight"))[1 if self.conv1d else 0]
+            outputs = self.shapes[self._name(0, path, "weight")][1 if self.conv1d else 0]
             for first in range(0, outputs, self.d_mlp):
                 rows += self._slices(layer, path, neuron, 1, first)
         return rows + self._slices(layer, self.layout.down, neuron, 1, columns=True)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Stored shape of a parameter. Raises `CdeltaError` naming a parameter that the model does
-        not have.
-        """
-        if name not in self.shapes:
-            raise CdeltaError(
-                f"the {self.family} model has no parameter {name!r}: was the mask made for another "
-                "model?"
-            )
-        return self.shapes[name]
+    @property
+    def gated(self) -> bool:
+        """The MLP multiplies what two projections write, gate and up."""
+        return sum(part.name.endswith("weight") for part in self.neuron_slices(0, 0)) == 3
 
     def group_of(self, head: int) -> int:
         """The kv group that `head` reads."""
@@ -226,32 +210,28 @@ class ModelSpec:
         """The norm before the unembedding."""
         return model.get_submodule(self.layout.final_norm)
 
-    def qkv_parts(self) -> list[tuple[str, int, int, int]]:
-        """For q, k and v: (letter, index into `Block.qkv`, first output row, number of heads or
-        groups).
-        """
-        fused, parts, row = len(self.layout.qkv) == 1, [], 0
-        for index, (letter, units) in enumerate(zip("qkv", (self.n_heads, self.n_kv, self.n_kv))):
-            parts.append((letter, 0, row, units) if fused else (letter, index, 0, units))
-            row += units * self.head_dim
-        return parts
+    def qkv_parts(self) -> list[tuple[int, int, int]]:
+        """For q, k and v: (index into `Block.qkv`, first output row, number of heads or groups)."""
+        heads, groups = self.n_heads, self.n_kv
+        if len(self.layout.qkv) == 3:
+            return [(0, 0, heads), (1, 0, groups), (2, 0, groups)]
+        rows = heads * self.head_dim, (heads + groups) * self.head_dim
+        return [(0, 0, heads), (0, rows[0], groups), (0, rows[1], groups)]
 
     # --- inside
 
     def _block(self, module: nn.Module) -> Block:
-        def at(path: str) -> Any:
-            return module.get_submodule(path) if path else None
-
-        layout = self.layout
+        at, layout = module.get_submodule, self.layout
         names = ("attn_norm", "mlp_norm", "o", "down", "attn_post", "mlp_post")
-        parts = {name: at(getattr(layout, name)) for name in names}
+        paths = {name: getattr(layout, name) for name in names}
+        parts: Any = {name: at(path) if path else None for name, path in paths.items()}
         return Block(module=module, qkv=tuple(map(at, layout.qkv)), **parts)
 
     def _name(self, layer: int, path: str, kind: str) -> str:
         return f"{self.layout.blocks}.{layer}.{path}.{kind}"
 
-    def _qkv_slices(self, letter: str, layer: int, unit: int) -> tuple[Slice, ...]:
-        _, module, first, _ = self.qkv_parts()["qkv".index(letter)]
+    def _qkv_slices(self, part: int, layer: int, unit: int) -> tuple[Slice, ...]:
+        module, first, _ = self.qkv_parts()[part]
         return self._slices(layer, self.layout.qkv[module], unit, self.head_dim, first)
 
     def _slices(
@@ -269,14 +249,12 @@ class ModelSpec:
     def _check_block(self, block: nn.Module) -> None:
         """The block has all parts, and its projections plain weights of the size its units need."""
         layout, d = self.layout, self.d_mlp
-        for path in filter(
-            None, (layout.attn_norm, layout.mlp_norm, layout.attn_post, layout.mlp_post)
-        ):
-            _module(block, path, self.family)
+        for path in (layout.attn_norm, layout.mlp_norm, layout.attn_post, layout.mlp_post):
+            _module(block, path, self.family)  # the block itself, where there is no such norm
         sizes = {path: (d,) if len(layout.mlp_in) == 2 else (2 * d, d) for path in layout.mlp_in}
-        sizes |= {layout.o: (self.d_model,), layout.down: (self.d_model,)}
+        sizes |= dict.fromkeys((layout.o, layout.down), (self.d_model,))
         for index, path in enumerate(layout.qkv):
-            units = [n for _, module, _, n in self.qkv_parts() if module == index]
+            units = [n for module, _, n in self.qkv_parts() if module == index]
             sizes[path] = (sum(units) * self.head_dim,)
         for path, allowed in sizes.items():
             module = _module(block, path, self.family)

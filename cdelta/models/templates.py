@@ -46,7 +46,7 @@ def bind_template(tok, system: str = "", **template_args: Any):
     """The tokenizer itself, which from now on writes every prompt with this system prompt and these
     template keywords.
     """
-    tok.cdelta_system, tok.cdelta_template_args = system, dict(template_args)
+    tok.cdelta_system, tok.cdelta_template_args = system, template_args
     return tok
 
 
@@ -66,36 +66,31 @@ def parse_template_args(items: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def written(
-    tok, prompt: str, system: str = "", answer: str | None = None, **template_args: Any
-) -> str:
+def written(tok, prompt: str, system: str = "", answer: str | None = None) -> str:
     """What the template writes of a conversation: up to where the assistant's answer starts, or
     with a finished answer.
 
-    `system` and `template_args` are as `bind_template` gave them, unless given here.
+    `system` is as `bind_template` gave it, unless given here.
     """
     system = system or getattr(tok, "cdelta_system", "")
-    plain = tok.chat_template is None
-    facts = None if plain else template_facts(tok, **template_args)
+    facts = None if tok.chat_template is None else template_facts(tok)
     if system and not (facts and facts.takes_system):
         prompt, system = f"{system}\n\n{prompt}", ""
     if facts is None:
         asked = FALLBACK_TEMPLATE.format(prompt=prompt)
         return asked if answer is None else f"{asked} {answer}"
-    arguments = _arguments(tok, template_args)
-    text = _render(tok, _template(tok), arguments, prompt, system, answer)
+    text = _render(tok, _template(tok), _arguments(tok), prompt, system, answer)
     return text + facts.prefix if answer is None else text
 
 
-def template_facts(tok, **template_args: Any) -> TemplateFacts:
-    """How the tokenizer's chat template behaves under the given keywords, beside those of
-    `bind_template`.
+def template_facts(tok) -> TemplateFacts:
+    """How the tokenizer's chat template behaves under the keywords of `bind_template`.
 
     Raises `CdeltaError` if the tokenizer has no chat template, or one that cannot write a user turn
     and its answer.
     """
-    arguments = _arguments(tok, template_args)
-    return _facts(tok, _template(tok), json.dumps(arguments, sort_keys=True, default=str))
+    arguments = json.dumps(_arguments(tok), sort_keys=True, default=str)
+    return _facts(tok, _template(tok), arguments)
 
 
 @lru_cache(maxsize=64)
@@ -127,9 +122,9 @@ def _facts(tok, template: str, arguments: str) -> TemplateFacts:
     )
 
 
-def _arguments(tok, template_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Bound and given keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
-    arguments = {**getattr(tok, "cdelta_template_args", {}), **template_args}
+def _arguments(tok) -> dict[str, Any]:
+    """The bound keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
+    arguments: dict[str, Any] = getattr(tok, "cdelta_template_args", {})
     own = {"messages", *inspect.signature(tok.apply_chat_template).parameters}
     for name, value in arguments.items():
         if name in own:

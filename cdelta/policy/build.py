@@ -125,7 +125,6 @@ def build_policy(
         parts.append(_our_own("everyday", synthetic.everyday_rows(categories)))
     read = to_records(row for part in parts for row in part.rows)
     kept, dropped = _clean(read, tok, max_tokens)
-    on_leak = on_leak or ("drop" if policy.partition("=")[0] == "cast" else "stop")
     kept, leaked = _without_leaks(kept, on_leak, policy)
     dropped = pd.concat([dropped, leaked], ignore_index=True)
     _check_categories(kept, categories, policy)
@@ -181,9 +180,10 @@ def _clean(read: pd.DataFrame, tok, max_tokens: int) -> tuple[pd.DataFrame, pd.D
     again = read.duplicated(["id", "split"])
     reason = pd.Series("", index=read.index)
     limit = max_tokens or getattr(tok, "model_max_length", 0)
-    if tok is not None:
-        long = read["prompt"].map(lambda prompt: _is_longer(tok, prompt, limit))
-        reason[long] = f"longer than {limit} tokens"
+    for row, prompt in read["prompt"].items() if tok is not None else ():
+        # one of half as many bytes is within the limit, and not tokenized
+        if 2 * len(prompt.encode()) > limit and len(chat_ids(tok, prompt)) > limit:
+            reason[row] = f"longer than {limit} tokens"
     reason[again] = "duplicate prompt"
     reason[again & (read["expected"] != first["expected"])] = "same prompt with another label"
     reason[read["prompt"].str.strip() == ""] = "empty prompt"
@@ -195,15 +195,11 @@ def _clean(read: pd.DataFrame, tok, max_tokens: int) -> tuple[pd.DataFrame, pd.D
     return kept.reset_index(drop=True), dropped[DROPPED_COLUMNS]
 
 
-def _is_longer(tok, prompt: str, limit: int) -> bool:
-    """Whether a prompt exceeds the limit; one of half as many bytes cannot, and is not
-    tokenized."""
-    return 2 * len(prompt.encode()) > limit and len(chat_ids(tok, prompt)) > limit
-
-
 def _without_leaks(
-    records: pd.DataFrame, on_leak: str, policy: str
+    records: pd.DataFrame, on_leak: str | None, policy: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
+    name = policy.partition("=")[0]
+    on_leak = on_leak or ("drop" if name == "cast" else "stop")
     if on_leak not in ("stop", "drop"):
         raise CdeltaError(f"on_leak={on_leak!r} is unknown: use 'stop' or 'drop'.")
     leaks = leaking_rows(records, find_overlaps(records))
@@ -211,7 +207,7 @@ def _without_leaks(
     match = records.iloc[leaks["kept"]].set_axis(gone.index)
     if len(gone) and on_leak == "stop":
         first, second = (each["source_id"] + " (" + each["split"] + ")" for each in (gone, match))
-        ours = policy.partition("=")[0] in ("synthetic", *SOURCES)
+        ours = name in ("synthetic", *SOURCES)
         remedy = "build with on_leak='drop'" if ours else "leave their split cells empty"
         raise CdeltaError(
             f"{policy}: {len(gone)} rows nearly repeat a row of another split, "
@@ -225,23 +221,21 @@ def _without_leaks(
 
 def _check_categories(kept: pd.DataFrame, categories: Sequence[str] | None, policy: str) -> None:
     """Every category has prompts and benign prompts in every split."""
-    targets, benign = (kept[kept["role"] == role] for role in ("target", "benign"))
-    there = sorted(targets["category"].unique())
+    there = sorted(kept["category"][kept["role"] == "target"].unique())
     for category in categories or there or [""]:
         if category not in there:
             raise CdeltaError(
                 f"{policy}: no prompts of category {category!r} (there are: "
                 f"{', '.join(there) or 'none'}): fill the prompt column or name another category."
             )
-        sides = {
-            "prompts": targets[targets["category"] == category],
-            "benign prompts": benign[benign["category"].isin((category, SHARED))],
-        }
-        for side, rows in sorted(sides.items(), key=lambda each: len(each[1])):
+        own = kept[kept["category"].isin((category, SHARED))]
+        roles = {"target": "prompts", "benign": "benign prompts"}
+        sides = [(own[own["role"] == role], words) for role, words in roles.items()]
+        for rows, words in sorted(sides, key=lambda side: len(side[0])):
             empty = [split for split in SPLITS if split not in set(rows["split"])]
             if empty:
                 raise CdeltaError(
-                    f"{policy}: category {category!r} has {len(rows)} {side} and none in the "
+                    f"{policy}: category {category!r} has {len(rows)} {words} and none in the "
                     f"split {', '.join(empty)}: add rows that differ from each other, or assign "
                     "them in a split column."
                 )
@@ -264,12 +258,14 @@ def _report(
     steps = pd.concat([read.assign(step="read"), kept.assign(step="kept"), reasons])
     by = ["source", "category", "split", "step"]
     counts = steps.groupby(by, as_index=False, sort=False).size().rename(columns={"size": "rows"})
-    rows = counts.assign(detail="").to_dict("records")
-    sources = [(part.origin["source"], part.not_selected) for part in parts if part.not_selected]
-    whole = [(name, "not selected", count, SOURCES[name].selects) for name, count in sources]
-    for name, step, count, detail in whole + [(name, "skipped", 0, why) for name, why in skipped]:
-        empty = dict.fromkeys(by, "")
-        rows.append(empty | {"source": name, "step": step, "rows": count, "detail": detail})
+    rows, blank = counts.assign(detail="").to_dict("records"), dict.fromkeys(by, "")
+    for part in parts:
+        if part.not_selected:
+            name = part.origin["source"]
+            facts = {"rows": part.not_selected, "detail": SOURCES[name].selects}
+            rows.append(blank | {"source": name, "step": "not selected"} | facts)
+    for name, why in skipped:
+        rows.append(blank | {"source": name, "step": "skipped", "rows": 0, "detail": why})
     return pd.DataFrame(rows)
 
 

@@ -36,39 +36,24 @@ def word_trigrams(text: str) -> set[str]:
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
-def _incidence(texts: Sequence[str]) -> sparse.csr_array:
-    """Binary incidence [text, 3-gram] with the rarest 3-grams first."""
-    counted = CountVectorizer(analyzer=word_trigrams, dtype=np.int32).fit_transform(texts)
-    by_rarity = np.argsort(np.asarray(counted.sum(axis=0)).ravel(), kind="stable")
-    matrix = sparse.csr_array(counted[:, by_rarity])
-    matrix.sort_indices()
-    return matrix
-
-
-def _prefixes(grams: sparse.csr_array, threshold: float) -> sparse.csr_array:
-    """The rarest n - ceil(threshold·n) + 1 grams of each row: two rows at or above the threshold
-    share one of them.
-    """
-    sizes = np.diff(grams.indptr)
-    keep = sizes - np.ceil(threshold * sizes - 1e-9).astype(int) + 1
-    prefixes = grams.copy()
-    position = np.arange(grams.nnz) - np.repeat(grams.indptr[:-1], sizes)
-    prefixes.data = (position < np.repeat(keep, sizes)).astype(np.int32)
-    prefixes.eliminate_zeros()
-    return prefixes
-
-
 def near_duplicates(texts: Sequence[str], threshold: float = THRESHOLD) -> pd.DataFrame:
     """Every pair left < right of texts with word-3-gram Jaccard >= threshold: columns `left, right,
     jaccard`, in the order of the texts.
 
-    Exact, by prefix filtering (Chaudhuri et al., ICDE 2006): only pairs that share a rare 3-gram
-    are compared, those of a few hundred left texts at once, to bound memory.
+    Exact, by prefix filtering (Chaudhuri et al., ICDE 2006): of n grams, two texts at or above the
+    threshold share one of each's rarest n - ceil(threshold·n) + 1. Only texts that do are compared,
+    those of a few hundred left texts at once, to bound memory.
     """
     if not len(texts):
         return pd.DataFrame(columns=["left", "right", "jaccard"], dtype=int)
-    grams = _incidence(texts)
-    sizes, prefixes = np.diff(grams.indptr), _prefixes(grams, threshold)
+    grams = CountVectorizer(analyzer=word_trigrams, dtype=np.int32).fit_transform(texts)
+    sizes = np.diff(grams.indptr)
+    text = np.arange(len(texts)).repeat(sizes)
+    rarest_first = np.lexsort((np.bincount(grams.indices)[grams.indices], text))
+    place = np.arange(grams.nnz) - grams.indptr[:-1].repeat(sizes)
+    kept = rarest_first[place <= (sizes - np.ceil(threshold * sizes - 1e-9)).repeat(sizes)]
+    entries = (np.ones(len(kept), np.int32), (text[kept], grams.indices[kept]))
+    prefixes = sparse.csr_array(entries, shape=grams.shape)
     by_gram, found = prefixes.T.tocsr(), []
     for start in range(0, len(texts), _CHUNK):
         candidates = (prefixes[start : start + _CHUNK] @ by_gram).tocoo()

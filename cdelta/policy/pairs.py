@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Iterable, Mapping, Sequence
 
 import pandas as pd
@@ -47,7 +47,10 @@ class PromptPairs:
                 f"{len(uneven)} pairs differ in token length, rows {', '.join(uneven[:5])}: drop "
                 "or rephrase them."
             )
-        return cls(_as_rows(clean_ids), _as_rows(corrupted_ids), split)
+        clean, corrupted = (
+            tuple(tuple(map(int, row)) for row in side) for side in (clean_ids, corrupted_ids)
+        )
+        return cls(clean, corrupted, split)
 
     @classmethod
     def from_prompts(
@@ -69,10 +72,6 @@ class PromptPairs:
         return PromptPairs(self.clean[rows], self.corrupted[rows], self.split)
 
 
-def _as_rows(ids: Ids) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, row)) for row in ids)
-
-
 @dataclass(frozen=True)
 class PairYield:
     """How many target prompts found a partner, and how."""
@@ -90,7 +89,7 @@ class PairYield:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts alone, one table row."""
-        counts = asdict(self)
+        counts = dict(vars(self))
         pairs = len(counts.pop("ids"))
         return counts | {"pairs": pairs, "unpaired": self.targets - pairs}
 
@@ -127,6 +126,7 @@ def _match(rows: Iterable[Row], tok) -> tuple[PairYield, dict[str, list[int]]]:
     ids = {row["id"]: chat_ids(tok, row["prompt"]) for row in rows}
 
     def start(row: Row) -> tuple:
+        """Token length and first word: rows that share them may be paired."""
         return (len(ids[row["id"]]), *re.findall(r"\w+", row["prompt"].casefold())[:1])
 
     partner = {row["pair_id"]: row["id"] for row in benign if row["pair_id"]}

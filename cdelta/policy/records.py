@@ -7,8 +7,10 @@ import hashlib
 import json
 import re
 import unicodedata
+from bisect import bisect
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -70,11 +72,7 @@ def assign_split(group_id: str) -> str:
     """The split of a group, from its hash alone: adding rows never moves a group to another
     split."""
     point = int(hashlib.sha256(group_id.encode()).hexdigest()[:8], 16) / 16**8
-    for split, share in zip(SPLITS, SPLIT_SHARES):
-        point -= share
-        if point < 0:
-            return split
-    return SPLITS[-1]
+    return SPLITS[bisect(tuple(accumulate(SPLIT_SHARES[:-1])), point)]
 
 
 def strictest_split(splits: Iterable[str]) -> str:

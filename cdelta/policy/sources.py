@@ -200,8 +200,8 @@ def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
         path = download(source.name, source.url, source.sha256)
     if path is None:
         return _load_dataset(source, source.hub, source.revision), source.revision
-    if source.filename and (path / source.filename).is_file():
-        path = path / source.filename
+    if (path / source.filename).is_file():
+        path /= source.filename
     if path.is_file():
         digest = file_hash(path)
         revision = source.revision if digest == source.sha256 else f"sha256:{digest}"
@@ -210,10 +210,10 @@ def _read(source: Source, path: Path | None) -> tuple[Tables, str]:
         raise CdeltaError(
             f"{path}: no such file or folder: give a local copy of {source.name} ({source.home})."
         )
-    revision, tables = f"folder:{path.name}", {}
+    revision, tables, one = f"folder:{path.name}", {}, len(source.splits) == 1
     files = [f for f in sorted(path.iterdir()) if f.suffix in (".csv", ".jsonl", ".parquet")]
     for split in source.splits:
-        named = files if len(source.splits) == 1 else [f for f in files if f.name.startswith(split)]
+        named = [file for file in files if one or file.name.startswith(split)]
         if len(named) != 1:
             return _load_dataset(source, str(path), None), revision
         tables[split] = _read_file(source, named[0])[source.splits[0]]

@@ -194,15 +194,14 @@ def words_of(prompt: str) -> set[str]:
 
 def _fill(rng: random.Random, skill: str) -> tuple[tuple, str]:
     """What fills a skill's question, and the answer."""
-    if skill in ("copy", "reverse"):
-        words = rng.sample(POOLS["list_words"], rng.randint(2, 4))
-        return (" ".join(words),), " ".join(words if skill == "copy" else reversed(words))
+    if skill in ("copy", "reverse", "count"):
+        least, most = (1, 6) if skill == "count" else (2, 4)
+        words = rng.sample(POOLS["list_words"], rng.randint(least, most))
+        ordered = " ".join(reversed(words) if skill == "reverse" else words)
+        return (" ".join(words),), str(len(words)) if skill == "count" else ordered
     if skill == "sort":
         numbers = rng.sample(range(21), 3)
         return (" ".join(map(str, numbers)),), " ".join(map(str, sorted(numbers)))
-    if skill == "count":
-        words = rng.sample(POOLS["list_words"], rng.randint(1, 6))
-        return (" ".join(words),), str(len(words))
     if skill == "add":
         a, b = rng.randint(0, 12), rng.randint(0, 12)
         return (a, b), str(a + b)
@@ -281,15 +280,17 @@ def _category_rows(topic: Topic, rng: random.Random) -> Iterator[dict]:
     draws["held_out_templates"] = partial(draw_pair, rng, topic, "test", topic.words, held)
     for name, draw in draws.items():
         for pair in _distinct(draw, COUNTS[name]):
-            yield from _pair_rows(pair, *((name, "") if name in SPLITS else ("test", name)))
+            yield from _pair_rows(pair, name)
     for kind in WRAPPERS:
         wrapped = partial(wrap_pair, rng, topic, kind, "test")
         for pair in _distinct(wrapped, COUNTS["wrappers"] // len(WRAPPERS)):
-            yield from _pair_rows(pair, "test", "wrappers")
+            yield from _pair_rows(pair, "wrappers")
     yield from _borderline_rows(topic, rng, "borderline", "test", topic.words)
 
 
-def _pair_rows(pair: Pair, split: str, ood_set: str) -> Iterator[dict]:
+def _pair_rows(pair: Pair, name: str) -> Iterator[dict]:
+    """Rows of a split, or of a test set that is out of distribution, by its name."""
+    split, ood_set = (name, "") if name in SPLITS else ("test", name)
     category = pair[0].topic.name
     pair_id = hashlib.sha1(pair[0].prompt.encode()).hexdigest()[:16]
     harm = "other_harm" if category == REFUSED_CATEGORY else "target"
@@ -353,10 +354,11 @@ def everyday_rows(categories: Sequence[str] | None = None) -> list[dict[str, str
     rows: list[dict[str, str]] = []
     for entry in read_toml(Path(__file__).with_name("everyday.toml"))["prompts"]:
         category = entry["category"]
+        if categories and category not in (SHARED, *categories):
+            continue
         role = "benign" if category == SHARED else "borderline"
-        own = {"source": "everyday", "source_revision": ""}
         for prompt in map(entry["text"].format, entry["items"]):
-            if not categories or category in (SHARED, *categories):
-                own |= {"source_id": str(len(rows)), "group_id": f"everyday/{prompt}"}
-                rows.append(_row(prompt, category, role, "edit", prompt, **own))
+            facts = {"source": "everyday", "source_revision": "", "source_id": str(len(rows))}
+            facts["group_id"] = f"everyday/{prompt}"
+            rows.append(_row(prompt, category, role, "edit", prompt, **facts))
     return rows

@@ -42,21 +42,21 @@ def read_user_rows(path: str | Path, category: str) -> list[dict[str, str]]:
     table = _read_table(path)
     table["category"] = table["category"].replace("", category)
     table["group"] = table["split"] + ":" + _groups(table)
-    rows = []
-    for each in table.to_dict("records"):
-        common = {
+    return [
+        {
+            "prompt": each[column],
             "category": each["category"],
+            "role": role,
             "source": f"file:{path.name}",
+            "source_id": f"row {each['row']}{mark}",
             "license": "the user's own",
             "group_id": each["group"],
             "pair_id": f"{path.name}/{each['row']}",
             "split": each["split"],
         }
-        name = f"row {each['row']}"
-        rows.append(common | {"prompt": each["prompt"], "role": "target", "source_id": name})
-        name += " benign"
-        rows.append(common | {"prompt": each["benign"], "role": "benign", "source_id": name})
-    return rows
+        for each in table.to_dict("records")
+        for column, role, mark in (("prompt", "target", ""), ("benign", "benign", " benign"))
+    ]
 
 
 # ---------------------------------------------------------------------- groups
@@ -91,8 +91,7 @@ def _swallowed(names: pd.Series) -> bool:
 
 def _split_up(table: pd.DataFrame, names: pd.Series, own: pd.Index) -> pd.Series:
     """Group names after the words in which a group's rows differ, for the groups of these rows."""
-    found = names.copy()
-    shared = names.isin(names[own]) & names.duplicated(keep=False)
+    found, shared = names.copy(), names.isin(names[own]) & names.duplicated(keep=False)
     for name, members in table[shared].groupby(names[shared]):
         if TEMPLATE_MARK not in name:
             found[members.index] = [name + TEMPLATE_MARK + w for w in _differing_words(members)]
@@ -149,10 +148,8 @@ def _read_table(path: Path) -> pd.DataFrame:
             f"{path}: no such file: give the path of a CSV, JSONL or Parquet file with the columns "
             "prompt and benign."
         )
-    rows = [
-        _cells(f"{path}, row {number}", row) | {"row": number}
-        for number, row in READERS[kind](path)
-    ]
+    numbered = READERS[kind](path)
+    rows = [_cells(f"{path}, row {number}", row) | {"row": number} for number, row in numbered]
     if not rows:
         raise CdeltaError(
             f"{path}: the file has no rows: it needs the columns prompt and benign and at least "
@@ -163,7 +160,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _cells(where: str, row: Iterable[tuple[Any, Any]]) -> dict[str, str]:
     cells = [(_name(column), value) for column, value in row]
-    names = [name for name, _ in cells]
+    names, values = [name for name, _ in cells], dict(cells)
     twice = [name for name in USED if names.count(name) > 1]
     if twice:
         raise CdeltaError(
@@ -175,7 +172,6 @@ def _cells(where: str, row: Iterable[tuple[Any, Any]]) -> dict[str, str]:
             f"{where}: no column {' and no column '.join(missing)}: expected prompt,benign "
             f"(optional category,split), found {', '.join(map(repr, names))[:300] or 'nothing'}."
         )
-    values = dict(cells)
     found = {name: _text(where, name, values.get(name)) for name in USED}
     found["split"] = found["split"].casefold()
     if found["split"] not in ("", *SPLITS):
@@ -280,7 +276,8 @@ def json_value(text: str) -> Any:
     values = []
     for line, content in enumerate(text.split("\n"), start=1):
         try:
-            values += [json.loads(content)] if content.strip() else []
+            if content.strip():
+                values.append(json.loads(content))
         except ValueError as error:
             raise ValueError(f"line {line}: {error}") from error
     return values
@@ -322,19 +319,18 @@ def _read_frame(path: Path) -> NumberedRows:
     """Rows of a Parquet file, or of a workbook's first sheet that has our columns."""
     try:
         if path.suffix.lower() == ".parquet":
-            frames = [pd.read_parquet(path)]
+            sheets = {"": pd.read_parquet(path)}
         else:
             sheets = pd.read_excel(path, sheet_name=None, dtype=object, keep_default_na=False)
-            frames = list(sheets.values())
     except Exception as error:  # of pyarrow, of zip and XML, a missing package
         raise CdeltaError(
             f"{path}: not a readable {path.suffix} file ({first_line(error)}): write it again, or "
             "save it as CSV (UTF-8)."
         ) from error
-    frames = [each.reset_index() if any(each.index.names) else each for each in frames]
+    frames = [each.reset_index() if any(each.index.names) else each for each in sheets.values()]
     ours = [each for each in frames if set(REQUIRED) <= set(map(_name, each.columns))]
     rows = [*ours, *frames][0].astype(object).to_dict("records")
-    return enumerate((row.items() for row in rows), start=1)
+    return enumerate(map(dict.items, rows), start=1)
 
 
 READERS: dict[str, Callable[[Path], NumberedRows]] = {

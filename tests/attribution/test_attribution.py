@@ -276,6 +276,13 @@ def test_padding_and_micro_batch_do_not_change_scores(family, attn):
         assert_same(padded, attribute(toy(family), pairs, metric, micro_batch=3))
 
 
+def test_padding_under_eager_attention_in_fp64_is_no_nan():
+    """Its softmax computes in fp32, where the lowest fp64 number is infinite."""
+    pairs = toy_pairs(n=3, uneven=True)
+    scores = attribute(toy("llama", dtype=torch.float64), pairs, metric, micro_batch=3)
+    assert_same(scores, attribute(toy("llama"), pairs, metric, micro_batch=1))
+
+
 def test_mean_over_pairs_does_not_depend_on_their_number(llama):
     pairs = toy_pairs(n=3)
     twice = PromptPairs(pairs.clean * 2, pairs.corrupted * 2)

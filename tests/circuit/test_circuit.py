@@ -46,14 +46,11 @@ def scored():
 
 
 @settings(max_examples=40, deadline=None)
-@given(a=circuits, b=circuits, c=circuits)
-def test_set_operations_are_those_of_sets(a, b, c):
+@given(a=circuits, b=circuits)
+def test_differences_and_overlaps_are_those_of_sets(a, b):
     x, y = set(a.nodes), set(b.nodes)
-    assert set((a & b).nodes) == x & y and set((a | b).nodes) == x | y
     assert set((a - b).nodes) == x - y
-    assert a & b == b & a and a | b == b | a and (a - b) & b == Circuit(())
-    assert 0 <= a.jaccard(b) == b.jaccard(a) <= 1 and a.jaccard(a) == 1
-    assert (a | b) & c == (a & c) | (b & c)
+    assert a.jaccard(b) == b.jaccard(a) == (len(x & y) / len(x | y) if x | y else 1)
 
 
 def test_provenance_says_where_a_circuit_comes_from(scored):
@@ -63,7 +60,8 @@ def test_provenance_says_where_a_circuit_comes_from(scored):
     assert one.provenance["pairs_hash"] == pairs.hash() != toys.toy_pairs(seed=1).hash()
     assert (one.provenance["method"], one.provenance["param_budget"]) == ("eap-ig", 0.1)
     assert two.provenance["edges"] == 5
-    assert (one | two).provenance == {"operation": "union", "of": [one.provenance, two.provenance]}
+    sides = [one.provenance, two.provenance]
+    assert (one - two).provenance == {"operation": "difference", "of": sides}
     given = select_units(spec, scores.heads, scores.neurons, 0.1, {"model_hash": "abc"})
     assert given == one and given.provenance["model_hash"] == "abc"
 

@@ -52,9 +52,6 @@ def test_a_system_prompt_comes_first_in_every_family(subjects, family):
     _, tok = subjects[family]
     text = tok.decode(chat_ids(tok, PROMPT, "Be kind."))
     assert text.index("Be kind.") < text.index(PROMPT)
-    assert example_ids(tok, PROMPT, ANSWER, [1], system="Be kind.")[0] == chat_ids(
-        tok, PROMPT, "Be kind."
-    )
     if tok.chat_template:
         assert template_facts(tok).takes_system == (family != "gemma2")
 

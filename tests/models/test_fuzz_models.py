@@ -14,7 +14,7 @@ from cdelta.models.chat import chat_ids, example_ids
 from cdelta.models.checkpoint import Checkpoint, meta_model, read_config
 from cdelta.models.loading import load_tokenizer
 from cdelta.models.spec import ModelSpec
-from cdelta.models.templates import template_facts
+from cdelta.models.templates import bind_template, template_facts
 
 FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
@@ -113,9 +113,9 @@ def test_fault_16_any_chat_template_works_or_is_one_sentence(capsys):
         tok.chat_template = template
 
         def written() -> None:
-            template_facts(tok)
-            start, labels = example_ids(tok, "red", "song", [1], finished, system)
-            assert start == chat_ids(tok, "red", system)
+            template_facts(bind_template(tok, system))
+            start, labels = example_ids(tok, "red", "song", [1], finished)
+            assert start == chat_ids(tok, "red")
             assert finished == (labels[-1] == 1) and 1 not in labels[:-1]
 
         outcomes.attempt(written)

@@ -78,11 +78,6 @@ def test_spec_works_on_the_meta_device():
     assert ModelSpec.from_model(model).n_params == ModelSpec.from_model(toy("llama")).n_params
 
 
-def test_unknown_parameter_is_named(llama):
-    with pytest.raises(CdeltaError, match="model.nowhere"):
-        ModelSpec.from_model(llama).shape("model.nowhere")
-
-
 @pytest.mark.parametrize(
     "config, reason",
     [
@@ -134,7 +129,7 @@ def test_load_model_errors_name_the_path_or_the_word(tmp_path, checkpoint):
 def test_every_family_entry_names_only_strings_and_numbers():
     for layout in FAMILIES.values():
         for f in fields(layout):
-            assert isinstance(getattr(layout, f.name), (str, float, tuple))
+            assert isinstance(getattr(layout, f.name), (str, float, tuple, list))
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -44,7 +44,7 @@ def shares(model, rows=tuple(ROWS), kept=1):
 
 def test_rows_are_cut_behind_what_they_share(family):
     shared = shares(wide(family))
-    assert shared.prefix.tolist() == [BEGIN]
+    assert shared.cache.get_seq_length() == len(BEGIN)
     assert [row[-len(rest) :].tolist() for row, rest in zip(shared.ids, RESTS)] == RESTS
     assert shared.positions[:, -1].tolist() == [len(row) - 1 for row in ROWS]
     assert shared.mask.sum(1).tolist() == [len(row) for row in ROWS]
@@ -52,12 +52,12 @@ def test_rows_are_cut_behind_what_they_share(family):
 
 def test_nothing_is_shared_where_it_would_not_pay_or_not_be_exact():
     model = toy("llama")
-    assert shares(model, [row[:15] for row in ROWS]) is None
-    assert shares(model, ROWS[:1]) is None
-    assert shares(model, [[7 + i, *row] for i, row in enumerate(ROWS)]) is None
+    assert shares(model, [row[:15] for row in ROWS]).cache is None
+    assert shares(model, ROWS[:1]).cache is None
+    assert shares(model, [[7 + i, *row] for i, row in enumerate(ROWS)]).cache is None
     windowed = toy("mistral", sliding_window=24)
-    assert shares(windowed) is None
-    assert shares(windowed, [row[:23] for row in ROWS]) is not None
+    assert shares(windowed).cache is None
+    assert shares(windowed, [row[:23] for row in ROWS]).cache is not None
 
 
 def test_kept_columns_stay_with_the_rows():
@@ -110,7 +110,7 @@ def test_scores_are_those_of_whole_pairs(family, whole, method):
 
 def test_a_repeated_cache_leaves_the_first_as_it_was():
     model, shared = toy("llama"), shares(toy("llama"))
-    kept = shared.read_prefix(model)
+    kept = shared.cache
     before = copy.deepcopy(kept.layers[0].keys)
     rows = prefix.repeated(kept, 4)
     model(
