@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 BENCH = Path(__file__).resolve().parents[2] / "figures" / "bench"
 AXES = {
@@ -39,8 +40,13 @@ def line(axes: Axes, rows: pd.DataFrame, measure: str) -> None:
             rows["x"], rows["floor_seconds"], "--", color="0.4", lw=1, label="arithmetic floor"
         )
     axes.set(xscale="log", yscale="log")
-    axes.set_xticks(rows["x"], [f"{x:g}" for x in rows["x"]])
+    axes.set_xticks(rows["x"], [f"{x:.3g}" for x in rows["x"]])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
+    low, high = axes.get_ylim()
+    if high < 8 * low:  # a flat line should look flat
+        axes.set_ylim(low / 2, 2 * high)
     axes.grid(alpha=0.3)
 
 
