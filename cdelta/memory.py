@@ -6,13 +6,17 @@ import ctypes
 import resource
 import sys
 import threading
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes left on a device; None where the system does not tell."""
     if device.type == "cuda":
+        import torch  # not at the top: the workflow's own processes need none, and it takes seconds
+
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     import psutil  # not at the top: a bare GPU box need not have it
@@ -25,6 +29,8 @@ def peak_memory(device: torch.device | None = None) -> int:
     resident.
     """
     if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
@@ -41,13 +47,17 @@ class GpuPeak:
     """Context: `memory` is the peak of allocated bytes above what was allocated before."""
 
     def __enter__(self) -> GpuPeak:
+        import torch
+
+        self.allocated = torch.cuda.memory_allocated
+        self.highest = torch.cuda.max_memory_allocated
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        self.base = torch.cuda.memory_allocated()
+        self.base = self.allocated()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.memory = torch.cuda.max_memory_allocated() - self.base
+        self.memory = self.highest() - self.base
 
 
 class ResidentPeak:

@@ -32,6 +32,15 @@ PICTURE = "fig_seen"
 """The figure that shows prompts; notebook 01 has it."""
 NOT_SHOWN = "<em>Not shown here: this picture holds prompts that are not ours to ship.</em>"
 TEXTS = (".csv", ".tex", ".html")
+ABOUT = {
+    "faults": "Disturbed commands, and how many trials ended in which way: identical (the output "
+    "is an undisturbed run's, byte for byte), refused (a sentence and no output; of a flipped bit: "
+    "verify finds it) or lost. Recorded by tests/robustness/campaign.py and flips.py.",
+    "scale_estimates": "Predicted from the models' shapes, not measured; the rate behind the hours "
+    "is assumed, and answers, made token by token, reach less of it. "
+    "Recorded by tests/benchmarks/scale_estimates.py.",
+}
+"""Captions of recorded measurements that need more than where they come from."""
 SHORT = 12
 """Prompts of fewer characters are everyone's."""
 LONG = 20
@@ -87,7 +96,8 @@ def _benchmarks() -> list[dict[str, Any]]:
     ids = sorted(path.stem for path in folder.glob("*.csv"))
     written = "Recorded in figures/bench by tests/benchmarks/run.py or {}.py."
     facts = {"kind": "table", "files": [], "title": ""}
-    return [facts | {"id": i, "caption": written.format(i)} | _cells(folder, i) for i in ids]
+    captions = {i: ABOUT.get(i, written.format(i)) for i in ids}
+    return [facts | {"id": i, "caption": captions[i]} | _cells(folder, i) for i in ids]
 
 
 def _cells(folder: Path, id: str) -> dict[str, Any]:

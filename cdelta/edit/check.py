@@ -135,22 +135,36 @@ def estimated(
     spec: ModelSpec, records: pd.DataFrame, recipe: Recipe, width: float, per_token: float
 ) -> str:
     """The same from the tokens of a row and the seconds of a token's forward pass."""
-    how, prompts = recipe.edit, records["split"].value_counts()
-    entries = len(how.sides) * budget_entries(spec, recipe.circuit.param_budget)
-    share = {"target": len(how.sides) * (1 - how.retain_share), "retain": how.retain_share}
-    forward = share["target"] * (1 + BACKWARD) + share["retain"] * (how.retain_pool + 1 + BACKWARD)
-    val, checks = prompts.get("val", 0), how.steps // how.check_every + 1
-    training = how.attempts * (how.steps * forward * how.batch_size + checks * val) * width
-    answers = len(records) + len(recipe.answers.grid) * val + prompts.get("test", 0)
-    answering = answers * (width + recipe.answers.max_new_tokens)
-    pairs = min(prompts.get("discover", 0) / 2, recipe.attribution.max_pairs or math.inf)
-    attribution = pairs * width * passes(spec, recipe.attribution.ig_steps)
-    times = [duration(tokens * per_token) for tokens in (attribution, training, answering)]
+    entries = trained_entries(spec, recipe)
+    found = forward_tokens(spec, records, recipe, width)
+    times = [duration(tokens * per_token) for tokens in found]
     return (
         f"Estimate: model of {spec.n_params:,} parameters, at most {entries:,} trained entries "
         f"({ENTRY_BYTES * entries / 2**20:,.1f} MB with gradients and optimiser state); at most "
         f"{times[0]} of attribution, {times[1]} of training and {times[2]} of answers."
     )
+
+
+def trained_entries(spec: ModelSpec, recipe: Recipe) -> int:
+    """Most entries that are trained, those of both sides where both are."""
+    return len(recipe.edit.sides) * budget_entries(spec, recipe.circuit.param_budget)
+
+
+def forward_tokens(
+    spec: ModelSpec, records: pd.DataFrame, recipe: Recipe, width: float
+) -> tuple[float, float, float]:
+    """Most tokens of attribution, training and answers, a backward pass as `BACKWARD` forward
+    passes; `width` is the tokens of a row.
+    """
+    how, prompts = recipe.edit, records["split"].value_counts()
+    share = {"target": len(how.sides) * (1 - how.retain_share), "retain": how.retain_share}
+    forward = share["target"] * (1 + BACKWARD) + share["retain"] * (how.retain_pool + 1 + BACKWARD)
+    val, checks = prompts.get("val", 0), how.steps // how.check_every + 1
+    training = how.attempts * (how.steps * forward * how.batch_size + checks * val) * width
+    answers = len(records) + len(recipe.answers.grid) * val + prompts.get("test", 0)
+    pairs = min(prompts.get("discover", 0) / 2, recipe.attribution.max_pairs or math.inf)
+    attribution = pairs * width * passes(spec, recipe.attribution.ig_steps)
+    return attribution, training, answers * (width + recipe.answers.max_new_tokens)
 
 
 def duration(seconds: float) -> str:

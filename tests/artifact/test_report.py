@@ -109,6 +109,19 @@ def test_a_notebook_page_has_mathml_folded_output_and_no_injected_cell(run_dir):
     assert "preset = " not in page and '<div class="scroll"><table' in page
 
 
+def test_measurements_of_no_run_are_shown_with_what_they_are(tmp_path, monkeypatch):
+    (tmp_path / "bench").mkdir()
+    columns = ["fault", "stage", "trials", "outcome", "machine"]
+    rows = pd.DataFrame([("kill -9", "apply", 5, "identical", "AMD, 2 cores")], columns=columns)
+    rows.to_csv(tmp_path / "bench" / "faults.csv", index=False)
+    pd.DataFrame({"a_b": [1]}).to_csv(tmp_path / "bench" / "other.csv", index=False)
+    monkeypatch.setattr(report, "FIGURES", tmp_path)
+    faults, other = report._benchmarks()
+    assert faults["rows"] == [["kill -9", "apply", "5", "identical", "AMD, 2 cores"]]
+    assert faults["numeric"] == [False, False, True, False, False]
+    assert "campaign.py" in faults["caption"] and "run.py or other.py" in other["caption"]
+
+
 def test_a_formula_that_cannot_be_read_stays_code():
     cells = [new_markdown_cell(r"see $\left( x$")]
     assert r"<code>\left( x</code>" in notebook_body(new_notebook(cells=cells))[0]

@@ -174,3 +174,38 @@ def test_the_scaling_figure_has_a_panel_per_curve_and_measure(tmp_path):
     seconds = figure.axes[0].get_lines()
     assert len(figure.axes) == 4 and list(seconds[0].get_ydata()) == [1, 2]
     assert any(list(each.get_ydata()) == [0.5, 1.0] for each in seconds)
+
+
+def test_the_recorded_estimates_of_scale_are_todays_and_of_the_models_sizes(tmp_path):
+    scale = script("scale_estimates")
+    scale.main(["--out", str(tmp_path / "out.csv")])
+    recorded = scale.common.BENCH / "scale_estimates.csv"
+    assert (tmp_path / "out.csv").read_text() == recorded.read_text(), "run scale_estimates.py"
+    rows = list(csv.DictReader(recorded.open()))
+    published = [134_515_008, 1_235_814_400, 8_030_261_248, 70_553_706_496]
+    assert [int(row["parameters"]) for row in rows] == published
+    for name in ("weights_gb", "attribution_gb", "training_gb", "hours_at_200_tflops"):
+        values = [float(row[name]) for row in rows]
+        assert values[0] > 0 and values == sorted(values)
+
+
+@pytest.mark.slow
+def test_the_estimates_hold_for_the_model_that_can_be_run_here():
+    """SmolLM2-135M's shape in fp32: memory within half, and time, which other work on the machine
+    stretches, within a factor of three.
+    """
+    scale = script("scale_estimates")
+    torch, name, steps = scale.torch, "SmolLM2-135M", 5
+    model = scale.gpu.random_model(scale.SHAPES[name], "cpu", torch.float32)
+    spec = scale.ModelSpec.from_model(model)
+    pairs = scale.gpu.random_pairs(8, scale.PROMPT_TOKENS, model.config.vocab_size - 1)
+    options = {"steps": steps, "micro_batch": 4}
+    scale.gpu.attribute(model, pairs[:1], scale.gpu.metric, steps=1)
+    _, found = scale.gpu.measured(
+        lambda: scale.gpu.attribute(model, pairs, scale.gpu.metric, **options)
+    )
+    predicted = scale.attribution_memory(model, spec, 4, steps)
+    assert 1 / 1.5 < found.memory / predicted < 1.5, (found, predicted)
+    tokens = 8 * scale.PROMPT_TOKENS * scale.gpu.passes(spec, steps)
+    seconds = 2 * spec.n_params * tokens / scale.scaling.ceiling()
+    assert 1 / 3 < found.seconds / seconds < 3, (found, seconds)

@@ -1,6 +1,6 @@
 """What happens when something goes wrong in the middle of `cdelta edit`, `apply` and `revert`.
 
-    python tests/robustness/campaign.py --trials 100 --out figures/tiny/tab_faults.csv
+    python tests/robustness/campaign.py --trials 120 --out figures/bench/faults.csv
 
 Each trial disturbs one run of a command, then runs the same command again undisturbed. Outcomes:
 
@@ -8,14 +8,15 @@ Each trial disturbs one run of a command, then runs the same command again undis
 - `refused`: the command says why in one sentence, with exit code 2, and leaves no output;
 - `lost`: anything else, such as a traceback, another output, or half of one.
 
-The table has a row per fault, command and outcome, with the number of trials. Disk full and
-read-only output need the right to mount (root); they are left out where it is missing.
+The table has a row per fault, command, outcome and machine, with the number of trials, and is
+written after every trial: after an interruption the same command does the trials that are left.
+Disk full and read-only output need the right to mount (root); they are left out where it is
+missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import os
 import random
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,8 +41,9 @@ from edits import random_delta  # noqa: E402
 
 from cdelta.cli import main as cdelta  # noqa: E402
 from cdelta.delta.apply import save_edited  # noqa: E402
+from robustness import tally  # noqa: E402
+from robustness.tally import IDENTICAL, LOST, REFUSED  # noqa: E402
 
-IDENTICAL, REFUSED, LOST = "identical", "refused", "lost"
 STAGES = ("edit", "apply", "revert")
 
 
@@ -322,9 +323,15 @@ MOUNTING = ("disk full", "read-only output")
 
 
 def campaign(
-    folder: Path, trials: int, seed: int = 0, faults: tuple[str, ...] = tuple(FAULTS)
+    folder: Path,
+    trials: int,
+    seed: int = 0,
+    faults: tuple[str, ...] = tuple(FAULTS),
+    first: int = 0,
 ) -> Iterator[tuple[str, str, str]]:
-    """(fault, command, outcome) of `trials` trials, spread evenly over faults and commands."""
+    """(fault, command, outcome) of the trials from `first` up to `trials`, which are spread evenly
+    over faults and commands.
+    """
     torch.set_num_threads(1)
     inputs = make_inputs(folder / "inputs")
     commands = [Command(stage, inputs) for stage in STAGES]
@@ -336,7 +343,7 @@ def campaign(
         faults = tuple(fault for fault in faults if fault not in MOUNTING)
     pairs = [(fault, command) for fault in faults for command in commands]
     random.Random(seed).shuffle(pairs)
-    for number in range(trials):
+    for number in range(first, trials):
         fault, command = pairs[number % len(pairs)]
         place = folder / f"trial {number}"
         place.mkdir()
@@ -355,30 +362,26 @@ def _changed(path: Path) -> float:
 
 
 def main() -> int:
-    """Run the campaign; exit code 1 if anything was lost."""
+    """Run the campaign on one core; exit code 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=100, help="with those in the table already")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", action="append", choices=sorted(FAULTS))
-    parser.add_argument("--out", help="CSV file: fault, stage, trials, outcome")
+    parser.add_argument("--out", type=Path, help="CSV file to add to: a row per fault and outcome")
     arguments = parser.parse_args()
-    counts: Counter = Counter()
+    tally.one_core()
+    faults = tuple(arguments.fault or FAULTS)
+    first = tally.done(arguments.out, faults) if arguments.out else 0
+    lost = tally.done(arguments.out, faults, LOST) if arguments.out else 0
     with tempfile.TemporaryDirectory() as scratch:
-        faults = tuple(arguments.fault or FAULTS)
-        for row in campaign(Path(scratch), arguments.trials, arguments.seed, faults):
-            counts[row] += 1
-            print(*row, sep=", ", flush=True)
-            if arguments.out:
-                write_table(Path(arguments.out), counts)
-    return int(any(outcome == LOST for _, _, outcome in counts))
-
-
-def write_table(path: Path, counts: Counter) -> None:
-    """The table of all trials so far."""
-    rows = [(fault, stage, n, outcome) for (fault, stage, outcome), n in sorted(counts.items())]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("fault", "stage", "trials", "outcome"), *rows])
+        if first < arguments.trials:
+            found = campaign(Path(scratch), arguments.trials, arguments.seed, faults, first)
+            for number, trial in enumerate(found, first + 1):
+                lost += trial[2] == LOST
+                print(f"{number} of {arguments.trials}:", ", ".join(trial), flush=True)
+                if arguments.out:
+                    tally.add(arguments.out, [trial])
+    return int(lost > 0)
 
 
 if __name__ == "__main__":

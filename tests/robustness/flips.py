@@ -1,10 +1,13 @@
 """Single-bit flips in an edited checkpoint: does `cdelta verify` find every one?
 
-    python tests/robustness/flips.py --trials 10000 --out flips.csv
+    python tests/robustness/flips.py --trials 10000 --out figures/bench/faults.csv
 
 Each trial flips one bit of one file of an edited toy checkpoint (or of its delta's folder), drawn
 evenly over kinds of files and then over bits, verifies, and flips it back. A flip is found if
 `verify` reports a problem or refuses a file as damaged; anything else that it raises is a fault.
+
+The table has a row per kind of file, outcome (`refused`: found; `lost`: not found) and machine, and
+is written every 100 trials: after an interruption the same command does the trials that are left.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import argparse
 import random
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -29,6 +31,7 @@ from cdelta.delta.apply import save_edited  # noqa: E402
 from cdelta.delta.verify import verify  # noqa: E402
 from cdelta.delta.weight_delta import WeightDelta  # noqa: E402
 from cdelta.errors import CdeltaError  # noqa: E402
+from robustness import tally  # noqa: E402
 
 KINDS = {
     "weights": ("edited/*.safetensors",),
@@ -41,6 +44,10 @@ KINDS = {
     "delta": ("edited/cdelta/delta/*", "delta/*"),
 }
 """Kind -> its files; `delta/` is the folder that is given to `verify`."""
+FAULT = "bit flip in {}"
+"""A kind's name in the table."""
+AT_ONCE = 100
+"""Trials between two looks at the table."""
 
 
 class Flip(NamedTuple):
@@ -76,14 +83,14 @@ def found(folder: Path) -> bool:
         return True
 
 
-def campaign(folder: Path, trials: int, seed: int = 0) -> Iterator[Flip]:
-    """Flip `trials` bits one after the other."""
-    rng = random.Random(seed)
+def campaign(folder: Path, trials: int, seed: int = 0, first: int = 0) -> Iterator[Flip]:
+    """Flip a bit in each of the trials from `first` up to `trials`, one after the other."""
     files = {
         kind: sorted(path for pattern in patterns for path in folder.glob(pattern))
         for kind, patterns in KINDS.items()
     }
-    for _ in range(trials):
+    for number in range(first, trials):
+        rng = random.Random(f"{seed}/{number}")
         kind = rng.choice(list(files))
         path = rng.choice(files[kind])
         bit = rng.randrange(8 * path.stat().st_size)
@@ -100,31 +107,37 @@ def _flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
+def as_trial(flip: Flip) -> tuple[str, str, str]:
+    """(fault, stage, outcome), as the table has it."""
+    return FAULT.format(flip.kind), "verify", tally.REFUSED if flip.found else tally.LOST
+
+
 def main() -> int:
-    """Run the campaign; exit code 1 if a flip is not found."""
+    """Run the campaign on one core; exit code 1 if a flip is not found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument(
+        "--trials", type=int, default=10_000, help="with those in the table already"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="CSV file: kind, trials, found")
+    parser.add_argument("--out", type=Path, help="CSV file to add to: a row per kind and outcome")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tried, hit = Counter(), Counter()
+    tally.one_core()
+    faults, out = [FAULT.format(kind) for kind in KINDS], arguments.out
+    lost = tally.done(out, faults, tally.LOST) if out else 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = make(Path(scratch))
         assert not found(folder), "the checkpoint is not whole to begin with"
-        for number, flip in enumerate(campaign(folder, arguments.trials, arguments.seed), 1):
-            tried[flip.kind] += 1
-            hit[flip.kind] += flip.found
-            if not flip.found:
-                print(f"NOT FOUND: {flip}", flush=True)
-            if number % 1000 == 0:
-                print(f"{number}: {hit.total()} found", flush=True)
+        for start in range(tally.done(out, faults) if out else 0, arguments.trials, AT_ONCE):
+            stop = min(start + AT_ONCE, arguments.trials)
+            flips = list(campaign(folder, stop, arguments.seed, start))
+            missed = [flip for flip in flips if not flip.found]
+            lost += len(missed)
+            print(f"{stop} of {arguments.trials}:", *(missed or ["all found"]), flush=True)
+            if out:
+                tally.add(out, map(as_trial, flips))
         assert not found(folder), "the checkpoint is not whole any more"
-    lines = ["kind,trials,found", *(f"{kind},{tried[kind]},{hit[kind]}" for kind in KINDS)]
-    print("\n".join(lines))
-    if arguments.out:
-        Path(arguments.out).write_text("\n".join(lines) + "\n")
-    return 0 if tried == hit else 1
+    return int(lost > 0)
 
 
 if __name__ == "__main__":

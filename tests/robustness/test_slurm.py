@@ -1,0 +1,238 @@
+"""A grid of three models on a Slurm cluster of two nodes gives the tables of the local run, though
+jobs are killed and a node fails on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from project import NOTEBOOK, Project
+
+from cdelta.artifact.stages import NAMES, find_stage
+from cdelta.paths import ROOT
+from robustness.slurm import Cluster, cluster, missing, wait_for
+
+GRID = ("grain-0", "grain-1", "grain-2")
+GRAIN = """inherits = "smoke"
+description = "a grain of the grid"
+categories = ["crime"]
+seeds = [{seed}]
+
+[deployment]
+joint = []
+limit = 1
+runtimes = []
+formats = []
+"""
+LIGHT = """
+numbers = __import__("numpy")
+chance = numbers.random.default_rng([run.preset.seeds[0], {number}])
+x, y = chance.normal(size=(9, 2)), chance.normal(size=9)
+value = numbers.linalg.lstsq(x, y)[0][0]
+for name in {needs}:
+    value += pd.read_csv(run.input(name, "figures/tab_" + name + ".csv"))["value"][0]
+if "{stage}" == "05_evaluation":
+    named = {{"category": ["crime"], "method": ["cdelta"], "target_refusal": [value]}}
+    run.table("tab_selectivity", pd.DataFrame(named), "What the table over several runs reads")
+while (Path(run_dir) / "hold_{stage}").exists():
+    time.sleep(0.1)
+"""
+"""A least-squares model of the run's seed, plus what every earlier stage found: seconds of work."""
+MEASURED = re.compile(r".*(second|MB|_ms|per_s|overhead|break_even).*|ratio|low|high")
+CLOCKED = ("tab_cost", "tab_attribution_cost", "tab_formats", "tab_training_cost")
+"""Tables that hold times or memory, and the columns in them that no two runs agree on."""
+HOURS = 3600.0
+PLUGIN = importlib.util.find_spec("snakemake_executor_plugin_slurm")
+REASON = missing() or ("" if PLUGIN else "pip install snakemake-executor-plugin-slurm")
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.skipif(bool(REASON), reason=REASON)]
+
+
+def make(root: Path, light: bool) -> Project:
+    """A project with the presets of the grid, on light notebooks or on the true ones."""
+    project = Project.make(root) if light else Project.real(root)
+    shutil.copytree(ROOT / "profiles", root / "profiles")
+    flags = root / "profiles" / "slurm" / "config.yaml"
+    flags.write_text(flags.read_text().replace("status-checks: 20", "status-checks: 5"))
+    for seed, name in enumerate(GRID):
+        preset = root / "cdelta" / "artifact" / "presets" / f"{name}.toml"
+        preset.write_text(GRAIN.format(seed=seed))
+    for number, stage in enumerate(NAMES if light else ()):
+        text = NOTEBOOK.format(stage=stage, value="None")
+        facts = {"stage": stage, "number": number, "needs": find_stage(stage).needs}
+        text = text.replace("value = None\n", LIGHT.format(**facts))
+        (root / "notebooks" / f"{stage}.py").write_text(text)
+    return project
+
+
+def runs(project: Project) -> list[Path]:
+    """The run folders of the grid."""
+    return [project.root / "data" / "runs" / name for name in GRID]
+
+
+def start(project: Project, environment: dict[str, str], *flags: str) -> subprocess.Popen:
+    """The whole grid in one command; its messages in ``out`` and ``err``."""
+    command = [sys.executable, "-m", "cdelta.artifact.workflow", "--preset", ",".join(GRID)]
+    streams = {name: (project.root / name[3:]).open("w") for name in ("stdout", "stderr")}
+    return subprocess.Popen([*command, *flags], cwd=project.root, env=environment, **streams)
+
+
+def finish(project: Project, process: subprocess.Popen) -> None:
+    """Wait for the grid's end, which must be a good one."""
+    code = process.wait(3 * HOURS)
+    said = "".join((project.root / name).read_text() for name in ("out", "err"))
+    logs = [path.read_text()[-4000:] for path in project.root.rglob("snakemake.log")]
+    assert code == 0, "\n".join([said, *logs])
+
+
+def tables(run_dir: Path) -> dict[str, object]:
+    """Every table of a run byte for byte; of those that hold times, the columns that do not."""
+    found: dict[str, object] = {}
+    for path in sorted((run_dir / "figures").glob("tab_*")):
+        if path.stem not in CLOCKED:
+            found[path.name] = path.read_bytes()
+        elif path.suffix == ".csv":
+            table = pd.read_csv(path)
+            kept = [name for name in table if not MEASURED.fullmatch(name)]
+            found[path.name] = table[kept].to_csv()
+    return found
+
+
+# ---------------------------------------------------------------------- faults
+
+
+@dataclass
+class Grid:
+    """The grid at work on a cluster."""
+
+    here: Cluster
+    process: subprocess.Popen
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Until `condition()`, unless the grid ends before."""
+
+        def met() -> object:
+            assert self.process.poll() is None, "the grid has ended"
+            return condition()
+
+        wait_for(met, HOURS)
+
+    def jobs(self, rule: str, state: str = "PD,R") -> list[dict[str, str]]:
+        """The jobs of a rule in some states."""
+        return [job for job in self.here.jobs(state) if job["Comment"] == rule]
+
+    def at_work(self, run_dir: Path, stage: str) -> dict[str, str]:
+        """The job of a stage, as soon as the stage works in its run's folder."""
+        rule = f"rule_{find_stage(stage).rule}"
+        self.wait(lambda: list(run_dir.glob(f".{stage}.*")) and self.jobs(rule, "R"))
+        return self.jobs(rule, "R")[-1]
+
+    def another(self, job: dict[str, str]) -> dict[str, str]:
+        """The job that is submitted in the place of a failed one."""
+
+        def later() -> list[dict[str, str]]:
+            return [j for j in self.jobs(job["Comment"]) if j["JobID"] != job["JobID"]]
+
+        self.wait(later)
+        return later()[0]
+
+
+def kill_stage(run_dir: Path, stage: str) -> None:
+    """End a stage and its kernel at once, as the system does where memory is short."""
+    command, root = ["cdelta.artifact.stages", stage], run_dir.parents[2]
+    found = psutil.process_iter(["cmdline", "cwd"])
+    named = [p for p in found if (p.info["cmdline"] or [])[-2:] == command]
+    own = [p for p in named if Path(p.info["cwd"] or "/").is_relative_to(root)]
+    assert own, f"no process of {stage} under {root}"
+    for process in own:
+        for each in (process, *process.children(recursive=True)):
+            each.send_signal(signal.SIGKILL)
+
+
+def end_all(root: Path) -> None:
+    """End whatever a failed test leaves of a project's processes."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(root) in word for word in process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def megabytes(text: str) -> float:
+    """Slurm's ``3000M`` or ``2.93G`` in MB."""
+    return float(text[:-1]) * {"M": 1, "G": 1024}[text[-1]]
+
+
+def cancel_a_job(grid: Grid, run_dir: Path) -> None:
+    """`scancel` the first stage: it is submitted again with as much memory again."""
+    job = grid.at_work(run_dir, NAMES[0])
+    grid.here.cancel(job["JobID"])
+    again = megabytes(grid.another(job)["MinMemory"])
+    assert again == pytest.approx(2 * megabytes(job["MinMemory"]), rel=0.01)
+
+
+def kill_a_job(grid: Grid, run_dir: Path) -> None:
+    """`kill -9` of the second stage's processes: its job fails and is submitted again."""
+    job = grid.at_work(run_dir, NAMES[1])
+    kill_stage(run_dir, NAMES[1])
+    grid.another(job)
+
+
+def fail_a_node(grid: Grid, run_dir: Path) -> None:
+    """Set the node of the first stage down: Slurm starts the job again on the other node."""
+    job = grid.at_work(run_dir, NAMES[0])
+    grid.here.set_node(job["NodeList"], "down")
+
+    def moved() -> bool:
+        found = [j for j in grid.here.jobs() if j["JobID"] == job["JobID"]]
+        return bool(found) and found[0]["NodeList"] not in ("", job["NodeList"])
+
+    grid.wait(moved)
+    grid.here.set_node(job["NodeList"], "resume")
+
+
+FAULTS = {cancel_a_job: NAMES[0], kill_a_job: NAMES[1], fail_a_node: NAMES[0]}
+"""What goes wrong in each run of the grid, and in which stage."""
+
+
+def run_on_slurm(project: Project, folder: Path, *flags: str) -> None:
+    """The grid on a cluster, with a fault in every run of it."""
+    assert PLUGIN and PLUGIN.origin
+    holds = [run / f"hold_{stage}" for run, stage in zip(runs(project), FAULTS.values())]
+    for hold in holds:
+        hold.parent.mkdir(parents=True)
+        hold.touch()
+    paths = (project.environment["PYTHONPATH"], str(Path(PLUGIN.origin).parents[1]))
+    with cluster(folder) as here:
+        environment = here.environment | project.environment | {"PATH": here.environment["PATH"]}
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        process = start(project, environment, "--executor", "slurm", "--jobs", "2", *flags)
+        try:
+            for fault, hold in zip(FAULTS, holds):
+                fault(Grid(here, process), hold.parent)
+                hold.unlink()
+            finish(project, process)
+        finally:
+            process.kill()
+            end_all(project.root)
+
+
+@pytest.mark.parametrize("light", [True, False], ids=["light", "true"])
+def test_a_grid_with_faults_on_slurm_has_the_tables_of_the_local_run(light, tmp_path):
+    local, remote = (make(tmp_path / name, light) for name in ("local", "remote"))
+    finish(local, start(local, local.environment, "--jobs", "2"))
+    run_on_slurm(remote, tmp_path / "cluster")
+    for ours, theirs in zip(runs(remote), runs(local), strict=True):
+        assert tables(ours) == tables(theirs) and len(tables(ours)) > len(NAMES)
+        assert not [path.name for path in ours.iterdir() if re.match(r"\.\d\d_", path.name)]
