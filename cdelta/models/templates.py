@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Mapping, Sequence
 
 from cdelta.errors import CdeltaError, first_line
@@ -125,7 +125,7 @@ def _facts(tok, template: str, arguments: str) -> TemplateFacts:
 def _arguments(tok) -> dict[str, Any]:
     """The bound keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
     arguments: dict[str, Any] = getattr(tok, "cdelta_template_args", {})
-    own = {"messages", *inspect.signature(tok.apply_chat_template).parameters}
+    own = {"messages", *_parameters(type(tok))}
     for name, value in arguments.items():
         if name in own:
             raise CdeltaError(
@@ -138,6 +138,12 @@ def _arguments(tok) -> dict[str, Any]:
                 "it is answers that are measured and trained: leave it out or set it to false."
             )
     return arguments
+
+
+@cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    """What ``apply_chat_template`` of a class of tokenizers takes itself."""
+    return tuple(inspect.signature(kind.apply_chat_template).parameters)  # type: ignore[attr-defined]
 
 
 def _template(tok) -> str:
