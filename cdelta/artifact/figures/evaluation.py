@@ -46,9 +46,10 @@ def selectivity(
     return fig
 
 
-def _pooled(table: pd.DataFrame, panel: str, xlabel: str) -> Figure:
+def _pooled(table: pd.DataFrame, panel: str, xlabel: str, alike: bool = False) -> Figure:
     """A line per method: all categories with their interval, single ones in grey. A panel shows
-    0-100 %, or, where all values are close to one end, that end enlarged.
+    0-100 %, or, where all values are close to one end and panels need not look `alike`, that end
+    enlarged.
     """
     table = table.assign(**{panel: table[panel].str.replace("_", " ")})
     pooled = table.query("category == 'all'")
@@ -57,8 +58,12 @@ def _pooled(table: pd.DataFrame, panel: str, xlabel: str) -> Figure:
     for ax, (_, rows) in zip(fig.axes, table.groupby(panel, sort=False)):
         single, rates = rows.query("category != 'all'"), rows["rate"]
         ax.scatter(single["rate"], single["method"].map(methods.index), s=9, color="0.75", lw=0)
-        whole = (-0.03, 1.03) if rates.min() < 0.9 else (0.896, 1.004)
-        ax.set_xlim(*((-0.004, 0.104) if rates.max() <= 0.1 else whole))
+        limits = (-0.03, 1.03)
+        if not alike and rates.min() >= 0.9:
+            limits = (0.896, 1.004)
+        if not alike and rates.max() <= 0.1:
+            limits = (-0.004, 0.104)
+        ax.set_xlim(*limits)
     return fig
 
 
@@ -133,7 +138,8 @@ def robustness(table: pd.DataFrame) -> Figure:
 def _target_refused(table: pd.DataFrame, panel: str) -> Figure:
     rows = arranged(table, "method", in_order(table["method"]))
     rows = arranged(rows, panel, table[panel].unique())
-    return _pooled(rows, panel, "target refused (%), Wilson 95 %; grey: single categories")
+    xlabel = "target refused (%), Wilson 95 %; grey: single categories"
+    return _pooled(rows, panel, xlabel, alike=True)
 
 
 @headed
