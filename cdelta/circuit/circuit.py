@@ -232,6 +232,18 @@ class ParameterMask:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ParameterMask) and self.hash() == other.hash()
 
+    def __or__(self, other: ParameterMask) -> ParameterMask:
+        """Entries of either. Raises `CdeltaError` for masks of different models."""
+        shapes = {**self.shapes, **other.shapes}
+        if self.n_params != other.n_params or shapes != {**other.shapes, **self.shapes}:
+            raise CdeltaError(
+                "the two masks belong to different models: build both from the same ModelSpec."
+            )
+        slices = union_slices(self.slices, other.slices)
+        kept = {name: shapes[name] for name in slices}
+        units = sorted({*self.units, *other.units})
+        return ParameterMask(slices, kept, self.n_params, tuple(units))
+
 
 def union_slices(first: Slices, second: Slices) -> Slices:
     """Entries of either."""

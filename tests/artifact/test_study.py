@@ -169,7 +169,7 @@ def test_controls_cost_no_more_than_the_circuit_may(study):
 def test_gradients_are_those_of_the_metric_and_leave_the_model_as_it_was(study):
     model, pairs = study.model, study.discover["one"]
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = metric_gradients(model, pairs, METRIC, rows=2)
+    found = metric_gradients(model, pairs, METRIC)
     name, step = "model.layers.1.mlp.down_proj.weight", 1e-3
     shifted = copy.deepcopy(model)
     direction = torch.randn(before[name].shape, generator=torch.Generator().manual_seed(0))

@@ -190,7 +190,7 @@ def test_union_and_intersection_are_those_of_the_entries(family, specs):
         replace(a, slices=combined(a.slices, b.slices), shapes=a.shapes | b.shapes)
         for combined in (union_slices, intersect_slices)
     )
-    assert of(union) == of(a) | of(b)
+    assert of(union) == of(a | b) == of(a) | of(b) and a | b == b | a and a | a == a
     assert of(common) == of(a) & of(b)
 
 
@@ -246,6 +246,8 @@ def test_bad_input_is_one_clear_error(specs):
         select_units(spec, heads[:, :2], neurons, 0.1)
     with pytest.raises(CdeltaError, match="NaN"):
         select_units(spec, heads * float("nan"), neurons, 0.1)
+    with pytest.raises(CdeltaError, match="different models"):
+        random_mask(spec, 0.1, 0) | random_mask(specs["qwen3"], 0.1, 0)
 
 
 def test_gradients_of_several_losses_add_up_and_leave_the_model_as_it_was():
