@@ -139,10 +139,15 @@ def _difference(
             far = ~np.isclose(new, old, relative, absolute, equal_nan=True)
             unit = f"numbers differ, by up to {readable((new - old).abs().max())}"
         else:
-            far, unit = new.astype(str) != old.astype(str), "texts differ"
+            far, unit = _texts(new) != _texts(old), "texts differ"
         if far.any():
             found.append(f"{name}: {far.sum()} of {len(own)} {unit}")
     return "; ".join(found)
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    """Cells as text; an empty cell equals another one."""
+    return column.astype(object).where(column.notna(), "").astype(str)
 
 
 # ---------------------------------------------------------------------- printing

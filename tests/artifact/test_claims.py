@@ -18,6 +18,7 @@ from cdelta.artifact.claims import (
 from cdelta.artifact.presets import preset_names
 from cdelta.artifact.run import open_run
 from cdelta.errors import CdeltaError
+from cdelta.paths import FIGURES
 
 TABLE = pd.DataFrame(
     {
@@ -143,3 +144,10 @@ def test_check_ends_with_1_on_a_missed_claim_or_a_far_table(tmp_path, monkeypatc
 def test_an_unknown_run_is_one_sentence():
     with pytest.raises(CdeltaError, match="there is no run 'nope'"):
         check_run("nope")
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-quick"])
+def test_a_recorded_run_differs_from_itself_in_nothing(name):
+    """Empty cells among texts too."""
+    found = differences(FIGURES / name, FIGURES / name)
+    assert len(found) > 40 and not any(found.values()), found
