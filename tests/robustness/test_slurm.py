@@ -34,8 +34,6 @@ seeds = [{seed}]
 [deployment]
 joint = []
 limit = 1
-runtimes = []
-formats = []
 """
 LIGHT = """
 numbers = __import__("numpy")
