@@ -20,7 +20,7 @@ from cdelta.files import write_text
 from cdelta.paths import FIGURES, ROOT
 
 TEMPLATE = "readme.md.j2"
-SUBJECTS = ("smollm2", "smollm2-quick")
+SUBJECTS = ("smollm2", "smollm2-single", "smollm2-quick")
 """Presets whose recorded run gives the results: the first one that is recorded."""
 
 
