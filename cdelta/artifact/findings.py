@@ -46,6 +46,7 @@ def headed(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
     @styled
     def drawn(*args: object) -> Figure:
+        """The figure with its headline above."""
         headline = title(draw.__name__, **dict(zip(signature(draw).parameters, args)))
         fig = draw(*args)
         fig.set_figheight(fig.get_figheight() + 0.25 * bool(headline))

@@ -37,6 +37,7 @@ def lazily(load: Callable[[], Verdicts]) -> Judge:
     loaded = cache(load)
 
     def judge(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+        """The rules' outcomes, with the model's word on what they call refused or answered."""
         verdicts, outcomes = loaded(), Rules()(prompts, answers)
         rows = [i for i, outcome in enumerate(outcomes) if outcome in ("refuse", "comply")]
         if rows:

@@ -141,9 +141,9 @@ def _arguments(tok) -> dict[str, Any]:
 
 
 @cache
-def _parameters(kind: type) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     """What ``apply_chat_template`` of a class of tokenizers takes itself."""
-    return tuple(inspect.signature(kind.apply_chat_template).parameters)  # type: ignore[attr-defined]
+    return tuple(inspect.signature(kind.apply_chat_template).parameters)
 
 
 def _template(tok) -> str:
