@@ -11,12 +11,21 @@ from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
 from cdelta.artifact.run import read_settings
-from cdelta.artifact.stages import NAMES, SETTINGS, fingerprint, needs, short_name
+from cdelta.artifact.stages import NAMES, SETTINGS, SHARED, fingerprint, needs, short_name
 from cdelta.files import read_json
 
-threads_of_a_stage = read_json(SETTINGS)["threads"]
+told = read_json(SETTINGS)
 preset = read_settings(Path.cwd())
 python = shlex.quote(sys.executable).replace("{", "{{").replace("}", "}}")
+
+
+def processes(stage):
+    return told["workers"] if stage in SHARED else 1
+
+
+def memory(stage):
+    needed = preset.resources.memory_mb * processes(stage)
+    return lambda wildcards, attempt: attempt * needed
 
 
 rule all:
@@ -37,9 +46,9 @@ for position, stage in enumerate(NAMES):
         params:
             stage=stage,
             fingerprint=fingerprint(stage, preset),
-        threads: threads_of_a_stage
+        threads: max(told["threads"], processes(stage))
         resources:
-            mem_mb=lambda wildcards, attempt: attempt * preset.resources.memory_mb,
+            mem_mb=memory(stage),
             gpu=preset.resources.gpus,
             runtime=preset.resources.minutes,
         priority: len(NAMES) - position

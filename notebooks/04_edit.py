@@ -63,7 +63,7 @@ print(f"{len(bench.val)} validation prompts; caps: {bench.caps}")
 # the work: `python -m cdelta.artifact.jobs --stage 04`.
 
 # %%
-bench.run_all()
+bench.share_all()
 deltas = bench.deltas()
 for (category, seed), delta in deltas.items():
     delta.save(run.path(f"{category}-{seed}"))

@@ -67,7 +67,7 @@ run.table("tab_methods", methods, "The methods of this run.")
 # computed from the rows that are saved here.
 
 # %%
-comparison.run_all()
+comparison.share_all()
 rows, tuning = comparison.rows(), comparison.collected("curve")
 shifts = comparison.collected("shift")
 for name, frame in (("rows", rows), ("tuning", tuning), ("shift", shifts)):

@@ -21,7 +21,7 @@ from cdelta.edit.rows import training_rows
 from cdelta.edit.validation import Caps, Choice, answer_options, choose_scale, stop_rule
 from cdelta.evaluation.measure import evaluate
 from cdelta.evaluation.rates import edit_name, of_category
-from cdelta.files import read_json
+from cdelta.files import locked, read_json, replacing
 from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
@@ -112,7 +112,12 @@ class Bench:
         if self.run.stage != "04_edit":
             return pd.read_parquet(self.run.input("04_edit", VALIDATION))
         rows, limit = self.base.query("split == 'val'"), self.run.settings.answers.validation_limit
-        return self.answers(limited(rows, limit))
+        path = self.run.scratch("base") / VALIDATION
+        with locked(path.with_suffix(".lock")):  # processes share the work
+            if not path.exists():
+                with replacing(path) as partial:
+                    self.answers(limited(rows, limit)).to_parquet(partial, index=False)
+        return pd.read_parquet(path)
 
     @cached_property
     def caps(self) -> Caps:

@@ -11,10 +11,11 @@ The stage's notebook does what is left, and collects the results.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.presets import resolve
 from cdelta.artifact.run import RunReader, read_settings
-from cdelta.artifact.stages import find_stage, read_stage
+from cdelta.artifact.stages import SETTINGS, end_with_parent, find_stage, read_stage
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.files import locked, read_json, read_toml, remove_folder, replacing, write_json
@@ -66,6 +67,39 @@ class Jobs(Bench):
         more, and what is ``lacking``, and why.
         """
         raise NotImplementedError
+
+    def share_all(self) -> None:
+        """Do every job, with as many processes as the run's settings say."""
+        path = self.run.folder / SETTINGS
+        told = read_json(path) if path.exists() and self.run.device == "cpu" else {}
+        workers = told.get("workers", 1)
+        if workers == 1:
+            self.run_all()
+            return
+        with self._helpers(workers - 1, max(1, told["threads"] // workers)):
+            self.run_all()
+
+    @contextmanager
+    def _helpers(self, count: int, each: int) -> Iterator[None]:
+        """So many further processes that do the stage's jobs; they and this one compute on `each`
+        threads.
+        """
+        usual = torch.get_num_threads()
+        command = [sys.executable, "-m", "cdelta.artifact.jobs", "--helper"]
+        command += ["--run-dir", str(self.run.folder), "--stage", self.run.stage[:2]]
+        command += ["--device", self.run.device, "--threads", str(each)]
+        started = []
+        torch.set_num_threads(each)
+        try:
+            for number in range(count):
+                with (self.run.scratch("helpers") / f"{number}.log").open("a") as log:
+                    started.append(subprocess.Popen(command, stdout=log, stderr=log))
+            yield
+        finally:
+            torch.set_num_threads(usual)
+            for helper in started:
+                helper.kill()
+                helper.wait()
 
     def run_all(
         self, wait: bool = True, only: Collection[str] = (), categories: Collection[str] = ()
@@ -185,8 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(folder) or resolve(args.preset)
         for key in only:
             method_of(key)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        if args.helper:
+            end_with_parent()
+        if threads := args.threads or settings.threads:
+            torch.set_num_threads(threads)
         run = RunReader(find_stage(args.stage), settings, folder, args.device)
         if args.stage == "04":
             jobs: Jobs = Edits(run, args.model)

@@ -189,6 +189,8 @@ class Ablation:
 class Resources:
     """What the largest stage needs, for a scheduler and for the reader."""
 
+    workers: int = 2
+    """Processes that share the jobs of stages 04 and 05 on a CPU; each holds the model."""
     memory_mb: int = 3000
     """Main memory."""
     gpus: int = 0

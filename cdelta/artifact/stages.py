@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -47,8 +47,11 @@ READS = {
 """Stage -> the preset's fields and sections that it reads; a change of any other one does not redo
 the stage."""
 NAMES = tuple(READS)
+SHARED = ("04_edit", "05_evaluation")
+"""Stages whose work is split into jobs, which several processes do."""
 SETTINGS = "run.json"
 """What a run was asked for, in its folder: the preset's values, the device, and the start."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 PARAMETERS = ("preset", "run_dir", "device")
 """What a run gives every notebook; notebook 00 also takes ``retrain``."""
 DATA_FILE = re.compile(r"[\w.]+\.(toml|j2|css|mplstyle)")
@@ -290,12 +293,32 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def end_with_parent(look: Callable[[int], None] = lambda count: None) -> None:
+    """From now on, end this process and all that it started when its parent is gone; ``look(n)``
+    is called twice a second.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        import psutil
+
+        for count in range(1, sys.maxsize):
+            time.sleep(0.5)
+            if os.getppid() != parent:
+                for child in psutil.Process().children(recursive=True):
+                    child.kill()
+                os._exit(1)
+            look(count)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Progress:
     """What a stage's process says of itself."""
 
     def __init__(self, stage: str, began: float):
         self.label = f"stage {NAMES.index(stage) + 1} of {len(NAMES)}: {stage}"
-        self.began, self.started, self.parent = began, time.time(), os.getppid()
+        self.began, self.started = began, time.time()
 
     def say(self, what: str = "…") -> None:
         """A line with the stage's time and the workflow's."""
@@ -303,20 +326,10 @@ class Progress:
         spent, elapsed = clock(now - self.started), clock(now - self.began)
         print(f"{self.label} {what} {spent} (elapsed {elapsed})", flush=True)
 
-    def watch(self) -> None:
-        """Say twice a minute how long it has been; end this process and its kernel when the parent
-        is gone.
-        """
-        import psutil
-
-        for looks in range(1, sys.maxsize):
-            time.sleep(0.5)
-            if os.getppid() != self.parent:
-                for child in psutil.Process().children(recursive=True):
-                    child.kill()
-                os._exit(1)
-            if looks % 60 == 0:
-                self.say()
+    def look(self, count: int) -> None:
+        """Say twice a minute how long it has been."""
+        if count % 60 == 0:
+            self.say()
 
 
 def main(argv: Sequence[str] = sys.argv[1:]) -> int:
@@ -328,7 +341,9 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> int:
         parameters["retrain"] = True
     progress = Progress(stage, facts["began"])
     progress.say()
-    threading.Thread(target=progress.watch, daemon=True).start()
+    end_with_parent(progress.look)
+    for name in THREADS:
+        os.environ[name] = str(facts["threads"])
     try:
         run_stage(stage, Path.cwd(), parameters)
     except CdeltaError as error:

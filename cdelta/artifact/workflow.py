@@ -90,6 +90,12 @@ class Plan:
         asked = 0 if self.retrain else self.settings.threads
         return asked or max(1, (os.cpu_count() or 1) // self.jobs)
 
+    @property
+    def workers(self) -> int:
+        """Processes that share a stage's jobs: the preset's, where cores are there for them."""
+        alone = self.executor or self.settings.resources.gpus
+        return 1 if alone else min(self.settings.resources.workers, self.jobs * self.threads)
+
     def write(self) -> None:
         """Put the settings where Snakefile and stages read them, and take over what the preset's
         own run has already done.
@@ -101,7 +107,7 @@ class Plan:
             prints = {name: fingerprint(name, self.settings) for name in NAMES}
             if taken := reuse_stages(source, self.run_dir, prints):
                 print(f"taken from run {self.preset_file}: {', '.join(taken)}")
-        names = ("device", "began", "threads", "retrain", "preset_file")
+        names = ("device", "began", "threads", "workers", "retrain", "preset_file")
         write_settings(self.run_dir, self.settings, **{name: getattr(self, name) for name in names})
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers.generation import logits_process
 
 from cdelta.errors import CdeltaError
+from cdelta.models.cache import roomy
 from cdelta.models.chat import batches, positions, rope_boundary, stop_ids
 from cdelta.models.hooks import read_end
 from cdelta.models.prefix import repeated, without_prefix
@@ -164,7 +165,8 @@ def decode(
     if drop_finished:  # steering that remembers rows must see whole ones
         ids, mask, where, cache = without_prefix(model, ids, mask, growth=max_new_tokens)
         cache = repeated(cache, len(ids))
-    first = torch.empty(0)
+    room, first = seen.shape[1] + max_new_tokens, torch.empty(0)
+    cache = roomy(model, room, cache)
     for step in range(max_new_tokens):
         out = read_end(model, 1, ids, mask, where, cache, keep=True)
         logits, cache = out.logits[:, -1].float(), out.past_key_values
@@ -182,7 +184,7 @@ def decode(
         ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         seen = torch.cat([seen, ids], dim=1)
         if boundary and int(where.max()) == boundary:
-            ids, where, cache = seen, positions(mask), None
+            ids, where, cache = seen, positions(mask), roomy(model, room)
     return answers, first
 
 
