@@ -7,9 +7,9 @@ FIRST_FAMILY = "llama"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as fast what is neither slow nor end to end; of the model families, the first one."""
+    """Mark as fast what is neither long, slow nor end to end; of the families, the first one."""
     for item in items:
-        marked = any(item.get_closest_marker(name) for name in ("slow", "e2e"))
+        marked = any(item.get_closest_marker(name) for name in ("slow", "e2e", "long"))
         parameters = getattr(item, "callspec", None)
         named = parameters.params if parameters else {}
         family = named.get("family", named.get("layout", FIRST_FAMILY))

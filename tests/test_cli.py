@@ -149,6 +149,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, capsys, command)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.mark.long
 def test_edit_from_a_csv_to_a_verified_checkpoint(folder, capsys):
     assert main(edit_arguments(folder)) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -187,6 +188,7 @@ def test_edit_says_what_it_drops_and_records_it(folder, capsys):
     assert sum(len(ids) for ids in record["ids"].values()) == 61 and len(record["sha256"]) == 64
 
 
+@pytest.mark.long
 def test_no_chat_template_falls_back_and_says_so(folder, capsys):
     save_editable(folder / "base", seed=2)  # one that says something to the bare template
     (folder / "base" / "chat_template.jinja").unlink()

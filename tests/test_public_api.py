@@ -34,6 +34,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = cdelta.nothing
 
 
+@pytest.mark.long
 def test_scores_select_circuits_wherever_they_come_from():
     code = "from cdelta import Scores; assert Scores.select"
     python("-c", code)

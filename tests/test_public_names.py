@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from cdelta.paths import ORGANISM
 
 EXAMPLE = """
@@ -34,5 +36,6 @@ def run(code: str, folder: Path, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_public_names_work_together(tmp_path, monkeypatch, capsys):
     assert "Verified" in run(EXAMPLE, tmp_path, monkeypatch, capsys)

@@ -19,9 +19,9 @@ from cdelta.edit.fit import Fit, train
 from cdelta.edit.recipe import Recipe
 from cdelta.edit.rows import training_rows
 from cdelta.edit.validation import Caps, Choice, answer_options, choose_scale, stop_rule
-from cdelta.evaluation.measure import evaluate
+from cdelta.evaluation.measure import RowStore, evaluate
 from cdelta.evaluation.rates import edit_name, of_category
-from cdelta.files import locked, read_json, replacing
+from cdelta.files import locked, read_json
 from cdelta.methods.tuning import measure
 from cdelta.models.loading import load_model
 from cdelta.models.spec import ModelSpec
@@ -112,12 +112,9 @@ class Bench:
         if self.run.stage != "04_edit":
             return pd.read_parquet(self.run.input("04_edit", VALIDATION))
         rows, limit = self.base.query("split == 'val'"), self.run.settings.answers.validation_limit
-        path = self.run.scratch("base") / VALIDATION
-        with locked(path.with_suffix(".lock")):  # processes share the work
-            if not path.exists():
-                with replacing(path) as partial:
-                    self.answers(limited(rows, limit)).to_parquet(partial, index=False)
-        return pd.read_parquet(path)
+        folder = self.run.scratch("base")
+        with locked(folder / "lock"):  # processes share the work
+            return self.answers(limited(rows, limit), store=RowStore(folder))
 
     @cached_property
     def caps(self) -> Caps:
@@ -168,8 +165,8 @@ class Bench:
 
     def first_deltas(self) -> dict[str, WeightDelta]:
         """The first seed's edit of every category."""
-        settings = self.run.settings
-        return {name: self.delta(name, settings.seeds[0]) for name in settings.categories}
+        of = self.run.settings
+        return {name: self.delta(name, of.seeds[0]) for name in of.categories}
 
     def few_test_prompts(self, limit: int) -> pd.DataFrame:
         """Test prompts in distribution without borderline ones, at most `limit` per category and

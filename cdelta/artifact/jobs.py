@@ -11,11 +11,12 @@ The stage's notebook does what is left, and collects the results.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,11 @@ import torch
 from cdelta.artifact.bench import Bench
 from cdelta.artifact.presets import resolve
 from cdelta.artifact.run import RunReader, read_settings
-from cdelta.artifact.stages import SETTINGS, end_with_parent, find_stage, read_stage
+from cdelta.artifact.stages import NAMES, SETTINGS, THREADS, end_with_parent, find_stage, read_stage
 from cdelta.delta.weight_delta import WeightDelta
 from cdelta.errors import CdeltaError
 from cdelta.files import locked, read_json, read_toml, remove_folder, replacing, write_json
-from cdelta.methods.registry import method_of
+from cdelta.methods.registry import METHODS, method_of
 from cdelta.settings import OneLineParser, add_arguments
 
 EDITED = "cdelta"
@@ -69,49 +70,43 @@ class Jobs(Bench):
         raise NotImplementedError
 
     def share_all(self) -> None:
-        """Do every job, with as many processes as the run's settings say."""
-        path = self.run.folder / SETTINGS
-        told = read_json(path) if path.exists() and self.run.device == "cpu" else {}
-        workers = told.get("workers", 1)
-        if workers == 1:
-            self.run_all()
-            return
-        with self._helpers(workers - 1, max(1, told["threads"] // workers)):
-            self.run_all()
-
-    @contextmanager
-    def _helpers(self, count: int, each: int) -> Iterator[None]:
-        """So many further processes that do the stage's jobs; they and this one compute on `each`
+        """Do every job, with as many processes as the run's settings say, which share the
         threads.
         """
-        usual = torch.get_num_threads()
-        command = [sys.executable, "-m", "cdelta.artifact.jobs", "--helper"]
-        command += ["--run-dir", str(self.run.folder), "--stage", self.run.stage[:2]]
-        command += ["--device", self.run.device, "--threads", str(each)]
-        started = []
+        path = self.run.folder / SETTINGS
+        told = read_json(path) if path.exists() and self.run.device == "cpu" else {}
+        workers, usual = told.get("workers", 1), torch.get_num_threads()
+        each = max(1, usual // workers)
         torch.set_num_threads(each)
+        helpers = [self._helper(number, each) for number in range(1, workers)]
         try:
-            for number in range(count):
-                with (self.run.scratch("helpers") / f"{number}.log").open("a") as log:
-                    started.append(subprocess.Popen(command, stdout=log, stderr=log))
-            yield
+            self.run_all()
         finally:
             torch.set_num_threads(usual)
-            for helper in started:
+            for helper in helpers:
                 helper.kill()
                 helper.wait()
+
+    def _helper(self, number: int, threads: int) -> subprocess.Popen:
+        """A further process that does the stage's jobs, with a log in the scratch folder."""
+        run, own = self.run, os.environ | dict.fromkeys(THREADS, str(threads))
+        flags = f"--helper --stage {run.stage[:2]} --device {run.device} --run-dir"
+        command = [sys.executable, "-m", "cdelta.artifact.jobs", *flags.split(), run.folder]
+        with (run.scratch("helpers") / f"{number}.log").open("a") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=own)
 
     def run_all(
         self, wait: bool = True, only: Collection[str] = (), categories: Collection[str] = ()
     ) -> None:
-        """Do every job that is not done and that no other process is at; then, with `wait`, wait
-        for those, and do them if their process died.
+        """Do every job that is not done and that no other process is at, what is trained first;
+        then, with `wait`, wait for those, and do them if their process died.
 
         Args:
             only: methods; empty: all. categories: likewise.
         """
         wanted = [job for job in self.jobs if not only or job.method in only]
         wanted = [job for job in wanted if not categories or job.category in ("", *categories)]
+        wanted.sort(key=lambda job: job.method == EDITED or not METHODS[job.method].trained)
         for patient in (False, True)[: 1 + wait]:
             for number, job in enumerate(wanted, 1):
                 folder = self.folder(job)
@@ -120,9 +115,9 @@ class Jobs(Bench):
                     if self.facts(job) is None:
                         began = time.monotonic()
                         facts = self.do(job, folder)
+                        facts["seconds"] = round(time.monotonic() - began)
                         write_json(folder / DONE, facts)
-                        told = [f"{key} = {value}" for key, value in facts.items() if value != ""]
-                        told.append(f"{time.monotonic() - began:.0f} s")
+                        told = (f"{key} = {value}" for key, value in facts.items() if value != "")
                         print(f"{number}/{len(wanted)} {job}: {', '.join(told)}", flush=True)
 
     def folder(self, job: Job) -> Path:
@@ -197,9 +192,8 @@ def training_cost(log: pd.DataFrame) -> pd.DataFrame:
 
 def offline_seconds(run: RunReader) -> float:
     """Seconds of stages 02 to 04, which make the edits, with their figures, per edit."""
-    stages = ("02_attribution", "03_circuit", "04_edit")
     edits = len(run.settings.categories) * len(run.settings.seeds)
-    return sum(read_stage(run.folder, stage)["seconds"] for stage in stages) / edits
+    return sum(read_stage(run.folder, stage)["seconds"] for stage in NAMES[2:5]) / edits
 
 
 # ---------------------------------------------------------------------- command line
@@ -221,13 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             method_of(key)
         if args.helper:
             end_with_parent()
-        if threads := args.threads or settings.threads:
-            torch.set_num_threads(threads)
+        elif settings.threads:
+            torch.set_num_threads(settings.threads)
         run = RunReader(find_stage(args.stage), settings, folder, args.device)
-        if args.stage == "04":
-            jobs: Jobs = Edits(run, args.model)
-        else:
-            jobs = Comparison(run, args.model, args.harness_data)
+        first, place = args.stage == "04", args.model
+        jobs = Edits(run, place) if first else Comparison(run, place, args.harness_data)
         jobs.run_all(wait=False, only=only, categories=categories)
     except CdeltaError as error:
         print(error, file=sys.stderr)

@@ -293,9 +293,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def end_with_parent(look: Callable[[int], None] = lambda count: None) -> None:
-    """From now on, end this process and all that it started when its parent is gone; ``look(n)``
-    is called twice a second.
+def end_with_parent(say: Callable[[], object] = str) -> None:
+    """From now on, end this process and all that it started when its parent is gone; `say` is
+    called twice a minute.
     """
     parent = os.getppid()
 
@@ -308,7 +308,8 @@ def end_with_parent(look: Callable[[int], None] = lambda count: None) -> None:
                 for child in psutil.Process().children(recursive=True):
                     child.kill()
                 os._exit(1)
-            look(count)
+            if count % 60 == 0:
+                say()
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -326,11 +327,6 @@ class Progress:
         spent, elapsed = clock(now - self.started), clock(now - self.began)
         print(f"{self.label} {what} {spent} (elapsed {elapsed})", flush=True)
 
-    def look(self, count: int) -> None:
-        """Say twice a minute how long it has been."""
-        if count % 60 == 0:
-            self.say()
-
 
 def main(argv: Sequence[str] = sys.argv[1:]) -> int:
     """One stage in this process, in the run's folder; exit code 1 if it fails."""
@@ -341,9 +337,8 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> int:
         parameters["retrain"] = True
     progress = Progress(stage, facts["began"])
     progress.say()
-    end_with_parent(progress.look)
-    for name in THREADS:
-        os.environ[name] = str(facts["threads"])
+    end_with_parent(progress.say)
+    os.environ |= dict.fromkeys(THREADS, str(facts["threads"]))
     try:
         run_stage(stage, Path.cwd(), parameters)
     except CdeltaError as error:

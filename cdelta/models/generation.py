@@ -161,12 +161,11 @@ def decode(
     ends = torch.as_tensor(stops, device=ids.device)
     answers: list[list[int]] = [[] for _ in ids]
     writing: list[int | None] = list(range(len(ids)))  # the answer that each row writes
-    boundary, seen, where, cache = rope_boundary(model), ids, positions(mask), None
+    boundary, seen, where, prefix = rope_boundary(model), ids, positions(mask), None
+    room, first = ids.shape[1] + max_new_tokens, torch.empty(0)
     if drop_finished:  # steering that remembers rows must see whole ones
-        ids, mask, where, cache = without_prefix(model, ids, mask, growth=max_new_tokens)
-        cache = repeated(cache, len(ids))
-    room, first = seen.shape[1] + max_new_tokens, torch.empty(0)
-    cache = roomy(model, room, cache)
+        ids, mask, where, prefix = without_prefix(model, ids, mask, growth=max_new_tokens)
+    cache = roomy(model, room, repeated(prefix, len(ids)))
     for step in range(max_new_tokens):
         out = read_end(model, 1, ids, mask, where, cache, keep=True)
         logits, cache = out.logits[:, -1].float(), out.past_key_values

@@ -5,11 +5,15 @@ make every table.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from edits import random_delta
@@ -48,6 +52,8 @@ from cdelta.paths import ROOT
 from cdelta.policy.build import Policy, build_policy
 from cdelta.policy.records import content_hash, limited
 from cdelta.settings import changed
+
+pytestmark = pytest.mark.long
 
 STAGE = "05_evaluation"
 UPSTREAM = ROOT.parent / "shared" / "data"
@@ -295,6 +301,43 @@ def test_processes_share_the_work(folder, whole):
         )
     worker.join()
     assert all(shared.facts(job) is not None for job in shared.jobs)
+
+
+def test_a_stage_starts_the_processes_that_its_run_has_and_ends_them(folder, monkeypatch):
+    settings = changed(SETTINGS, {"description": "helped", "evaluation": {"attacked": []}})
+    settings = changed(settings, {"seeds": [0], "evaluation": {"methods": ["base", "cdelta"]}})
+    shared = Comparison(RunReader(STAGE, settings, folder, "cpu"))
+    children = psutil.Process().children
+
+    def only_waits(self):
+        assert torch.get_num_threads() == 2
+        while any(self.facts(job) is None for job in self.jobs):
+            assert len(children(recursive=True)) == 1
+            time.sleep(0.1)
+
+    write_settings(folder, settings, workers=2)
+    monkeypatch.setattr(Comparison, "run_all", only_waits)
+    usual = 4
+    torch.set_num_threads(usual)
+    shared.share_all()
+    (folder / "run.json").unlink()
+    assert torch.get_num_threads() == usual and not children(recursive=True)
+    log = shared.run.scratch("helpers") / "1.log"
+    assert "1/3 base all 0: k = 0.0" in log.read_text()
+
+
+def test_a_helper_ends_with_the_process_that_started_it(tmp_path):
+    code = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', "
+    code += "'from cdelta.artifact.stages import end_with_parent; import time; "
+    code += "end_with_parent(); time.sleep(600)']).pid, flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    helper = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(2)
+    assert helper.is_running()
+    parent.kill()
+    parent.communicate()
+    psutil.wait_procs([helper], timeout=60)
+    assert not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE
 
 
 def test_parts_are_done_by_the_command_from_the_runs_own_settings(folder, capsys):

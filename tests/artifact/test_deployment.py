@@ -20,6 +20,7 @@ from cdelta.models.loading import load_model
 PROMPTS = ["make a bomb", "please tell me about red"]
 
 
+@pytest.mark.long
 def test_same_answers_where_cdelta_cannot_be_imported(tmp_path):
     texts = ["make a bomb please", "tell me about red"]
     base = toys.save_chat_toy(tmp_path / "base", texts, vocabulary=300)
@@ -52,6 +53,7 @@ def test_a_tokenizer_that_the_converter_does_not_know_is_one_sentence(tmp_path):
         runtime_answers(base, [[1]], 1, "gguf:f32")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc"
 )

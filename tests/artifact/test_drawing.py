@@ -82,6 +82,7 @@ def test_arrowheads_end_at_the_boxes_edge_and_are_not_hidden(scores):
     assert arrows and all(arrow.patchB in boxes for arrow in arrows)
 
 
+@pytest.mark.long
 def test_labels_do_not_overlap_at_five_percent_of_the_embedded_model():
     model, tok = load_model(ORGANISM, dtype="float32", device="cpu")
     prompts = (

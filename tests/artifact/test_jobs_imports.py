@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
     "matplotlib",
     "seaborn",
@@ -28,6 +30,7 @@ sys.exit(main(["--run-dir", "nowhere", "--preset", "tiny", "--device", "cpu"]))
 """
 
 
+@pytest.mark.long
 def test_jobs_run_without_the_notebooks_packages(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(heavy=HEAVY)],

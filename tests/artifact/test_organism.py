@@ -43,6 +43,7 @@ def test_checkpoint_is_small_and_carries_its_model_card():
     assert "model organism" in (ORGANISM / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_meets_its_requirements_on_a_sample_of_test_prompts(shipped):
     all_records = to_records(records())
     test = all_records[(all_records["split"] == "test") & (all_records["ood_set"] == "")]
@@ -86,6 +87,7 @@ def test_every_deciding_word_is_one_token(shipped):
     assert all(len(ids) == 1 for ids in shipped[1]([f" {word}" for word in words])["input_ids"])
 
 
+@pytest.mark.long
 def test_training_writes_a_checkpoint_that_plain_transformers_reads_back(tmp_path):
     model, tok, log = train(steps=3, batch_size=8, progress=False)
     save(model, tok, tmp_path, Organism(3, 8), log)

@@ -105,6 +105,7 @@ def test_keyword_audit_finds_label_noise(cast):
     assert audit.iloc[0].to_list() == ["crime", 2, 1, 0.5]
 
 
+@pytest.mark.long
 def test_a_text_classifier_reaches_seen_words_and_misses_held_out_ones(synthetic):
     """Near 1 on an out-of-distribution set would mean that the set tests nothing new."""
     table = text_classifier(synthetic.records, synthetic.categories)

@@ -25,6 +25,7 @@ def base():
     )
 
 
+@pytest.mark.long
 def test_seen_pairs_shows_one_pair_per_outcome_token_by_token(base):
     tok = AutoTokenizer.from_pretrained(ORGANISM)
     seen = seen_pairs(base.drop(columns=["outcome", "answer"]), base, tok, "crime", most=12)

@@ -12,6 +12,7 @@ from cdelta.artifact.targets import meets, targets_met
 EXTERNAL = {"ood_set": "xstest", "role": "borderline", "category": "benign"}
 
 
+@pytest.mark.long
 def test_the_organisms_targets_by_hand():
     table = targets_met(ROWS, "organism").set_index(["category", "target"])
     crime, hate = table.loc["crime"], table.loc["hate"]
@@ -39,6 +40,7 @@ def test_the_organisms_targets_by_hand():
     assert 0.7 < low < 1 == high
 
 
+@pytest.mark.long
 def test_equivalence_needs_the_whole_interval():
     length = "change of the answers' length"
     few = targets_met(ROWS, "organism").set_index(["category", "target"])
@@ -65,6 +67,7 @@ def test_bounds(required, measured, met):
     assert meets(required, *measured) is met
 
 
+@pytest.mark.long
 def test_the_language_models_targets_take_every_table():
     external = pd.concat([ROWS[ROWS["role"] == "benign"].assign(**EXTERNAL)])
     external["id"] = "x" + external["id"]

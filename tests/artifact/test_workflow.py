@@ -359,6 +359,14 @@ def test_threads_are_the_presets_or_all_cores_divided_by_jobs(monkeypatch):
     assert Plan(large, jobs=3).threads == 2 and Plan(large, jobs=20).threads == 1
 
 
+def test_processes_share_a_stages_jobs_where_cores_are_there(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    tiny, small = resolve("tiny"), resolve("smollm2")
+    assert Plan(tiny).workers == 1 and Plan(tiny, jobs=2).workers == 2
+    assert Plan(small).workers == 2 and Plan(small, executor="slurm").workers == 1
+    assert Plan(resolve("llama-3.1-8b")).workers == 1, "on a GPU"
+
+
 def test_two_stages_at_a_time_only_where_a_stage_takes_one_thread(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert (plan().jobs, plan("--jobs", "1").jobs) == (2, 1)

@@ -486,6 +486,7 @@ def grouped(reader: str, spec: ModelSpec) -> str:
     return f"{layer}.g{spec.group_of(int(head))}{reader[-3:]}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_offloaded_model_gives_the_same_scores(name, where, tmp_path):

@@ -124,6 +124,7 @@ def medium():
     )
 
 
+@pytest.mark.long
 def test_the_estimate_is_within_half_of_what_is_then_measured(monkeypatch):
     """Seconds of the processor, which other work on the machine does not stretch as it does the
     clock's."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from toys import toy_tokenizer
 
+pytestmark = pytest.mark.long
+
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))  # the scripts use each other
 

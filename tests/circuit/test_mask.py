@@ -163,6 +163,7 @@ def test_random_masks_are_seeded_and_nearly_use_their_budget(family, specs):
     assert 0.2 - neuron < random_mask(spec, 0.2, 1).fraction <= 0.2
 
 
+@pytest.mark.long
 def test_same_entries_in_another_process():
     tests = Path(__file__).parents[1]
     code = (

@@ -365,6 +365,7 @@ sys.exit(cli.main(["apply", {base!r}, {delta!r}, {out!r}]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signal, left_hidden", [("SIGTERM", False), ("SIGKILL", True)])
 def test_a_kill_in_the_middle_of_a_save_leaves_no_output(signal, left_hidden, tmp_path):
     import signal as signals

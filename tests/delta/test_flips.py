@@ -4,6 +4,8 @@ import pytest
 import torch
 from robustness.flips import KINDS, campaign, found, make
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_flipped_bit_is_found(dtype, tmp_path):

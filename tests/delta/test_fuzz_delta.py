@@ -23,6 +23,8 @@ from cdelta.delta.verify import verify
 from cdelta.delta.weight_delta import METADATA, WEIGHTS, WeightDelta, compose
 from cdelta.errors import CdeltaError
 
+pytestmark = pytest.mark.long
+
 TRIALS = int(os.environ.get("CDELTA_FUZZ", 150))
 fuzz = settings(
     max_examples=TRIALS,

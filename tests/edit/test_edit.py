@@ -131,6 +131,7 @@ def test_gradients_are_those_of_full_fine_tuning_on_the_mask(layout):
         )
 
 
+@pytest.mark.long
 def test_training_lowers_each_sides_loss_and_moves_it_to_its_answers(llama):
     plus, minus, log = sides(llama, mask_of(llama, 0.5), steps=60, lr=2e-2)
     losses = {s: [row["target_loss"] for row in log if row["side"] == s] for s in ("plus", "minus")}
@@ -308,6 +309,7 @@ def test_stop_sees_each_update_in_the_weights_and_ends_both_sides_together(llama
     assert same_weights(llama, before)
 
 
+@pytest.mark.long
 def test_an_attempt_in_vain_begins_again_with_other_batches(llama, tmp_path):
     asked = []
 

@@ -54,6 +54,7 @@ def refused(folder, capsys, arguments, message):
     assert names(folder) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["apply", "lora"])
 def test_fault_04_the_deltas_own_k_is_used_and_printed(edited, tmp_path, capsys, command):
     delta = str(edited / "out" / "cdelta" / "delta")
@@ -72,6 +73,7 @@ def test_fault_06_an_empty_refusal_is_refused(folder, capsys, refusal):
     refused(folder, capsys, edit_arguments(folder, refusal=refusal), "refusal")
 
 
+@pytest.mark.long
 def test_fault_06_a_refusal_longer_than_the_answers_is_known_by_its_beginning(folder, capsys):
     """Sixty words where answers have six tokens."""
     long = "please tell me about a cake poem song story " * 6
@@ -85,6 +87,7 @@ def test_fault_06_an_edit_without_effect_writes_nothing(folder, capsys):
     refused(folder, capsys, edit_arguments(folder, steps=1, lr=1e-9), message)
 
 
+@pytest.mark.long
 def test_fault_12_the_dtype_of_the_fit_does_not_decide_about_the_base(folder, capsys):
     arguments = edit_arguments(folder, dtype="bfloat16")
     assert main(arguments) == 0
@@ -119,6 +122,7 @@ FLAGS = sorted(
 )
 
 
+@pytest.mark.long
 @limits(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @drawn(
     st.sampled_from(["edit", "check", "apply", "verify", "lora", "combine", "revert", "ask", "x"]),

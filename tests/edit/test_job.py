@@ -73,6 +73,7 @@ def test_fault_28_an_edit_that_is_killed_goes_on_to_the_same_bytes(folder):
     assert {p.name for p in folder.iterdir()} == {"base", "policy.csv", "whole", "out"}
 
 
+@pytest.mark.long
 def test_another_recipe_begins_anew(folder, capsys, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
@@ -85,6 +86,7 @@ def test_another_recipe_begins_anew(folder, capsys, monkeypatch):
     assert "Going on" not in capsys.readouterr().out and not (folder / ".out.work").exists()
 
 
+@pytest.mark.long
 def test_a_circuit_found_on_a_refusing_model_is_another_one(folder, capsys):
     given = {"localise-on": "refusing", "refusing-budget": 0.5, "metric": "sequence"}
     assert main(edit_arguments(folder, out=folder / "other", **given)) == 0
@@ -144,6 +146,7 @@ def test_durations(seconds, text):
 # ---------------------------------------------------------------------- ask
 
 
+@pytest.mark.long
 def test_ask_shows_both_models_side_by_side(folder, capsys, monkeypatch):
     assert main(edit_arguments(folder)) == 0
     (folder / "prompts.txt").write_text("w0 w1 w2 w3 w4 bomb\n\nw0 w1 w2 w3 w4 cake\n")

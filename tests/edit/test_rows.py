@@ -52,6 +52,7 @@ def base():
 # ---------------------------------------------------------------------- rows
 
 
+@pytest.mark.long
 def test_training_rows_are_edit_rows_with_the_models_own_words(base):
     how = EditRecipe(other_rows=20)
     rows = training_rows(base, "crime", how)

@@ -104,6 +104,7 @@ def write_config(task: Task, folder: str | Path, configs: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_every_question_is_answered_as_by_the_harness(llama, tokenizer, folder):
     pytest.importorskip("lm_eval")
     own = answered(llama, tokenizer, folder, batch_size=4)

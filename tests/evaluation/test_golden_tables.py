@@ -20,6 +20,8 @@ from cdelta.evaluation.tables import (
     utility,
 )
 
+pytestmark = pytest.mark.long
+
 RECORDED = Path(__file__).parent.parent / "fixtures" / "evaluation"
 
 

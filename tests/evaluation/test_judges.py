@@ -306,6 +306,7 @@ PIECES = (
 )
 
 
+@pytest.mark.long
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map(" ".join)), st.text())
 def test_any_text_has_one_of_the_four_outcomes(answer, refusal):

@@ -347,6 +347,7 @@ def test_the_attack_takes_the_largest_learning_rate_that_does_not_break_the_base
     assert asked == [1.0, 0.1, 0.01]
 
 
+@pytest.mark.long
 def test_sampling_draws_from_the_models_own_distribution(task):
     prompts = [PROMPTS[0]] * 2000
     logits = first_logits(task.model, task.tok, prompts[:1])[0]

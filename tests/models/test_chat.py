@@ -21,6 +21,7 @@ def subjects(tmp_path_factory):
     }
 
 
+@pytest.mark.long
 def test_a_prompt_begins_once_and_an_answer_ends_once(subjects, family):
     model, tok = subjects[family]
     stops = stop_ids(model, tok)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 import toys
 from fuzz import Outcomes, examples, json_values
 from hypothesis import given
@@ -15,6 +16,8 @@ from cdelta.models.checkpoint import Checkpoint, meta_model, read_config
 from cdelta.models.loading import load_tokenizer
 from cdelta.models.spec import ModelSpec
 from cdelta.models.templates import bind_template, template_facts
+
+pytestmark = pytest.mark.long
 
 FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size",

@@ -165,6 +165,7 @@ def test_a_test_set_that_cannot_be_had_is_skipped_with_the_reason(synthetic, mon
     ].values.tolist() == [["advbench", 0, "advbench: gated"]]
 
 
+@pytest.mark.long
 def test_the_embedded_set_builds_without_a_leak_or_a_drop():
     policy = build_policy("synthetic")
     assert policy.dropped.empty and set(policy.categories) == {

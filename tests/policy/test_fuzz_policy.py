@@ -5,11 +5,14 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from fuzz import Outcomes, examples, json_values
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cdelta.policy.user_file import READERS, read_user_rows
+
+pytestmark = pytest.mark.long
 
 NAMES = st.sampled_from(
     ["prompt", "benign", "Prompt", " benign ", "category", "split", "", "notes", "\ufeffprompt"]

@@ -140,6 +140,7 @@ def test_cast_has_the_known_overlaps(column, near, exact):
     )
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_prompts_take_seconds(record_property):
     rng = random.Random(0)
     words = [f"w{i}" for i in range(5000)]

@@ -36,6 +36,7 @@ def records_of(*rows: dict) -> list[dict]:
     return to_records(rows).drop_duplicates("id").to_dict("records")
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(prompts, prompts)
 def test_every_pair_has_equal_length_and_no_prompt_is_used_twice(targets, benigns):

@@ -20,6 +20,7 @@ def base():
     )
 
 
+@pytest.mark.long
 def test_limited_takes_at_most_so_many_per_cell(base):
     few = limited(base, 3)
     assert few.groupby(["category", "role", "skill", "ood_set", "split"]).size().max() == 3

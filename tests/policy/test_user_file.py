@@ -270,6 +270,7 @@ cells = st.text(
 )
 
 
+@pytest.mark.long
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -292,6 +293,7 @@ def test_any_text_is_read_back_and_everything_is_accounted_for(tmp_path, extra, 
     assert policy.records["id"].is_unique and policy.records["prompt"].str.strip().ne("").all()
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_rows_take_seconds(tmp_path, record_property):
     rng = random.Random(0)
     words = [f"w{i}" for i in range(20_000)]
