@@ -7,6 +7,7 @@ Axes: source u, reader v, n = row x position, d = d_model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ class Wiring:
 
     spec: ModelSpec
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         """Names of all sources."""
         names = ["input"]
@@ -39,7 +40,7 @@ class Wiring:
             names += [f"a{layer}.h{head}" for head in range(self.spec.n_heads)] + [f"m{layer}"]
         return tuple(names)
 
-    @property
+    @cached_property
     def readers(self) -> tuple[str, ...]:
         """Names of all readers."""
         names: list[str] = []

@@ -234,7 +234,8 @@ def select_edges(scores, n: int) -> Circuit:
         raise CdeltaError(f"a circuit needs at least one edge, not {n}.")
     chosen = ranked_edges(scores)[:n]
     kept = connected_edges(chosen, scores.spec)
-    pruned = [list(edge) for edge in chosen if edge not in set(kept)]
+    left = {*chosen} - {*kept}
+    pruned = [list(edge) for edge in chosen if edge in left]
     nodes = {source for source, _ in kept} | ({"logits"} if kept else set())
     facts = score_facts(scores) | {"edges": n, "pruned": pruned}
     return Circuit(tuple(sorted(nodes, key=node_order)), tuple(sorted(kept)), facts)
@@ -242,9 +243,9 @@ def select_edges(scores, n: int) -> Circuit:
 
 def ranked_edges(scores) -> list[Edge]:
     """Edges by falling |score|; of equals, the earlier one. Edges of score zero are left out."""
-    sizes, readers = sizes_of(scores.edges).flatten(), scores.readers
+    sizes, sources, readers = sizes_of(scores.edges).flatten(), scores.sources, scores.readers
     order = sizes.argsort(descending=True, stable=True)[: sizes.count_nonzero()]
-    return [(scores.sources[i // len(readers)], readers[i % len(readers)]) for i in order.tolist()]
+    return [(sources[i // len(readers)], readers[i % len(readers)]) for i in order.tolist()]
 
 
 def connected_edges(edges: Sequence[Edge], spec: ModelSpec) -> list[Edge]:
