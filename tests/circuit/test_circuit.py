@@ -1,5 +1,6 @@
 """Selection, set operations and files of circuits."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
+from cdelta.attribution.linear import Wiring
 from cdelta.attribution.scores import attribute
 from cdelta.circuit.circuit import Circuit, ParameterMask, unit_sizes
+from cdelta.circuit.runs import kept_edges
 from cdelta.circuit.selection import (
     RANKINGS,
     SELECTIVE,
@@ -21,6 +25,7 @@ from cdelta.circuit.selection import (
     unit_scores,
 )
 from cdelta.errors import CdeltaError
+from cdelta.models.checkpoint import meta_model
 from cdelta.models.spec import ModelSpec
 
 
@@ -219,3 +224,17 @@ def test_ranking_by_pairs_gives_every_pair_the_same_say(llama):
         unit_scores(SimpleNamespace(pair_heads=None))
     with pytest.raises(CdeltaError, match="unknown ranking"):
         unit_scores(scores, ranking="luck")
+
+
+def test_twenty_thousand_edges_take_seconds():
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(hidden_size=72, intermediate_size=16, vocab_size=32, **shape)
+    wiring = Wiring(ModelSpec.from_model(meta_model(config)))
+    edges = torch.randn(wiring.edges().shape, generator=torch.Generator().manual_seed(0))
+    edges = edges * wiring.edges()
+    sides = {"sources": wiring.sources, "readers": wiring.readers}
+    began = time.process_time()
+    circuit = select(SimpleNamespace(edges=edges, spec=wiring.spec, **sides), edges=20_000)
+    assert len(circuit.edges) + len(circuit.provenance["pruned"]) == 20_000
+    assert kept_edges(wiring.spec, circuit).sum() == len(circuit.edges)
+    assert time.process_time() - began < 20
