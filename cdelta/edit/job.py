@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -218,21 +219,22 @@ class Study:
     def circuit(self) -> Circuit:
         """The circuit that separates the category's prompts from their benign counterparts."""
         work, path = self.job.work, self.job.work / "circuit.json"
-        if not path.exists():
-            circuit = find_circuit(
-                self.model,
-                self.tok,
-                self.policy,
-                self.job.recipe,
-                self.job.category,
-                base=self.base,
-                metric=self.attributed,
-                checkpoint=work / "refusing",
-                progress=self.progress,
-            )
-            with replacing(path) as partial:
-                circuit.save(partial)
-        return Circuit.load(path)
+        with suppress(CdeltaError):  # none yet, or damaged
+            return Circuit.load(path)
+        circuit = find_circuit(
+            self.model,
+            self.tok,
+            self.policy,
+            self.job.recipe,
+            self.job.category,
+            base=self.base,
+            metric=self.attributed,
+            checkpoint=work / "refusing",
+            progress=self.progress,
+        )
+        with replacing(path) as partial:
+            circuit.save(partial)
+        return circuit
 
     @cached_property
     def fit(self) -> Fit:

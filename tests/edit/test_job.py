@@ -87,6 +87,21 @@ def test_another_recipe_begins_anew(folder, capsys, monkeypatch):
 
 
 @pytest.mark.long
+def test_a_damaged_circuit_of_a_begun_edit_is_found_again(folder, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cdelta.edit.job.choose_scale", killed)
+    assert main(edit_arguments(folder)) == 130
+    found = folder / ".out.work" / "circuit.json"
+    whole = found.read_bytes()
+    found.write_bytes(whole[: len(whole) // 2])
+    monkeypatch.undo()
+    assert main(edit_arguments(folder)) == 0
+    assert (folder / "out" / "cdelta" / "circuit.json").read_bytes() == whole
+
+
+@pytest.mark.long
 def test_a_circuit_found_on_a_refusing_model_is_another_one(folder, capsys):
     given = {"localise-on": "refusing", "refusing-budget": 0.5, "metric": "sequence"}
     assert main(edit_arguments(folder, out=folder / "other", **given)) == 0
