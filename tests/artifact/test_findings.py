@@ -217,3 +217,8 @@ def test_rates_are_named_with_their_ends():
     assert (percent(0.123), percent(0.012), percent(1.0)) == ("12 %", "1.2 %", "100 %")
     assert span([0.1, 0.4, float("nan")]) == "10–40 %" and span([]) == "(nothing measured)"
     assert listed("abc") == "a, b and c" and each({"a_b": 0.5}) == "a b 50 %"
+
+
+def test_no_method_within_the_side_effects_is_said():
+    lines = findings.title("tradeoff", table=CURVES.assign(x=[0.1, 0.2]))
+    assert lines.startswith("No method keeps its side effects at or below 5 %")
