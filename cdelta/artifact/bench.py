@@ -111,10 +111,10 @@ class Bench:
         """The base's answers to the validation prompts, judged as every edit's (stage 04)."""
         if self.run.stage != "04_edit":
             return pd.read_parquet(self.run.input("04_edit", VALIDATION))
-        rows, limit = self.base.query("split == 'val'"), self.run.settings.answers.validation_limit
-        folder = self.run.scratch("base")
+        most = self.run.settings.answers.validation_limit
+        rows, folder = limited(self.base.query("split == 'val'"), most), self.run.scratch("base")
         with locked(folder / "lock"):  # processes share the work
-            return self.answers(limited(rows, limit), store=RowStore(folder))
+            return self.answers(rows, store=RowStore(folder))
 
     @cached_property
     def caps(self) -> Caps:

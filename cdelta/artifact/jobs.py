@@ -73,9 +73,9 @@ class Jobs(Bench):
         """Do every job, with as many processes as the run's settings say, which share the
         threads.
         """
-        path = self.run.folder / SETTINGS
-        told = read_json(path) if path.exists() and self.run.device == "cpu" else {}
-        workers, usual = told.get("workers", 1), torch.get_num_threads()
+        path, workers, usual = self.run.folder / SETTINGS, 1, torch.get_num_threads()
+        if path.exists() and self.run.device == "cpu":
+            workers = read_json(path).get("workers", 1)
         each = max(1, usual // workers)
         torch.set_num_threads(each)
         helpers = [self._helper(number, each) for number in range(1, workers)]
@@ -136,8 +136,9 @@ class Jobs(Bench):
         paths = [self.table_path(job, name) for job in self.jobs]
         tables = [pd.read_parquet(path) for path in paths if path.exists()]
         found = [table for table in tables if len(table)]
-        columns = ["method", "category", "seed"]
-        return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+        if not found:
+            return pd.DataFrame(columns=["method", "category", "seed"])
+        return pd.concat(found, ignore_index=True)
 
     def table_path(self, job: Job, name: str) -> Path:
         """Where one of a job's tables lies."""

@@ -93,8 +93,8 @@ class Plan:
     @property
     def workers(self) -> int:
         """Processes that share a stage's jobs: the preset's, where cores are there for them."""
-        alone = self.executor or self.settings.resources.gpus
-        return 1 if alone else min(self.settings.resources.workers, self.jobs * self.threads)
+        needs = self.settings.resources
+        return 1 if self.executor or needs.gpus else min(needs.workers, self.jobs * self.threads)
 
     def write(self) -> None:
         """Put the settings where Snakefile and stages read them, and take over what the preset's

@@ -234,8 +234,7 @@ def select_edges(scores, n: int) -> Circuit:
         raise CdeltaError(f"a circuit needs at least one edge, not {n}.")
     chosen = ranked_edges(scores)[:n]
     kept = connected_edges(chosen, scores.spec)
-    left = {*chosen} - {*kept}
-    pruned = [list(edge) for edge in chosen if edge in left]
+    pruned = sorted(map(list, {*chosen} - {*kept}))
     nodes = {source for source, _ in kept} | ({"logits"} if kept else set())
     facts = score_facts(scores) | {"edges": n, "pruned": pruned}
     return Circuit(tuple(sorted(nodes, key=node_order)), tuple(sorted(kept)), facts)

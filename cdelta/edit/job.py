@@ -218,18 +218,18 @@ class Study:
     @cached_property
     def circuit(self) -> Circuit:
         """The circuit that separates the category's prompts from their benign counterparts."""
-        work, path = self.job.work, self.job.work / "circuit.json"
+        job, path = self.job, self.job.work / "circuit.json"
         with suppress(CdeltaError):  # none yet, or damaged
             return Circuit.load(path)
         circuit = find_circuit(
             self.model,
             self.tok,
             self.policy,
-            self.job.recipe,
-            self.job.category,
+            job.recipe,
+            job.category,
             base=self.base,
             metric=self.attributed,
-            checkpoint=work / "refusing",
+            checkpoint=job.work / "refusing",
             progress=self.progress,
         )
         with replacing(path) as partial:
