@@ -300,6 +300,7 @@ def end_with_parent(say: Callable[[], object] = str) -> None:
     parent = os.getppid()
 
     def watch() -> None:
+        """Look twice a second whether the parent is there."""
         import psutil
 
         for count in range(1, sys.maxsize):
