@@ -31,7 +31,8 @@ def test_the_gpu_script_goes_through_everything(tmp_path):
     assert [part for part in gpu.PARTS if "failed" in facts[part]] == []
     for run in facts["attribution"]["runs"]:
         assert run["seconds"] > 0 and run["peak_over_weights"] >= 1
-        assert 0 < run["share_of_matmul_ceiling"] < 1 and math.isfinite(run["completeness_error"])
+        # the share has no bound here: a CPU's bf16 products may be slower than its fp32 ones
+        assert run["share_of_matmul_ceiling"] > 0 and math.isfinite(run["completeness_error"])
     assert facts["edit"]["entries"] > 0 and facts["edit"]["peak_over_weights"] > 1
     assert facts["answers"]["runs"][0]["answers_per_second"] > 0
     assert facts["apply"]["checkpoint_gb"] > facts["apply"]["largest_shard_gb"]
