@@ -11,6 +11,7 @@ LAYERS = (
     "errors",
     "files",
     "memory",
+    "state",
     "paths",
     "settings",
     "models",

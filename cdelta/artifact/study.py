@@ -102,7 +102,7 @@ def category_scores(bench: Bench, metric: Metric | SequenceMetric, category: str
     how = recipe.attribution
     with refusing(model, bench.tok, bench.base, recipe, category, checkpoint=work):
         guess = estimate_cost(model, pairs, metric, how.method, how.ig_steps, how.micro_batch)
-        attribute = partial(recipe_scores, model, pairs, metric, recipe)
+        attribute = partial(recipe_scores, model, pairs, metric, recipe, checkpoint=work)
         scores, cost = measured(attribute, model.device)
     scores.save(work / "scores")
     facts = {

@@ -41,6 +41,7 @@ from cdelta.files import read_json
 from cdelta.models.hooks import requires_grad
 from cdelta.models.spec import ModelSpec
 from cdelta.policy.pairs import PromptPairs
+from cdelta.state import StateFile
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -140,6 +141,7 @@ def attribute(
     micro_batch: int | str = 8,
     per_pair: bool = False,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> Scores:
     """Edge, head, neuron and kv-group scores of `metric` on `pairs`; the model is left as it was.
 
@@ -159,9 +161,12 @@ def attribute(
             grows with it, scores do not depend on it.
         per_pair: also keep every pair's head and neuron scores (for ranking by pairs, bootstrap).
         progress: show a bar with the time left.
+        checkpoint: folder for the sums after every micro-batch; the same call on the same model
+            with the same metric goes on from there after a kill, to the same bytes.
 
-    Raises `CdeltaError` on unknown words, on a model in training mode, on test-split pairs, and
-    before a run that would not fit into memory; `UnsupportedArchitecture` on other models.
+    Raises `CdeltaError` on unknown words, on a model in training mode, on test-split pairs, on a
+    state in `checkpoint` that is damaged or another call's, and before a run that would not fit
+    into memory; `UnsupportedArchitecture` on other models.
     """
     refuse_test(pairs, "attribution")
     schedule = gradient_schedule(method, steps, rule)
@@ -174,11 +179,17 @@ def attribute(
     rows = metric.extend(pairs) if isinstance(metric, SequenceMetric) else pairs
     todo = batches_that_fit(model, spec, rows, len(schedule), micro_batch, device)
     totals = Totals(model, spec, len(pairs), len(rows), per_pair, frozen_norms=method == "gim")
-    bar = tqdm(total=len(todo), disable=not progress, desc=method, unit="batch")
+    told = (pairs.hash(), method, steps, rule, len(todo), per_pair)
+    state = StateFile(Path(checkpoint) / "sums.safetensors", str(told)) if checkpoint else None
+    begun = totals.resume(state) if state else 0
+    options = {"total": len(todo), "initial": begun, "unit": "batch"}
+    bar = tqdm(desc=method, disable=not progress, **options)
     backward = modified_gradients(model, spec) if method == "gim" else nullcontext()
     with requires_grad(model, on=False), fused_activations(model), backward, bar:
-        for batch in todo:
+        for done, batch in enumerate(todo[begun:], begun + 1):
             totals.add(model, batch, metric, schedule)
+            if state:
+                state.write(totals.sums, {"done": done})
             bar.update()
     used_steps = steps if method == "eap-ig" else len(schedule)
     return totals.scores(method, used_steps, rule, pairs.hash())
@@ -298,6 +309,20 @@ class Totals:
         owners = torch.tensor(batch.rows, device=heads.device) // self.rows_per_pair
         self.heads.index_add_(0, owners, heads)
         self.neurons.index_add_(0, owners if self.per_pair else owners[:1] * 0, neurons)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """What every batch adds to."""
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+
+    def resume(self, state: StateFile) -> int:
+        """Take over the sums of a run that was killed; the number of its batches."""
+        found = state.read()
+        if found is None:
+            return 0
+        for name, value in self.sums.items():
+            value.copy_(found[0][name])
+        return found[1]["done"]
 
     def scores(self, method: str, steps: int, rule: str, pairs_hash: str) -> Scores:
         """Means over pairs, on the CPU."""

@@ -51,7 +51,8 @@ def find_circuit(
         base: the base model's judged answers to the policy's prompts; made here if not given.
         metric: what is attributed; `refusal_metric` if not given.
         others: scores of other categories, which selective rankings hold this one's against.
-        checkpoint: folder for the training state of a refusing model (``localise_on``).
+        checkpoint: folder for the state of attribution, and of a refusing model's training
+            (``localise_on``); the same call goes on from there after a kill.
 
     Raises `CdeltaError` if there are too few prompt pairs.
     """
@@ -61,7 +62,7 @@ def find_circuit(
     metric = metric or refusal_metric(tok, base, recipe)
     pairs, _ = recipe_pairs(policy.records, category, tok, recipe)
     with refusing(model, tok, base, recipe, category, checkpoint, progress):
-        scores = recipe_scores(model, pairs, metric, recipe, progress)
+        scores = recipe_scores(model, pairs, metric, recipe, progress, checkpoint)
     return recipe_circuit(scores, recipe, category, others)
 
 
@@ -79,8 +80,9 @@ def recipe_scores(
     metric: Metric | SequenceMetric,
     recipe: Recipe,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> Scores:
-    """Attribution of the metric on the pairs."""
+    """Attribution of the metric on the pairs; `checkpoint` as `attribute` takes it."""
     how = recipe.attribution
     return attribute(
         model,
@@ -92,6 +94,7 @@ def recipe_scores(
         micro_batch=how.micro_batch,
         per_pair=True,
         progress=progress,
+        checkpoint=checkpoint,
     )
 
 

@@ -229,7 +229,7 @@ class Study:
             job.category,
             base=self.base,
             metric=self.attributed,
-            checkpoint=job.work / "refusing",
+            checkpoint=job.work / "circuit",
             progress=self.progress,
         )
         with replacing(path) as partial:

@@ -12,17 +12,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -41,9 +39,9 @@ from cdelta.edit.forward import (
 from cdelta.edit.recipe import DIFFERENCE, SIDES, EditRecipe
 from cdelta.edit.rows import Data, length
 from cdelta.edit.slices import SliceHooks, new_leaves, slice_values
-from cdelta.errors import CdeltaError, first_line
-from cdelta.files import replacing
+from cdelta.errors import CdeltaError
 from cdelta.memory import peak_memory
+from cdelta.state import StateFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -299,56 +297,3 @@ class Training:
             leaf.data.copy_(tensors[f"{index}/leaf"])
             states[index] = {part: tensors[f"{index}/{part}"] for part in MOMENTS}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
-
-
-# ---------------------------------------------------------------------- state
-
-
-@dataclass(frozen=True)
-class StateFile:
-    """Training state in one safetensors file, replaced atomically. `identity` says which run it
-    belongs to.
-    """
-
-    path: Path
-    identity: str
-
-    def write(self, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-        """Replace the state."""
-        header = {"identity": self.identity, "facts": json.dumps(facts)}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        header["sha256"] = _content_hash(tensors, header)
-        with replacing(self.path) as partial:
-            save_file(tensors, partial, metadata=header)
-
-    def read(self) -> tuple[dict[str, Tensor], dict] | None:
-        """The state, or None if there is none yet. Raises `CdeltaError` if it is damaged or another
-        run's.
-        """
-        if not self.path.is_file():
-            return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header, names = file.metadata(), list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-                if header.pop("sha256", "") != _content_hash(tensors, header):
-                    raise OSError("its checksum is another")
-        except (SafetensorError, OSError, AttributeError) as error:
-            raise CdeltaError(
-                f"the training state {self.path} is damaged ({first_line(error)}): "
-                "remove it and start again."
-            ) from error
-        if header["identity"] != self.identity:
-            raise CdeltaError(
-                f"{self.path} belongs to a run with other data, mask or settings: "
-                "choose another checkpoint folder."
-            )
-        return tensors, json.loads(header["facts"])
-
-
-def _content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)};".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers.generation import logits_process
 
 from cdelta.errors import CdeltaError
-from cdelta.models.cache import roomy
 from cdelta.models.chat import batches, positions, rope_boundary, stop_ids
 from cdelta.models.hooks import read_end
 from cdelta.models.prefix import repeated, without_prefix
@@ -162,10 +161,10 @@ def decode(
     answers: list[list[int]] = [[] for _ in ids]
     writing: list[int | None] = list(range(len(ids)))  # the answer that each row writes
     boundary, seen, where, prefix = rope_boundary(model), ids, positions(mask), None
-    room, first = ids.shape[1] + max_new_tokens, torch.empty(0)
+    first = torch.empty(0)
     if drop_finished:  # steering that remembers rows must see whole ones
         ids, mask, where, prefix = without_prefix(model, ids, mask, growth=max_new_tokens)
-    cache = roomy(model, room, repeated(prefix, len(ids)))
+    cache = repeated(prefix, len(ids))
     for step in range(max_new_tokens):
         out = read_end(model, 1, ids, mask, where, cache, keep=True)
         logits, cache = out.logits[:, -1].float(), out.past_key_values
@@ -183,7 +182,7 @@ def decode(
         ids, mask = chosen[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         seen = torch.cat([seen, ids], dim=1)
         if boundary and int(where.max()) == boundary:
-            ids, where, cache = seen, positions(mask), roomy(model, room)
+            ids, where, cache = seen, positions(mask), None
     return answers, first
 
 

@@ -17,7 +17,7 @@ from cdelta.attribution.batch import make_batch
 from cdelta.attribution.differences import SourceDifferences
 from cdelta.attribution.linear import Wiring
 from cdelta.attribution.metrics import SequenceMetric
-from cdelta.attribution.scores import METHODS, Scores, attribute
+from cdelta.attribution.scores import METHODS, Scores, Totals, attribute
 from cdelta.errors import CdeltaError, TestSplitError
 from cdelta.models.loading import load_model
 from cdelta.models.spec import FAMILIES, ModelSpec, UnsupportedArchitecture
@@ -408,6 +408,33 @@ def test_save_and_load_give_back_the_same_scores(llama, tmp_path, method):
     assert all(getattr(again, name) == getattr(scores, name) for name in facts)
     with pytest.raises(CdeltaError, match="holds no scores"):
         Scores.load(tmp_path)
+
+
+def test_sums_of_a_killed_run_are_taken_over(llama, tmp_path, monkeypatch):
+    pairs, how = toy_pairs(), {"micro_batch": 1, "per_pair": True}
+    whole = attribute(llama, pairs, metric, **how)
+    add, done = Totals.add, []
+
+    def killed_at_the_end(self, *given):
+        done.append(given)
+        if len(done) == len(pairs):
+            raise KeyboardInterrupt
+        add(self, *given)
+
+    monkeypatch.setattr(Totals, "add", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(llama, pairs, metric, checkpoint=tmp_path, **how)
+    found = attribute(llama, pairs, metric, checkpoint=tmp_path, **how)
+    assert len(done) == len(pairs) + 1
+    for name in ("edges", "heads", "neurons", "pair_heads", "pair_neurons"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    with pytest.raises(CdeltaError, match="belongs to a run with other"):
+        attribute(llama, pairs, metric, steps=3, checkpoint=tmp_path, **how)
+    state = tmp_path / "sums.safetensors"
+    content = state.read_bytes()
+    state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CdeltaError, match="damaged"):
+        attribute(llama, pairs, metric, checkpoint=tmp_path, **how)
 
 
 def test_progress_names_the_method(llama, capsys):

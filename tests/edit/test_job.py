@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_cli import edit_arguments, save_editable, write_policy
 
+from cdelta.attribution.scores import Totals
 from cdelta.cli import main
 from cdelta.edit.check import check_edit, duration
 from cdelta.edit.job import EditJob
@@ -21,7 +22,7 @@ from cdelta.edit.recipe import Recipe
 from cdelta.settings import changed
 
 HERE = Path(__file__).parent
-STEPS = ("answers", "circuit.json", "training", "scale")
+STEPS = ("answers", "circuit", "circuit.json", "training", "scale")
 """What an edit leaves behind in its work folder, in order."""
 
 
@@ -57,7 +58,7 @@ def test_fault_28_an_edit_that_is_killed_goes_on_to_the_same_bytes(folder):
     arguments, work = edit_arguments(folder, **{"check-every": 5}), folder / ".out.work"
     for step in STEPS:
         process = start(arguments)
-        while process.poll() is None and not any(work.glob(f"{step}*")):
+        while process.poll() is None and not (work / step).exists():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         said = process.communicate()[0].decode()
@@ -99,6 +100,27 @@ def test_a_damaged_circuit_of_a_begun_edit_is_found_again(folder, monkeypatch):
     monkeypatch.undo()
     assert main(edit_arguments(folder)) == 0
     assert (folder / "out" / "cdelta" / "circuit.json").read_bytes() == whole
+
+
+@pytest.mark.long
+def test_a_killed_attribution_goes_on_after_its_last_micro_batch(folder, monkeypatch):
+    few = {"micro-batch": 2}
+    assert main(edit_arguments(folder, out=folder / "whole", **few)) == 0
+    batches, add = [], Totals.add
+
+    def killed_in_the_third(self, *given):
+        if self.per_pair:  # an estimate of the cost keeps none
+            batches.append(given)
+        if len(batches) == 3 and self.per_pair:
+            raise KeyboardInterrupt
+        add(self, *given)
+
+    monkeypatch.setattr(Totals, "add", killed_in_the_third)
+    assert main(edit_arguments(folder, **few)) == 130
+    assert main(edit_arguments(folder, **few)) == 0
+    monkeypatch.undo()
+    assert len(batches) == 6 // 2 + 1  # the third again, no other
+    assert contents(folder / "out") == contents(folder / "whole")
 
 
 @pytest.mark.long
