@@ -134,10 +134,20 @@ class Run(RunReader):
 
     def __init__(self, stage: str, settings: Preset, folder: Path, device: str):
         super().__init__(stage, settings, folder, device)
-        self._started, self._fingerprint = time.time(), fingerprint(stage, settings)
+        self._started = time.time() - self._worked_before()
+        self._fingerprint = fingerprint(stage, settings)
         self._items: list[dict[str, Any]] = []
         self._work = self.folder / f".{stage}.{uuid.uuid4().hex[:8]}"
         self._work.mkdir(parents=True)
+
+    def _worked_before(self) -> float:
+        """Seconds of this stage's killed tries, each up to the last file that it kept."""
+        mark, before = self.scratch(".") / "seconds", 0.0
+        if mark.exists():
+            last = max(path.stat().st_mtime for path in mark.parent.rglob("*"))
+            before = float(mark.read_text()) + last - mark.stat().st_mtime
+        mark.write_text(str(before))
+        return before
 
     def path(self, name: str) -> Path:
         """Where to write the artifact `name` of this stage; its parent folder exists. Moves with

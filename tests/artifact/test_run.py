@@ -1,6 +1,7 @@
 """A run's artifacts: what is visible when, and what the manifest holds."""
 
 import json
+import os
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -232,6 +233,17 @@ def test_scratch_outlives_a_restart_and_goes_with_the_finish(tmp_path):
     ), "other settings do not"
     again.finish()
     assert not again.scratch("rows").joinpath("part").exists()
+
+
+def test_seconds_count_killed_tries_up_to_their_last_file(tmp_path):
+    for worked in (60, 30):  # seconds of two tries, long ago
+        work = open_stage(tmp_path).scratch(".")
+        (work / f"part {worked}").write_text("1")
+        for path in work.iterdir():
+            os.utime(path, (1000, 1000 + worked * path.name.startswith("part")))
+        os.utime(work, (1000, 1000))
+    open_stage(tmp_path).finish()
+    assert 90 <= read_stage(tmp_path, "02_attribution")["seconds"] < 120
 
 
 def test_scratch_belongs_to_the_runs_of_earlier_stages(tmp_path):
