@@ -131,9 +131,6 @@ classifier = text_classifier(data.records, settings.categories)
 classifier.to_parquet(run.path("classifier.parquet"), index=False)
 run.table("tab_classifier", classifier, "What a classifier of texts would refuse (test split).")
 
-# %%
-findings.section("data", records=data.records, leaks=leaks, classifier=classifier)
-
 # %% [markdown]
 # ## What the model says
 #
@@ -157,6 +154,9 @@ run.figure(
     f"What the base sees of {category}, token by token, and what it says: a prompt of each "
     "outcome and its benign counterpart. Filled: not in the other prompt; · a space, ↵ a line.",
 )
+
+# %%
+findings.section("data", records=data.records, leaks=leaks, classifier=classifier, base=base)
 
 # %%
 run.finish()

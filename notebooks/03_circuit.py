@@ -218,4 +218,7 @@ page = draw.graph_page(graphs, f"Circuits ({run.settings.name})")
 run.page("page_graph", page, "The circuits as graphs: choose a category and a part.")
 
 # %%
+findings.section("parts", table=parts, graphs=graphs)
+
+# %%
 run.finish()

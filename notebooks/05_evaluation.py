@@ -218,12 +218,14 @@ findings.section("robust", pooled=pooled)
 
 # %%
 chosen = tuning[tuning["chosen"]].drop(columns="chosen").reset_index(drop=True)
+curves = tables.tradeoff(tuning)
 run.table("tab_tuning", chosen, "The chosen candidate and strength of every job (validation).")
 run.figure(
     "fig_tradeoff",
-    draw.tradeoff(tables.tradeoff(tuning)),
+    draw.tradeoff(curves),
     "Target refusal against the worst side effect over the strength (validation, mean over seeds).",
 )
+findings.section("tradeoff", curves=curves)
 
 # %% [markdown]
 # ## Can the judge be trusted?
@@ -241,8 +243,9 @@ known = calibration[calibration["source"] == "all"].dropna(subset="accuracy")
 run.figure(
     "fig_judges",
     draw.judges(known, reliability(labelled)),
-    "Left: agreement of judges with labels. Right: labelled refusals per bin of the log-odds.",
+    "Agreement of judges with labels; right, where log-odds are known: labelled refusals per bin.",
 )
+findings.section("judges", known=known)
 
 # %% [markdown]
 # ## Were the targets met?

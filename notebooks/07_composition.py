@@ -96,9 +96,6 @@ run.table("tab_composition", every, "Sets of edits against all prompts (test).")
 conflicts = conflict_table(every, {rows["edit_category"].iloc[0] for rows in others})
 run.table("tab_conflicts", conflicts, "Ways to edit several categories at once (test).")
 
-# %%
-findings.section("composed", table=table, sums=chosen)
-
 # %% [markdown]
 # ## One category taken out again
 #
@@ -108,6 +105,9 @@ findings.section("composed", table=table, sums=chosen)
 # %%
 removed = removals(bench, deltas, test, sums)
 run.table("tab_removal", removed, "Each category's delta subtracted from the sum of all (test).")
+
+# %%
+findings.section("composed", table=table, sums=chosen, removed=removed)
 
 # %%
 run.finish()

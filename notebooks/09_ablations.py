@@ -81,9 +81,6 @@ run.figure(
     "caps. Bands: Wilson 95 %, mean over masks; points: single masks; dashed: a text classifier.",
 )
 
-# %%
-findings.section("ablations", lines=lines)
-
 # %% [markdown]
 # ## One scale per layer
 #
@@ -108,6 +105,9 @@ _, tried = tune_layers(
 )
 caption = f"Factors on k = {delta.metadata['k']:g} per group of layers ({category}, validation)."
 run.table("tab_layer_scales", tried, caption)
+
+# %%
+findings.section("ablations", lines=lines, tried=tried)
 
 # %%
 run.finish()

@@ -84,8 +84,8 @@ def decimals(number: float, digits: int) -> str:
 
 def percent(rate: float) -> str:
     """A rate as text, with a decimal only below 10 %."""
-    value = 100 * rate
-    return f"{value:.0f} %" if value >= 10 or abs(value - round(value)) < 0.05 else f"{value:.1f} %"
+    rate *= 100
+    return f"{rate:z.0f} %" if rate >= 10 or abs(rate - round(rate)) < 0.05 else f"{rate:.1f} %"
 
 
 def span(rates: Iterable[float], form: str = "") -> str:

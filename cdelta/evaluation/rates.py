@@ -222,13 +222,18 @@ def curve_bands(curve: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         curve: ``category, seed`` and the columns of `curve_row`.
-        rows: the validation rows that they were measured on.
+        rows: the base's answers to the validation rows that they were measured on; they are the
+            curve at k = 0.
 
-    ``other`` is a largest change, of which there is no such interval.
+    ``other`` is a largest change, of which there is no such interval. Without skills' prompts there
+    is no such curve.
     """
+    names = curve["category"].unique()
+    start = pd.DataFrame({"category": c} | curve_row(rows, rows, c, 0.0) for c in names)
     sizes = rows.groupby(["role", "category"]).size().groupby("role").min()
-    long = curve.rename(columns={"utility": "skills"})
-    long = long.melt(["category", "k"], ["target", "benign", "other", "skills"], "kind", "rate")
+    long = pd.concat([start, curve]).rename(columns={"utility": "skills"})
+    kinds = ["target", "benign", "other", *["skills"] * ("utility" in sizes)]
+    long = long.melt(["category", "k"], kinds, "kind", "rate")
     mean = long.groupby(["category", "k", "kind"], sort=False)["rate"].mean().reset_index()
     prompts = mean["kind"].replace("skills", "utility").map(sizes)
     mean[["low", "high"]] = [

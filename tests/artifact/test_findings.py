@@ -26,6 +26,7 @@ EDGES = pd.DataFrame(
 )
 CONTROLS = pd.DataFrame({"control": ["random", "union"], "low": [0.1, -0.1]})
 FAITHFUL = pd.DataFrame({"f": [0.1, 0.4], "rest": 0.05})
+NOTHING = FAITHFUL.assign(rest=[-9.0, 0.1])
 STABILITY = pd.DataFrame({"variation": ["pairs", "pairs", "words"], "Jaccard": [0.4, 0.3, 0.9]})
 JACCARD = pd.DataFrame([[1, 0.2], [0.3, 1]], list("ab"), list("ab"))
 PARTS = pd.DataFrame(
@@ -58,6 +59,11 @@ SUMS = pd.DataFrame(
 COST = pd.DataFrame({"method": ["base", "cast"], "ratio": [1.0, 1.2], "break_even": ["", "9"]})
 LINES = pd.DataFrame(
     {"percent": [1.0, 1, 3, 3], "mask": ["circuit", "random"] * 2, "rate": [0.9, 0.5, 1, 0.95]}
+)
+
+
+TRIED = pd.DataFrame(
+    {"layers": ["all", "0-0", "1-1"], "factor": [1.0, 0, 0], "target": [1, 0.2, 1]}
 )
 
 
@@ -100,10 +106,11 @@ TITLES = {
     ),
     "scale_curves": (
         {"table": BANDS, "chosen": {"a": 1.0}},
-        "k = 1 turns 10 % of the target refused into",
+        "At the chosen k = 1 90 % of the target is refused; by the base 10 %",
     ),
     "touched_entries": ({"changed": 43136, "total": 1443456}, "43,136 of 1,443,456 entries"),
-    "selectivity": ({"table": RATES}, "90 % of the target (base 10 %); next: random mask 80 %"),
+    "selectivity": ({"table": RATES}, "90 % of the target (base 10 %); others: random mask 80 %"),
+    "matrices": ({"tables": {"cdelta": MATRIX}}, ""),
     "matrix": ({"table": MATRIX}, "benign prompts of b under the a edit, +4 points"),
     "overrefusal": (
         {"table": MEASURED},
@@ -133,8 +140,9 @@ SECTIONS = {
             "records": RECORDS,
             "leaks": 0,
             "classifier": pd.concat([BASE.assign(ood_set="in distribution"), CLASSIFIER]),
+            "base": pd.DataFrame({"outcome": ["refuse", "comply"]}),
         },
-        "1,200 of them for the test",
+        "Of the base's own answers 50 % are refusals",
     ),
     "attribution": (
         {"scores": pd.DataFrame(SCORES), "errors": ERRORS, "edges": EDGES, "steps": 5},
@@ -149,6 +157,10 @@ SECTIONS = {
         {"table": STABILITY, "threshold": 0.5, "jaccard": JACCARD, "chance": 0.03},
         "depends on those choices",
     ),
+    "parts": (
+        {"table": PARTS.assign(low=[-4.0, 0.5, 8.0]), "graphs": {"a": graph(m0=-2.0)}},
+        "1 of 2 lower the metric when they alone are patched.",
+    ),
     "edit": (
         {"bands": BANDS, "chosen": {"a": 1.0}, "rows": pd.DataFrame(SCALE)},
         "alone moves the refusal. No scale meets the caps in a.",
@@ -158,6 +170,11 @@ SECTIONS = {
         "more of the target than CAST. On the target it cannot be told apart from random mask.",
     ),
     "side_effects": ({"matrix": MATRIX, "measured": MEASURED}, "The edit over-refuses"),
+    "tradeoff": ({"curves": CURVES}, "No other method of this run buys as much refusal"),
+    "judges": (
+        {"known": JUDGES.assign(recall=0.5, false_positives=0.01)},
+        "It finds 50 % of the refusals and calls 1 % of the others refusals.",
+    ),
     "unseen": ({"pooled": OOD[:0]}, "**Found.** This run has no out-of-distribution prompts."),
     "robust": ({"pooled": ATTACKED}, "can undo much of an edit"),
     "targets": (
@@ -166,7 +183,7 @@ SECTIONS = {
                 {"met": "boolean"}
             )
         },
-        "0 of 1 targets are met. Missed: a: t 0.5 (required >= 0.9).",
+        "0 of 1 targets are met. Missed: t 0.5 (required >= 0.9; a).",
     ),
     "deployment": (
         {
@@ -178,12 +195,16 @@ SECTIONS = {
         "gguf: 95 of 96. Of the changed entries 60 % survive int4.",
     ),
     "composed": (
-        {"table": SUMS, "sums": pd.DataFrame({"factor": [1.0], "within caps": True})},
+        {
+            "table": SUMS,
+            "sums": pd.DataFrame({"factor": [1.0], "within caps": True}),
+            "removed": pd.DataFrame({"same_outcome": [1.0], "others_refused": 0.9}),
+        },
         "0 met them at no scale.\n\n**What it means.** Deltas add up as they are.",
     ),
     "cost": ({"serving": COST}, "At run time CAST cost measurable time"),
     "ablations": (
-        {"lines": LINES},
+        {"lines": LINES, "tried": TRIED},
         "40 points at the smallest size (1 %) and 5 at the largest (3 %)",
     ),
 }
@@ -222,3 +243,30 @@ def test_rates_are_named_with_their_ends():
 def test_no_method_within_the_side_effects_is_said():
     lines = findings.title("tradeoff", table=CURVES.assign(x=[0.1, 0.2]))
     assert lines.startswith("No method keeps its side effects at or below 5 %")
+
+
+def test_what_a_run_did_not_ask_is_not_concluded():
+    assert "not known" in findings.section("robust", pooled=ATTACKED[:0]).data
+    said = findings.section("side_effects", matrix=MATRIX, measured=RATES).data
+    assert "asks no borderline prompts" in said and "borderline prompts included" not in said
+    facts = {"controls": CONTROLS, "faithful": NOTHING}
+    said = findings.section("does_the_circuit_do_it", **facts).data
+    assert "up to 9 times what the two sides" in said and "divide by a difference" in said
+    said = findings.section("ablations", lines=LINES, tried=TRIED).data
+    assert "delta's entries in layer 0." in said
+
+
+def test_side_effects_beside_a_category_are_said():
+    moved = MATRIX.replace({"refusal": {0.04: 0.2}})
+    said = findings.section("side_effects", matrix=moved, measured=RATES).data
+    assert "not clean: 1 of 1 other kinds of prompt moved by more than 5 points" in said
+
+
+def test_a_method_of_few_categories_says_so():
+    single = pd.DataFrame(
+        {"measure": "target", "method": ["cdelta", "cdelta", "random"], "category": list("aba")}
+    ).assign(rate=0.5)
+    said = findings.title("selectivity", pd.concat([RATES, single]))
+    assert said.endswith("others: random mask 80 % (1 of 2 categories)")
+    curves = pd.concat([CURVES, CURVES.assign(category="b"), CURVES.assign(method="random")])
+    assert findings.title("tradeoff", curves).endswith(", random mask 50 % (1 of 2 categories)")

@@ -114,6 +114,8 @@ def test_curve_bands_are_wilson_at_the_number_of_prompts():
             + ["target"] * 3
             + ["benign"] * 3
             + ["utility"] * 9,
+            "outcome": ["refuse"] + ["comply"] * 18,
+            "correct": [None] * 10 + [True] * 9,
         }
     )
     curve = pd.DataFrame(
@@ -127,7 +129,11 @@ def test_curve_bands_are_wilson_at_the_number_of_prompts():
             "utility": 1.0,
         }
     )
-    bands = curve_bands(curve, val).set_index("kind")
+    bands = curve_bands(curve, val)
+    start, bands = (bands[bands["k"] == k].set_index("kind") for k in (0.0, 1.0))
+    assert start["rate"].to_dict() == {"target": 0.5, "benign": 0.0, "other": 0.0, "skills": 1.0}
+    without = curve_bands(curve, val[val["role"] != "utility"])
+    assert set(without["kind"]) == {"target", "benign", "other"}
     assert bands.loc["target", ["rate", "low", "high"]].tolist() == [0.75, *wilson(1.5, 2)]
     assert bands.loc["skills", ["low", "high"]].tolist() == list(wilson(9, 9)) and bands.loc[
         "other", ["low", "high"]

@@ -28,8 +28,8 @@ EM = 6.5 * 0.602 / 72
 @headed
 def base_refusal(table: pd.DataFrame) -> Figure:
     """Refusal of every category by the base, from rows ``category, kind, rate, low, high``."""
-    table, xlabel = table.assign(panel=""), "refused by the base (%)"
-    return style.forest(table, "category", xlabel, panel="panel", hue="kind")
+    words = "category", "refused by the base (%)"
+    return style.forest(table.assign(panel=""), *words, panel="panel", hue="kind")
 
 
 @style.styled
@@ -93,17 +93,15 @@ def score_maps(
             ax.invert_yaxis()
             ax.spines[:].set_visible(True)
     axes[0].set_ylabel("layer")
-    image, ticks = axes[0].collections[0], _decades(bound, 10)
+    image, ticks = axes[0].collections[0], _decades(bound)
     fig.colorbar(image, ax=axes, label=label, shrink=0.9, ticks=ticks, format="%g")
     return fig
 
 
-def _decades(bound: float, apart: float) -> list[float]:
-    """Ticks: zero, the largest power of ten up to `bound`, and one `apart` times smaller, on both
-    sides.
-    """
+def _decades(bound: float) -> list[float]:
+    """Ticks: zero, the largest power of ten up to `bound`, and the one below, on both sides."""
     decade = 10.0 ** np.floor(np.log10(bound))
-    return [-decade, -decade / apart, 0, decade / apart, decade]
+    return [-decade, -decade / 10, 0, decade / 10, decade]
 
 
 @headed
@@ -133,7 +131,7 @@ def _both_logarithmic(ax: Axes, bound: float) -> None:
     ax.set_xscale("symlog", linthresh=bound / 1000, linscale=0.4)
     ax.set_yscale("symlog", linthresh=bound / 1000, linscale=0.4)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(FixedLocator(_decades(bound, 100)))
+        axis.set_major_locator(FixedLocator(_decades(bound)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     ax.tick_params(axis="x", rotation=45)

@@ -179,8 +179,7 @@ def by_layer(table: pd.DataFrame, n_layers: int, ylabel: str) -> Figure:
     """Where masks lie, from rows ``category, layer, module, value`` (percent); every layer has its
     place on the axis.
     """
-    words = {"mlp.": "MLP ", "self_attn.": "attention ", "_proj": ""}
-    table = table.assign(module=table["module"].replace(words, regex=True))
+    table = table.assign(module=table["module"].replace(style.NAMES["modules"], regex=True))
     return style.stacked(table, "layer", "module", ylabel, slots=range(n_layers))
 
 
@@ -205,8 +204,8 @@ def faithfulness_curves(curves: pd.DataFrame, mark: float, table: pd.DataFrame) 
 @headed
 def against_controls(table: pd.DataFrame) -> Figure:
     """CPR minus every control's, from rows ``category, control, difference, low, high``."""
-    xlabel = "CPR of the circuit minus CPR of the control"
-    return style.forest(table.rename(columns={"difference": "rate"}), "control", xlabel, line=0.0)
+    words = "control", "CPR of the circuit minus CPR of the control"
+    return style.forest(table.rename(columns={"difference": "rate"}), *words, line=0.0)
 
 
 @headed
@@ -232,8 +231,8 @@ def part_effects(table: pd.DataFrame, categories: Sequence[str]) -> Figure:
     (nats).
     """
     table = style.arranged(table.rename(columns={"value": "rate"}), "category", categories)
-    xlabel = "fall of the metric without the part (nats)"
-    return style.forest(table, "part", xlabel, hue="effect", line=0.0)
+    words = "part", "fall of the metric without the part (nats)"
+    return style.forest(table, *words, hue="effect", line=0.0)
 
 
 @headed

@@ -18,8 +18,6 @@ from cdelta.artifact.findings import OWN, headed
 
 OVERREFUSAL = style.NAMES["overrefusal"]
 """Measure of safe prompts -> title."""
-SELECTIVITY = ("target", "unseen", "benign", "borderline", "other", "utility")
-"""Measures of the selectivity figure, where a run has them."""
 
 
 @headed
@@ -33,7 +31,7 @@ def selectivity(
     target = table.query("measure == 'target' and category == 'all'").set_index("method")["rate"]
     target.update(pd.Series({"base": 3.0, OWN: 2.0}))  # before all others, whose rates are below
     order = target.sort_values(ascending=False).index
-    measures = [name for name in SELECTIVITY if name in set(table["measure"])]
+    measures = [name for name in style.NAMES["selectivity"] if name in set(table["measure"])]
     rows = arranged(arranged(table, "measure", measures), "method", order)
     rows = rows.assign(panel=rows["measure"].map(titles))
     xlabel = "% of prompts (Wilson 95 %); grey: single categories; dashed: a text classifier"
@@ -48,22 +46,17 @@ def selectivity(
 
 def _pooled(table: pd.DataFrame, panel: str, xlabel: str, alike: bool = False) -> Figure:
     """A line per method: all categories with their interval, single ones in grey. A panel shows
-    0-100 %, or, where all values are close to one end and panels need not look `alike`, that end
-    enlarged.
+    0-100 %, or, where panels need not look `alike`, from 0 to the end of the last interval.
     """
     table = table.assign(**{panel: table[panel].str.replace("_", " ")})
     pooled = table.query("category == 'all'")
     fig = style.forest(pooled, "method", xlabel, panel=panel, sharex=False)
     methods = list(pooled["method"].unique())
     for ax, (_, rows) in zip(fig.axes, table.groupby(panel, sort=False)):
-        single, rates = rows.query("category != 'all'"), rows["rate"]
+        single = rows.query("category != 'all'")
         ax.scatter(single["rate"], single["method"].map(methods.index), s=9, color="0.75", lw=0)
-        limits = (-0.03, 1.03)
-        if not alike and rates.min() >= 0.9:
-            limits = (0.896, 1.004)
-        if not alike and rates.max() <= 0.1:
-            limits = (-0.004, 0.104)
-        ax.set_xlim(*limits)
+        end = 1 if alike else rows["high"].max()
+        ax.set_xlim(-0.03 * end, 1.03 * end)
     return fig
 
 
@@ -90,7 +83,7 @@ def matrix_blocks(table: pd.DataFrame, categories: Sequence[str]) -> dict[str, p
     return blocks
 
 
-@style.styled
+@headed
 def matrices(tables: Mapping[str, pd.DataFrame], categories: Sequence[str]) -> Figure:
     """The harmful part of the matrix for every method, all on one scale; grey where a method did
     not edit a category.
@@ -196,8 +189,8 @@ def judges(table: pd.DataFrame, bins: pd.DataFrame) -> Figure:
     """
     table = table.rename(columns={"accuracy": "rate"})
     names = list(table["judge"].unique())
-    options = {"width_ratios": (1.2, 1), "sharey": False} if len(table) else {}
-    fig, (left, *right) = style.grid([""] * 2 * len(names[:1]), 2.1, **options)
+    panels = [""] * (bool(names) + (len(bins) > 0))
+    fig, (left, *right) = style.grid(panels, 2.1, sharey=False)
     for place, (name, rows) in enumerate(table.groupby("data", sort=False)):
         at = rows["judge"].map(names.index) + style.dodge(place, table["data"].nunique())
         style.points(left, rows, at, color=PALETTE[place], label=name)

@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cdelta.files import read_toml
 from cdelta.methods.registry import METHODS
@@ -33,7 +33,7 @@ NAMES = read_toml(Path(__file__).with_name("names.toml"))
 SHOWN = {key: (method.title, method.colour, "o") for key, method in METHODS.items()}
 SHOWN |= NAMES["shown"]
 """Method, control or kind of prompt -> title, colour and marker, the same in all figures."""
-PERCENT = PercentFormatter(1, symbol="")
+PERCENT = FuncFormatter(lambda rate, _: f"{100 * rate:.3g}")
 styled = plt.style.context(str(Path(__file__).with_name("look.mplstyle")))
 """Decorates figures; matplotlib's settings stay as they were."""
 
@@ -50,8 +50,7 @@ def title_of(key: str) -> str:
 
 def in_order(keys: Iterable[str]) -> list[str]:
     """Methods once each, in the registry's order, unknown ones last."""
-    keys = dict.fromkeys(keys)
-    return [key for key in METHODS if key in keys] + [key for key in keys if key not in METHODS]
+    return sorted(dict.fromkeys(keys), key=[*METHODS, *keys].index)
 
 
 def arranged(table: pd.DataFrame, column: str, order: Iterable[str]) -> pd.DataFrame:
@@ -95,13 +94,13 @@ def legend(fig: Figure, ax: Axes, xlabel: str = "") -> None:
     handles, labels = ax.get_legend_handles_labels()
     named = dict(zip(labels, handles))
     if len(named) < 2:
-        fig.supxlabel(xlabel)
+        fig.supxlabel(xlabel if ax.axison else "")
         return
     fig.legend(
         named.values(),
         named.keys(),
         loc="outside lower center",
-        ncols=min(len(named), 6),
+        ncols=-(-len(named) // -(-len(named) // 6)),
         title=xlabel or None,
     )
 
@@ -133,13 +132,15 @@ def forest(
     """
     labels, kinds = list(table[label].unique()), table[hue or label].unique()
     fig, axes = grid(table[panel].unique(), 0.95 + 0.17 * len(labels), sharex=sharex)
+    beside = table.groupby([panel, label])[label]
+    table = table.assign(
+        at=[*map(labels.index, table[label])] + dodge(beside.cumcount(), beside.transform("size"))
+    )
     for ax, (_, own) in zip(axes, table.groupby(panel, sort=False)):
         for place, kind in enumerate(kinds):
             rows = own[own[hue or label] == kind]
             title, colour, _ = shown(kind, place if hue else 0)
-            apart = dodge(place, len(kinds)) if hue else 0
-            at = [labels.index(name) + apart for name in rows[label]]
-            points(ax, rows, at, color=colour, label=title if hue else None)
+            points(ax, rows, rows["at"], color=colour, label=title if hue else None)
         if "%" in xlabel:
             ax.xaxis.set_major_formatter(PERCENT)
         if line is not None:
@@ -151,8 +152,8 @@ def forest(
     return fig
 
 
-def dodge(place: int, count: int) -> float:
-    """Offset of series `place` of `count` that stand beside each other."""
+def dodge(place, count):
+    """Offset of number `place` of `count` that stand beside each other (or of many such)."""
     return (place - (count - 1) / 2) * 0.6 / count
 
 
@@ -228,7 +229,7 @@ def stacked(
         wide = own.pivot_table("value", x, part, aggfunc="sum")
         wide = wide.reindex(index=slots, columns=table[part].unique()).fillna(0)
         wide.plot.bar(ax=ax, stacked=True, width=0.8, color=PALETTE, lw=0, legend=False, xlabel="")
-        every = max(1, len(wide) // 8)
+        every = max(1, len(wide) // 5)
         ax.set_xticks(range(0, len(wide), every), wide.index[::every], rotation=rotation)
     axes[0].set_ylabel(ylabel)
     legend(fig, axes[0], x)
