@@ -106,7 +106,7 @@ TITLES = {
     ),
     "scale_curves": (
         {"table": BANDS, "chosen": {"a": 1.0}},
-        "At the chosen k = 1 90 % of the target is refused; by the base 10 %",
+        "At the chosen k = 1, 90 % of the target is refused; by the base 10 %",
     ),
     "touched_entries": ({"changed": 43136, "total": 1443456}, "43,136 of 1,443,456 entries"),
     "selectivity": ({"table": RATES}, "90 % of the target (base 10 %); others: random mask 80 %"),

@@ -216,7 +216,7 @@ def test_scale_curves_mark_the_chosen_scale():
     fig = evaluation.scale_curves(table, {"crime": 1.0})
     line, mark = fig.axes[0].lines
     assert line.get_ydata().tolist() == [0.2, 1.0] and list(mark.get_xdata()) == [1.0, 1.0]
-    assert headline(fig) == "At the chosen k = 1 100 % of the target is refused; by the base 20 %"
+    assert headline(fig) == "At the chosen k = 1, 100 % of the target is refused; by the base 20 %"
 
 
 def test_composition_frames_what_was_edited_and_names_a_common_scale():

@@ -46,7 +46,7 @@ def selectivity(
 
 def _pooled(table: pd.DataFrame, panel: str, xlabel: str, alike: bool = False) -> Figure:
     """A line per method: all categories with their interval, single ones in grey. A panel shows
-    0-100 %, or, where panels need not look `alike`, from 0 to the end of the last interval.
+    0-100 %, or, where all intervals end below 20 % and panels need not look `alike`, 0-20 %.
     """
     table = table.assign(**{panel: table[panel].str.replace("_", " ")})
     pooled = table.query("category == 'all'")
@@ -55,7 +55,7 @@ def _pooled(table: pd.DataFrame, panel: str, xlabel: str, alike: bool = False) -
     for ax, (_, rows) in zip(fig.axes, table.groupby(panel, sort=False)):
         single = rows.query("category != 'all'")
         ax.scatter(single["rate"], single["method"].map(methods.index), s=9, color="0.75", lw=0)
-        end = 1 if alike else rows["high"].max()
+        end = 1 if alike or rows["high"].max() > 0.2 else 0.2
         ax.set_xlim(-0.03 * end, 1.03 * end)
     return fig
 
@@ -94,8 +94,9 @@ def matrices(tables: Mapping[str, pd.DataFrame], categories: Sequence[str]) -> F
         table = matrix_blocks(tables[name], categories)["harmful prompts"].drop(index="base")
         style.shade(ax, table, 100, xticklabels=True, yticklabels=True)
         ax.tick_params(labelbottom=place + 5 >= len(names), labelsize=5.5)
-    rows = -(-len(names) // 5)
-    fig.colorbar(axes[0].collections[0], ax=axes, label="refused (%)", aspect=10 * rows)
+    fig.colorbar(
+        axes[0].collections[0], ax=axes, label="refused (%)", aspect=10 * -(-len(names) // 5)
+    )
     return fig
 
 
