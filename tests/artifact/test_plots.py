@@ -144,7 +144,7 @@ def test_selectivity_zooms_to_the_end_where_all_values_lie():
     titles = {"target": "target refused", "benign": "benign refused", "absent": "absent"}
     fig = evaluation.selectivity(table, titles, {"target": 0.97})
     target, benign = fig.axes
-    assert target.get_xlim()[1] > 1 and benign.get_xlim()[1] < 0.11
+    assert target.get_xlim()[1] > 1 and benign.get_xlim()[1] < 0.21
     assert 0.97 in [line.get_xdata()[0] for line in target.lines if len(set(line.get_xdata())) == 1]
     assert headline(fig).startswith("C-ΔΘ refuses 95 % of the target (base 15 %)")
 
