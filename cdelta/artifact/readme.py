@@ -31,7 +31,7 @@ def results(figures: Path = FIGURES) -> str:
         return block(TEMPLATE, "not_recorded")
     tables = {
         name: read_table(figures / recorded[0] / f"tab_{name}.csv")
-        for name in ("selectivity", "scale", "targets", "ablations")
+        for name in ("selectivity", "scale", "targets", "ablations", "overrefusal")
     }
     lines = budget_lines(tables["ablations"]) if len(tables["ablations"]) else None
     preset = load_preset(recorded[0])

@@ -248,7 +248,7 @@ def test_no_method_within_the_side_effects_is_said():
 def test_what_a_run_did_not_ask_is_not_concluded():
     assert "not known" in findings.section("robust", pooled=ATTACKED[:0]).data
     said = findings.section("side_effects", matrix=MATRIX, measured=RATES).data
-    assert "asks no borderline prompts" in said and "borderline prompts included" not in said
+    assert "asks no borderline prompts." in said and "borderline prompts included" not in said
     facts = {"controls": CONTROLS, "faithful": NOTHING}
     said = findings.section("does_the_circuit_do_it", **facts).data
     assert "up to 9 times what the two sides" in said and "divide by a difference" in said
