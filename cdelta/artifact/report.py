@@ -143,7 +143,7 @@ def notebook_body(notebook: NotebookNode) -> tuple[str, str]:
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
-    shown = without_places(notebook)
+    shown = without_places(notebook, "parameters")  # those are the source's, not this run's
     for cell in shown.cells:
         if cell.cell_type == "markdown":
             cell.source = MARKDOWN.sub(_with_mathml, cell.source)
@@ -177,16 +177,16 @@ def _folded(match: re.Match) -> str:
     return f"<details><summary>{lines} lines of output</summary>{match[0]}</details>"
 
 
-def without_places(notebook: NotebookNode) -> NotebookNode:
-    """A copy without the cell that papermill put in, whose text names this machine's folders
-    relative to the repository.
+def without_places(notebook: NotebookNode, *tags: str) -> NotebookNode:
+    """A copy without the cell that papermill put in and those with such tags, whose text names this
+    machine's folders relative to the repository.
     """
     import nbformat
 
     text = json.dumps(notebook).replace(f"{ROOT}/", "").replace(str(ROOT), ".")
     copy = nbformat.reads(text, as_version=4)
-    injected = "injected-parameters"
-    copy.cells = [cell for cell in copy.cells if injected not in cell.metadata.get("tags", [])]
+    out = {"injected-parameters", *tags}
+    copy.cells = [cell for cell in copy.cells if not out & set(cell.metadata.get("tags", []))]
     return copy
 
 
