@@ -16,7 +16,6 @@ missing.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
@@ -148,17 +147,29 @@ class Command:
         self.reference = tree(place / "out")
         shutil.rmtree(place / "out")
 
+    def let(self, process: Process, share: float) -> None:
+        """Wait until it has used a share of what the undisturbed run needs."""
+        time.sleep(share * self.seconds)
+
+    def left(self, place: Path) -> str:
+        """What lies under the output's own name: nothing (empty), the undisturbed run's output, or
+        something else.
+        """
+        out = place / "out"
+        if not out.exists():
+            return ""
+        return IDENTICAL if out.is_dir() and tree(out) == self.reference else LOST
+
     def outcome(self, process: Process, place: Path) -> str:
         """What a finished process left in `place`."""
-        out = place / "out"
-        if process.wait() == 0 and out.is_dir() and tree(out) == self.reference:
+        if process.wait() == 0 and self.left(place) == IDENTICAL:
             return IDENTICAL
-        return REFUSED if process.refused() and not out.exists() else LOST
+        return REFUSED if process.refused() and not self.left(place) else LOST
 
     def again(self, place: Path) -> str:
-        """Run it undisturbed; what that leaves."""
-        if (place / "out").is_dir() and tree(place / "out") == self.reference:
-            return IDENTICAL  # it was done before it was disturbed
+        """Run it undisturbed, unless it was done before it was disturbed; what that leaves."""
+        if self.left(place) == IDENTICAL:
+            return IDENTICAL
         return self.outcome(self.start(place), place)
 
 
@@ -197,10 +208,10 @@ def ended_by(number: int) -> Callable[[Command, Path, random.Random], str]:
 
     def fault(command: Command, place: Path, rng: random.Random) -> str:
         process = command.start(place)
-        time.sleep(rng.uniform(0, command.seconds))
+        command.let(process, rng.random())
         process.kill(number)
         process.wait()
-        if (place / "out").exists() and tree(place / "out") != command.reference:
+        if command.left(place) == LOST:
             return LOST  # half of an output under its own name
         return command.again(place)
 
@@ -210,10 +221,10 @@ def ended_by(number: int) -> Callable[[Command, Path, random.Random], str]:
 def two_at_once(command: Command, place: Path, rng: random.Random) -> str:
     """The same command twice; the second starts at a random moment."""
     first = command.start(place)
-    time.sleep(rng.uniform(0, command.seconds))
+    command.let(first, rng.random())
     second = command.start(place)
     codes = first.wait(), second.wait()
-    if not (place / "out").is_dir() or tree(place / "out") != command.reference:
+    if command.left(place) != IDENTICAL:
         return LOST
     losers = [process for process in (first, second) if process.rc]
     if 0 not in codes or not all(process.refused() for process in losers):
@@ -252,7 +263,7 @@ def damaged(command: Command, place: Path, rng: random.Random) -> str:
     """
     if command.stage == "edit":
         process = command.start(place)
-        time.sleep(rng.uniform(0.2, 0.95) * command.seconds)
+        command.let(process, rng.uniform(0.2, 0.95))
         process.kill(signal.SIGKILL)
         process.wait()
         files = [path for path in (place / ".out.work").rglob("*") if path.is_file()]
@@ -363,25 +374,15 @@ def _changed(path: Path) -> float:
 
 def main() -> int:
     """Run the campaign on one core; exit code 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=100, help="with those in the table already")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = tally.make_parser(__doc__)
     parser.add_argument("--fault", action="append", choices=sorted(FAULTS))
-    parser.add_argument("--out", type=Path, help="CSV file to add to: a row per fault and outcome")
     arguments = parser.parse_args()
-    tally.one_core()
-    faults = tuple(arguments.fault or FAULTS)
-    first = tally.done(arguments.out, faults) if arguments.out else 0
-    lost = tally.done(arguments.out, faults, LOST) if arguments.out else 0
-    with tempfile.TemporaryDirectory() as scratch:
-        if first < arguments.trials:
-            found = campaign(Path(scratch), arguments.trials, arguments.seed, faults, first)
-            for number, trial in enumerate(found, first + 1):
-                lost += trial[2] == LOST
-                print(f"{number} of {arguments.trials}:", ", ".join(trial), flush=True)
-                if arguments.out:
-                    tally.add(arguments.out, [trial])
-    return int(lost > 0)
+    faults, seed = tuple(arguments.fault or FAULTS), arguments.seed
+
+    def trials(folder: Path, first: int) -> Iterator[tuple[str, str, str]]:
+        return campaign(folder, arguments.trials, seed, faults, first)
+
+    return tally.count(trials, arguments, faults, STAGES)
 
 
 if __name__ == "__main__":

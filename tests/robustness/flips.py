@@ -12,7 +12,6 @@ is written every 100 trials: after an interruption the same command does the tri
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -44,7 +43,7 @@ KINDS = {
     "delta": ("edited/cdelta/delta/*", "delta/*"),
 }
 """Kind -> its files; `delta/` is the folder that is given to `verify`."""
-FAULT = "bit flip in {}"
+FAULT, STAGE = "bit flip in {}", "verify"
 """A kind's name in the table."""
 AT_ONCE = 100
 """Trials between two looks at the table."""
@@ -109,26 +108,22 @@ def _flip(path: Path, bit: int) -> None:
 
 def as_trial(flip: Flip) -> tuple[str, str, str]:
     """(fault, stage, outcome), as the table has it."""
-    return FAULT.format(flip.kind), "verify", tally.REFUSED if flip.found else tally.LOST
+    return FAULT.format(flip.kind), STAGE, tally.REFUSED if flip.found else tally.LOST
 
 
 def main() -> int:
     """Run the campaign on one core; exit code 1 if a flip is not found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--trials", type=int, default=10_000, help="with those in the table already"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="CSV file to add to: a row per kind and outcome")
+    parser = tally.make_parser(__doc__)
+    parser.set_defaults(trials=10_000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tally.one_core()
-    faults, out = [FAULT.format(kind) for kind in KINDS], arguments.out
-    lost = tally.done(out, faults, tally.LOST) if out else 0
+    own, out = ([FAULT.format(kind) for kind in KINDS], [STAGE]), arguments.out
+    lost = tally.done(out, *own, tally.LOST) if out else 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = make(Path(scratch))
         assert not found(folder), "the checkpoint is not whole to begin with"
-        for start in range(tally.done(out, faults) if out else 0, arguments.trials, AT_ONCE):
+        for start in range(tally.done(out, *own) if out else 0, arguments.trials, AT_ONCE):
             stop = min(start + AT_ONCE, arguments.trials)
             flips = list(campaign(folder, stop, arguments.seed, start))
             missed = [flip for flip in flips if not flip.found]

@@ -9,75 +9,39 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import psutil
 import pytest
-from project import NOTEBOOK, Project
+from project import Project
 
-from cdelta.artifact.stages import NAMES, needs, short_name
+from cdelta.artifact.stages import NAMES, short_name
 from cdelta.paths import ROOT
+from robustness.grains import GRID, kill_tree, make, run_folder, tables
 from robustness.slurm import Cluster, cluster, missing, wait_for
 
-GRID = ("grain-0", "grain-1", "grain-2")
-GRAIN = """inherits = "smoke"
-description = "a grain of the grid"
-categories = ["crime"]
-seeds = [{seed}]
-
-[deployment]
-joint = []
-limit = 1
-"""
-LIGHT = """
-numbers = __import__("numpy")
-chance = numbers.random.default_rng([run.preset.seeds[0], {number}])
-x, y = chance.normal(size=(9, 2)), chance.normal(size=9)
-value = numbers.linalg.lstsq(x, y)[0][0]
-for name in {needs}:
-    value += pd.read_csv(run.input(name, "figures/tab_" + name + ".csv"))["value"][0]
-if "{stage}" == "05_evaluation":
-    named = {{"category": ["crime"], "method": ["cdelta"], "target_refusal": [value]}}
-    run.table("tab_selectivity", pd.DataFrame(named), "What the table over several runs reads")
-while (Path(run_dir) / "hold_{stage}").exists():
-    time.sleep(0.1)
-"""
-"""A least-squares model of the run's seed, plus what every earlier stage found: seconds of work."""
-MEASURED = re.compile(r".*(second|MB|_ms|per_s|overhead|break_even).*|ratio|low|high")
-CLOCKED = ("tab_cost", "tab_attribution_cost", "tab_formats", "tab_training_cost")
-"""Tables that hold times or memory, and the columns in them that no two runs agree on."""
 HOURS = 3600.0
 PLUGIN = importlib.util.find_spec("snakemake_executor_plugin_slurm")
 REASON = missing() or ("" if PLUGIN else "pip install snakemake-executor-plugin-slurm")
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 
-def make(root: Path, light: bool) -> Project:
-    """A project with the presets of the grid, on light notebooks or on the true ones."""
-    project = Project.make(root) if light else Project.real(root)
+def make_for_slurm(root: Path, light: bool) -> Project:
+    """The grid's project with the profile of the executor, which looks at jobs more often."""
+    project = make(root, light)
     shutil.copytree(ROOT / "profiles", root / "profiles")
     flags = root / "profiles" / "slurm" / "config.yaml"
     flags.write_text(flags.read_text().replace("status-checks: 20", "status-checks: 5"))
-    for seed, name in enumerate(GRID):
-        preset = root / "cdelta" / "artifact" / "presets" / f"{name}.toml"
-        preset.write_text(GRAIN.format(seed=seed))
-    for number, stage in enumerate(NAMES if light else ()):
-        text = NOTEBOOK.format(stage=stage, value="None")
-        facts = {"stage": stage, "number": number, "needs": needs(stage)}
-        text = text.replace("value = None\n", LIGHT.format(**facts))
-        (root / "notebooks" / f"{stage}.py").write_text(text)
     return project
 
 
 def runs(project: Project) -> list[Path]:
     """The run folders of the grid."""
-    return [project.root / "data" / "runs" / name for name in GRID]
+    return [run_folder(project, name) for name in GRID]
 
 
 def start(project: Project, environment: dict[str, str], *flags: str) -> subprocess.Popen:
@@ -93,19 +57,6 @@ def finish(project: Project, process: subprocess.Popen) -> None:
     said = "".join((project.root / name).read_text() for name in ("out", "err"))
     logs = [path.read_text()[-4000:] for path in project.root.rglob("snakemake.log")]
     assert code == 0, "\n".join([said, *logs])
-
-
-def tables(run_dir: Path) -> dict[str, object]:
-    """Every table of a run byte for byte; of those that hold times, the columns that do not."""
-    found: dict[str, object] = {}
-    for path in sorted((run_dir / "figures").glob("tab_*")):
-        if path.stem not in CLOCKED:
-            found[path.name] = path.read_bytes()
-        elif path.suffix == ".csv":
-            table = pd.read_csv(path)
-            kept = [name for name in table if not MEASURED.fullmatch(name)]
-            found[path.name] = table[kept].to_csv()
-    return found
 
 
 # ---------------------------------------------------------------------- faults
@@ -155,8 +106,7 @@ def kill_stage(run_dir: Path, stage: str) -> None:
     own = [p for p in named if Path(p.info["cwd"] or "/").is_relative_to(root)]
     assert own, f"no process of {stage} under {root}"
     for process in own:
-        for each in (process, *process.children(recursive=True)):
-            each.send_signal(signal.SIGKILL)
+        kill_tree(process)
 
 
 def end_all(root: Path) -> None:
@@ -232,7 +182,7 @@ def run_on_slurm(project: Project, folder: Path, *flags: str) -> None:
 
 @pytest.mark.parametrize("light", [True, False], ids=["light", "true"])
 def test_a_grid_with_faults_on_slurm_has_the_tables_of_the_local_run(light, tmp_path):
-    local, remote = (make(tmp_path / name, light) for name in ("local", "remote"))
+    local, remote = (make_for_slurm(tmp_path / name, light) for name in ("local", "remote"))
     run_on_slurm(remote, tmp_path / "cluster")
     finish(local, start(local, local.environment, "--jobs", "2"))
     for ours, theirs in zip(runs(remote), runs(local), strict=True):
