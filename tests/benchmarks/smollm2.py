@@ -32,7 +32,7 @@ from cdelta.models.generation import answer  # noqa: E402
 from cdelta.models.loading import load_model  # noqa: E402
 from cdelta.models.spec import ModelSpec  # noqa: E402
 from cdelta.policy import synthetic  # noqa: E402
-from cdelta.policy.pairs import category_pairs  # noqa: E402
+from cdelta.policy.pairs import PromptPairs, category_pairs  # noqa: E402
 
 FOLDER = common.ROOT / "data" / "cache" / "SmolLM2-135M-Instruct"
 RECIPE = EditRecipe(
@@ -74,13 +74,12 @@ def answer_seconds(model, tok, prompts: list[str], tokens: int) -> dict[str, flo
     return {"seconds": seconds, "tokens": sum(each.n_tokens for each in found)}
 
 
-def attribution_seconds(model, tok, records, pairs: int) -> dict[str, float]:
+def attribution_seconds(model, tok, pairs: PromptPairs) -> dict[str, float]:
     """Seconds of EAP-IG with 5 steps."""
-    found, _ = category_pairs(records, "crime", tok, pairs)
     refusal, other = (tok(word, add_special_tokens=False)["input_ids"][0] for word in ("I", "Sure"))
     begin = time.perf_counter()
-    attribute(model, found, lambda logits: logits[:, refusal] - logits[:, other], micro_batch=16)
-    return {"seconds": time.perf_counter() - begin, "pairs": len(found)}
+    attribute(model, pairs, lambda logits: logits[:, refusal] - logits[:, other], micro_batch=16)
+    return {"seconds": time.perf_counter() - begin}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,14 +94,13 @@ def main(arguments: list[str] | None = None) -> None:
     model, tok = load_model(told.model, "auto")
     records = pd.DataFrame(synthetic.records()).reset_index(names="id")
     prompts = (records["prompt"].tolist() * 2)[:n_answers]
+    pairs, _ = category_pairs(records, "crime", tok, n_pairs)
     tasks: dict[str, Callable[[], dict]] = {
         "training step, 32 rows": lambda: step_seconds(model, tok, prompts[:128], n_steps),
         f"{n_answers} answers of {n_tokens} tokens": lambda: answer_seconds(
             model, tok, prompts, n_tokens
         ),
-        f"attribution of {n_pairs} pairs": lambda: attribution_seconds(
-            model, tok, records, n_pairs
-        ),
+        f"attribution of {len(pairs)} pairs": lambda: attribution_seconds(model, tok, pairs),
     }
     found: dict[tuple[str, str], list[dict]] = {}
     for _ in range(1 if told.quick else told.rounds):
