@@ -70,12 +70,12 @@ class Jobs(Bench):
         raise NotImplementedError
 
     def share_all(self) -> None:
-        """Do every job, with as many processes as the run's settings say, which share the
-        threads.
+        """Do every job, with as many processes as the run's settings say, at most one a job, which
+        share the threads.
         """
         path, workers, usual = self.run.folder / SETTINGS, 1, torch.get_num_threads()
         if path.exists() and self.run.device == "cpu":
-            workers = read_json(path).get("workers", 1)
+            workers = min(read_json(path).get("workers", 1), len(self.jobs))
         each = max(1, usual // workers)
         torch.set_num_threads(each)
         helpers = [self._helper(number, each) for number in range(1, workers)]
