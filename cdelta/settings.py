@@ -19,12 +19,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cdelta.errors import CdeltaError
 from cdelta.files import read_toml
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -37,7 +49,8 @@ def changed(settings: T, changes: Mapping[str, Any], where: str = "") -> T:
     Raises `CdeltaError` on an unknown name (it names the known ones), a wrong type, and what the
     class itself refuses.
     """
-    types, values = field_types(type(settings)), {}
+    cls: type = type(settings)
+    types, values = field_types(cls), {}
     for name, value in changes.items():
         full = f"{where}{name}"
         if name not in types:
@@ -159,12 +172,14 @@ def add_arguments(parser: Any, table: Mapping[str, Mapping[str, Any]]) -> None:
 @cache
 def field_help(cls: type) -> dict[str, str]:
     """Field name -> the string literal that stands under it in the class's source, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign)
-    }
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for pair in zip(definition.body, definition.body[1:], strict=False):
+        match pair:
+            case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = " ".join(text.split())
+    return found
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -176,7 +191,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
     sections = field_types(cls)
     names = Counter(name for kind in sections.values() for name in field_types(kind))
     for section, kind in sections.items():
-        group = parser.add_argument_group(section, inspect.getdoc(kind).split("\n")[0])
+        group = parser.add_argument_group(section, kind.__doc__.split("\n")[0])
         for name, type_of_field in field_types(kind).items():
             flag = name if names[name] == 1 else f"{section}-{name}"
             default = json.dumps(getattr(kind, name), ensure_ascii=False)

@@ -176,7 +176,8 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _with_intervals(row: Mapping[str, object]) -> dict[str, str]:
-    shown, last = {}, ""
+    shown: dict[str, str] = {}
+    last = ""
     for name, value in row.items():
         text = f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
         if name in ("low", f"{last}_low"):

@@ -8,10 +8,10 @@ weights of linear layers inside the blocks; embeddings, norms and biases stay.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Iterator, Mapping, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def quantisation_survival(
     scale = delta.scale_or_own(scale)
     base = Checkpoint(base_path)
     delta.check_shapes(base.shapes)
-    totals: dict[str, Counter] = {scheme: Counter() for scheme in schemes}
+    totals: dict[str, dict[str, float]] = {scheme: defaultdict(int) for scheme in schemes}
     for name in (n for n in delta.values if n.endswith(".weight")):
         dim, index = delta.slices[name]
         wanted = delta.values[name] * scale
@@ -122,16 +122,17 @@ def quantisation_survival(
         if delta.metadata.get("conv1d"):  # stored [in, out]
             old, new, wanted, dim = old.T, new.T, wanted.T, 1 - dim
         for scheme in schemes:
-            rounded = codes(old, scheme), codes(new, scheme)
-            totals[scheme].update(_survival(*rounded, wanted, dim, index))
+            found = _survival(codes(old, scheme), codes(new, scheme), wanted, dim, index)
+            for part, value in found.items():
+                totals[scheme][part] += value
     return [_survival_row(scheme, total) for scheme, total in totals.items()]
 
 
-def _survival(old: Codes, new: Codes, wanted: Tensor, dim: int, index: Tensor) -> Counter:
+def _survival(old: Codes, new: Codes, wanted: Tensor, dim: int, index: Tensor) -> dict[str, float]:
     moved = (old.numbers != new.numbers).flatten(1)
     got = take(new.values() - old.values(), dim, index).double()
     inside, meant = take(moved, dim, index), wanted != 0
-    return Counter(
+    return dict(
         entries=int(meant.sum()),
         survived=int((meant & inside).sum()),
         outside=int(moved.sum() - inside.sum()),
@@ -141,7 +142,7 @@ def _survival(old: Codes, new: Codes, wanted: Tensor, dim: int, index: Tensor) -
     )
 
 
-def _survival_row(scheme: str, total: Counter) -> dict[str, object]:
+def _survival_row(scheme: str, total: Mapping[str, float]) -> dict[str, object]:
     norm = max(total["wanted"], 1e-300)
     return {
         "scheme": scheme,

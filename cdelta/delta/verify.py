@@ -161,13 +161,13 @@ def _compare_tensors(
     counts: Counter = Counter()
     name_of = {key: name for name, key in first.key_of.items()}
     for key in sorted(first.file_of.keys() & second.file_of.keys()):
-        name, views = name_of.get(key, ""), [first.view(key), second.view(key)]
-        kind, other = (f"{view.get_dtype()} {tuple(view.get_shape())}" for view in views)
+        name, old, new = name_of.get(key, ""), first.view(key), second.view(key)
+        kind, other = (f"{view.get_dtype()} {tuple(view.get_shape())}" for view in (old, new))
         files = [checkpoint.folder / checkpoint.file_of[key] for checkpoint in (first, second)]
         if kind != other:
             problems.append(f"{key} is {other} instead of {kind}.")
         elif name in delta.values or not os.path.samefile(*files):
-            found = sum(_blocks(*views, delta, name, scale), Counter())
+            found = sum(_blocks(old, new, delta, name, scale), Counter())
             if found["outside"]:
                 problems.append(f"{key}: {found['outside']:,} entries outside the mask changed.")
             if found["inside"]:

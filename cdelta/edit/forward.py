@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from cdelta.edit.recipe import EditRecipe
 from cdelta.models.chat import NO_LABEL, Batch
@@ -89,8 +90,12 @@ def _at_answers(real: Tensor, hidden: Float[Tensor, "row pos d"]) -> Float[Tenso
 def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:
     """fp32 logits that predict each answer's first token, from the prompts alone."""
     n_prompt = batch.input_ids.shape[1] - batch.labels.shape[1] + 1
-    parts = (batch.input_ids, batch.attention_mask, batch.position_ids)
-    cut = Batch(*(part[:, :n_prompt] for part in parts), batch.labels[:, :1])
+    cut = Batch(
+        batch.input_ids[:, :n_prompt],
+        batch.attention_mask[:, :n_prompt],
+        batch.position_ids[:, :n_prompt],
+        batch.labels[:, :1],
+    )
     return _logits(model, cut, lambda hidden: hidden[:, -1][None])
 
 
@@ -155,7 +160,7 @@ class BaseAnswers:
     Only the rows of the plan, and only their first tokens where nothing else is asked for.
     """
 
-    model: object
+    model: PreTrainedModel
     hooks: SliceHooks
     data: Data
     how: EditRecipe
@@ -168,7 +173,7 @@ class BaseAnswers:
         """At the first answer token of every row."""
         return torch.stack([found[0] for found in self._rows(rows, batch)]).float()
 
-    def _rows(self, rows: Sequence[int], batch: Batch) -> Sequence[TokenLogits]:
+    def _rows(self, rows: Sequence[int], batch: Batch) -> list[TokenLogits]:
         kept = self._kept
         return self._compute(batch) if kept is None else [kept[row] for row in rows]
 
@@ -178,12 +183,12 @@ class BaseAnswers:
         data, width = self.data, None if self.how.retain_loss == "kl" else 1
         wanted = sorted(set().union(*data.retain_plan))
         n = sum(len(data.examples["retain"][row][1][:width]) for row in wanted)
-        size = n * self.model.get_output_embeddings().weight.shape[0]
+        size = n * self.model.get_output_embeddings().get_parameter("weight").shape[0]
         most = LARGEST.get(data.device.type, LARGEST["cpu"])
         fitting = [d for d in (torch.float32, torch.float16) if d.itemsize * size <= most]
         if not fitting:
             return None
-        kept = {}
+        kept: dict[int, Tensor] = {}
         for start in range(0, len(wanted), ROWS):
             rows = wanted[start : start + ROWS]
             found = self._compute(data.batch("retain", rows))
@@ -194,10 +199,10 @@ class BaseAnswers:
         return kept
 
     @torch.no_grad()
-    def _compute(self, batch: Batch) -> Sequence[TokenLogits]:
+    def _compute(self, batch: Batch) -> list[TokenLogits]:
         with self.hooks.off(), products_in_bf16(batch.labels.device, self.how.bf16):
             found = predictions(self.model, batch)
-        return found.logits.log_softmax(-1).split(found.real.sum(-1).tolist())
+        return list(found.logits.log_softmax(-1).split(found.real.sum(-1).tolist()))
 
 
 # ---------------------------------------------------------------------- bf16

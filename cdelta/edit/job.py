@@ -12,9 +12,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cdelta.attribution.metrics import Metric, SequenceMetric
 from cdelta.circuit.circuit import Circuit
@@ -162,8 +164,8 @@ class Study:
     job: EditJob
     folder: Path
     """Where the base lies."""
-    model: object
-    tok: object
+    model: PreTrainedModel
+    tok: PreTrainedTokenizerBase
     policy: Policy
     progress: bool = False
 
@@ -192,7 +194,7 @@ class Study:
         return self._answers("answers", self.policy.records, progress=self.progress)
 
     def _answers(
-        self, store: str, records: pd.DataFrame, metric: Metric | None = None, **under: object
+        self, store: str, records: pd.DataFrame, metric: Metric | None = None, **under: Any
     ) -> pd.DataFrame:
         """Judged answers of the model as it stands, kept in the work folder."""
         options = answer_options(self.job.recipe, metric)

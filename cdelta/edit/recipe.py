@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from cdelta.errors import CdeltaError
 
@@ -28,7 +28,7 @@ SHARES = frozenset(
 """Fields from 0 to 1."""
 
 
-def _check(name: str, value: object) -> None:
+def _check(name: str, value: Any) -> None:
     """Raise `CdeltaError` if a field's value makes no sense."""
     if isinstance(value, float) and not math.isfinite(value):
         raise CdeltaError(f"{name} must be finite, not {value}.")

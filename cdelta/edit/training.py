@@ -94,7 +94,8 @@ class Training:
         if checkpoint:
             path = Path(checkpoint) / f"training{attempt or ''}.safetensors"
             self._state = StateFile(path, hashlib.sha256(identity.encode()).hexdigest())
-        self._step, self._log = 0, []
+        self._step = 0
+        self._log: list[dict] = []
 
     @property
     def log(self) -> list[dict]:
@@ -135,8 +136,7 @@ class Training:
 
     def run(self, stop: Stop | None = None, progress: bool = False) -> Verdict:
         """Train until `stop` says that it is selective, or to restart, or the steps are used up."""
-        if self._state:
-            self._resume()
+        self._resume()
         sides = " and ".join(f"θ {side}" for side in self.how.sides)
         with tqdm(
             total=self.how.steps, initial=self._step, desc=sides, disable=not progress
@@ -249,14 +249,17 @@ class Training:
 
         Target and retain rows, and parts, go through the model one after the other to save memory.
         """
-        total, weight, gradients = 0.0, 0.0, [0.0] * len(self.leaves)
+        total = weight = torch.zeros(())
+        gradients = [torch.zeros_like(leaf) for leaf in self.leaves]
         for part in self._passes(key, rows):
             with self._applied(which):
                 loss, weights = self._loss(key, part)
             found = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
-            gradients = [old + new for old, new in zip(gradients, found, strict=True)]
+            for gradient, new in zip(gradients, found, strict=True):
+                gradient += new
             total, weight = total + loss.detach(), weight + weights
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            assert leaf.grad is not None
             leaf.grad += gradient * (share / weight)
         return total / weight
 
@@ -264,29 +267,30 @@ class Training:
 
     def _check(self, stop: Stop | None) -> None:
         verdicts = set()
-        for which in self.how.keepers if stop else ():
-            with self.delta(which).applied(self.model):
-                verdicts.add(stop(self.model, which, self._step))
+        if stop:
+            for which in self.how.keepers:
+                with self.delta(which).applied(self.model):
+                    verdicts.add(stop(self.model, which, self._step))
         if Verdict.RESTART in verdicts:
             last = self.attempt + 1 >= self.how.attempts
             self.verdict = Verdict.NOT_YET if last else Verdict.RESTART
         elif verdicts == {Verdict.SELECTIVE}:
             self.verdict = Verdict.SELECTIVE
         if self._state:
-            self._save()
+            self._save(self._state)
 
-    def _save(self) -> None:
-        states = [{"leaf": leaf, **self.optimizer.state[leaf]} for leaf in self.leaves]
+    def _save(self, state: StateFile) -> None:
+        kept = [{"leaf": leaf, **self.optimizer.state[leaf]} for leaf in self.leaves]
         tensors = {
             f"{index}/{part}": value
-            for index, state in enumerate(states)
-            for part, value in state.items()
+            for index, parts in enumerate(kept)
+            for part, value in parts.items()
         }
         facts = {"step": self._step, "verdict": self.verdict.value, "log": self.log}
-        self._state.write(tensors, facts)
+        state.write(tensors, facts)
 
     def _resume(self) -> None:
-        found = self._state.read()
+        found = self._state.read() if self._state else None
         if found is None:
             return
         tensors, facts = found

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ def bound(tok, recipe: Recipe):
     return bind_template(tok, recipe.answers.system, **arguments)
 
 
-def answer_options(recipe: Recipe, metric: Metric | None = None) -> dict[str, object]:
+def answer_options(recipe: Recipe, metric: Metric | None = None) -> dict[str, Any]:
     """Keywords of `evaluate`: how prompts are answered and judged, before and after an edit.
 
     System prompt and template keywords are not among them: the tokenizer carries them.
@@ -220,7 +220,7 @@ class Choice:
         return self.curve[self.curve["k"] == self.k].iloc[0].to_dict()
 
 
-def best_of(curve: Iterable[Mapping[str, float]], caps: Caps) -> Choice:
+def best_of(curve: Iterable[Mapping[str, Any]], caps: Caps) -> Choice:
     """The row with the highest target refusal among those that meet the caps; of equals, the
     nearest to 1, at which the training looked. Where none meets them, the nearest to doing so.
     """

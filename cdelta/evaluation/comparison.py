@@ -148,7 +148,7 @@ _SAID = {
 
 def _sentence_parts(rows: pd.DataFrame) -> list[str]:
     """What is said of every verdict, in the order of `_SAID`."""
-    said = {verdict: [] for verdict in _SAID}
+    said: dict[str, list[str]] = {verdict: [] for verdict in _SAID}
     for row in rows.itertuples():
         value, low, high = (f"{100 * x:+.1f}" for x in (row.difference, row.low, row.high))
         aspect = MEASURES[row.measure].aspect

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -63,9 +63,10 @@ class Condition:
     """How answers were made; filled in by `evaluate`."""
 
 
+_COLUMN_TYPES = {"int": "int64", "float": "float64"}
 DTYPES = (
     dict.fromkeys(RECORD_COLUMNS, "str")
-    | {f.name: {"int": "int64", "float": "float64"}.get(f.type, "str") for f in fields(Condition)}
+    | {f.name: _COLUMN_TYPES.get(str(f.type), "str") for f in fields(Condition)}
     | {"kind": "str", "answer": "str", "answer_ids": "object", "n_tokens": "int64"}
     | {"finished": "bool", "log_odds": "float64", "outcome": "str"}
     | {"addressed": "boolean", "correct": "boolean"}
@@ -88,7 +89,7 @@ def evaluate(
     batch_size: int = 64,
     drop_finished: bool = True,
     progress: bool = False,
-    **condition: object,
+    **condition: Any,
 ) -> pd.DataFrame:
     """One row per record, in the order of the records; columns `DTYPES`.
 
@@ -107,7 +108,7 @@ def evaluate(
     does not is ``incoherent``, and ``addressed`` is false.
     """
     records = _checked(records)
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "system": system,

@@ -60,9 +60,8 @@ def bootstrap_mean(
 
     With `groups` (prompt ids, say), whole groups are drawn: rows of one group may depend.
     """
-    values = np.asarray(values, dtype=float)
     by = np.arange(len(values)) if groups is None else np.asarray(groups)
-    units = pd.Series(values).groupby(by).agg(["sum", "size"])
+    units = pd.Series(np.asarray(values, dtype=float)).groupby(by).agg(["sum", "size"])
     return bootstrap_ratio(units["sum"], units["size"], draws)
 
 
@@ -79,7 +78,7 @@ def bootstrap_ratio(
     n, total = units.shape[1], units.sum(axis=1)
     found, counts = np.unique(units, axis=1, return_counts=True)
     if 2 * len(counts) > n:
-        found, counts = units, np.ones(n)
+        found, counts = units, np.ones(n, dtype=int)
     drawn = np.random.default_rng(0).multinomial(n, counts / n, size=draws).astype(float)
     ratios = drawn @ found[0] / (drawn @ found[1])
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -87,11 +87,11 @@ class Gate:
     """Which rows of the current batch are steered."""
 
     condition: Condition
-    open: Tensor | None = None
+    open: Tensor = torch.empty(0)
     """One bool per row."""
-    prompt: Tensor | None = None
+    prompt: Tensor = torch.empty(0, 0)
     """Token ids of the batch when it was new."""
-    mask: Tensor | None = None
+    mask: Tensor = torch.empty(0, 0)
     fresh: bool = False
     """The batch is new: its gate has to be set."""
 
@@ -125,7 +125,7 @@ class Gate:
     def _continues(self, ids: Tensor) -> bool:
         """Without a cache the prompt comes again, with the tokens written so far behind it."""
         old = self.prompt
-        if old is None or len(ids) != len(old) or ids.shape[1] <= old.shape[1]:
+        if len(ids) != len(old) or ids.shape[1] <= old.shape[1]:
             return False
         return torch.equal(ids[:, : old.shape[1]], old)
 

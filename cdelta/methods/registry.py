@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cdelta.circuit.circuit import ParameterMask
 from cdelta.circuit.controls import (
@@ -60,8 +62,8 @@ class Task:
     Test rows are refused.
     """
 
-    model: object
-    tok: object
+    model: PreTrainedModel
+    tok: PreTrainedTokenizerBase
     category: str
     mask: ParameterMask
     """The circuit's mask."""
@@ -132,15 +134,17 @@ class Task:
         mask: ParameterMask,
         rate: float = 1.0,
         rows: TrainingRows | None = None,
-        **changes: object,
+        **changes: Any,
     ) -> Edited:
         """An update trained on a mask by the recipe, with its learning rate times `rate` and other
         fields of `EditRecipe` changed; on other rows, without stop rule, where `rows` are given.
         """
         how = replace(self.recipe.edit, lr=rate * self.recipe.edit.lr, **changes)
+        if rows:
+            return Edited(train(self.model, self.tok, mask, rows, how).delta)
         state = self.folder / f"training-{rate:g}" if self.folder else None
-        asked = {} if rows else {"stop": self.stop, "checkpoint": state}
-        return Edited(train(self.model, self.tok, mask, rows or self.rows, how, **asked).delta)
+        known = (self.model, self.tok, mask, self.rows, how)
+        return Edited(train(*known, stop=self.stop, checkpoint=state).delta)
 
 
 def replies(rows: Rows) -> list[str | Sequence[int]]:
@@ -152,7 +156,7 @@ def replies(rows: Rows) -> list[str | Sequence[int]]:
 
 
 def trained(
-    task: Task, mask: ParameterMask, cut: ParameterMask | None = None, **changes: object
+    task: Task, mask: ParameterMask, cut: ParameterMask | None = None, **changes: Any
 ) -> Candidates:
     """One update on a mask per learning rate, by the recipe with some of its fields changed; each
     kept in the task's folder as soon as it is trained.
@@ -207,6 +211,12 @@ def answer_loss(model, batch: Batch) -> Tensor:
     """Cross-entropy of the answers, mean over all tokens."""
     logits, labels = answer_logits(model, batch), batch.labels
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL)
+
+
+def other_circuit(task: Task) -> Candidates:
+    """C-ΔΘ on another category's circuit."""
+    assert task.other_mask is not None  # the method needs it
+    return trained(task, task.other_mask)
 
 
 def per_layer(task: Task, vectors: Addition) -> dict[str, Addition]:
@@ -275,7 +285,7 @@ MAKE: Mapping[str, Make] = {
     "random_layer": lambda task: trained(task, layer_matched(task.mask, task.spec, task.seed)),
     "magnitude": lambda task: trained(task, largest_weights(task)),
     "gradient": lambda task: trained(task, largest_gradients(task)),
-    "other_circuit": lambda task: trained(task, task.other_mask),
+    "other_circuit": other_circuit,
     "system_prompt": lambda task: {"": SystemPrompt(SYSTEM_PROMPT.format(category=task.category))},
     "as": lambda task: per_layer(task, task.behaviour()),
     "as_multi": lambda task: {"": task.behaviour().at(*task.upper_half())},

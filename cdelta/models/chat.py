@@ -71,7 +71,10 @@ def example_ids(
             )
         return start, ids[:end]
     own = _template_end(tok)  # an answer without an end token gets the template's, or the first
-    return start, ids[: end + 1] if end < len(ids) else [*ids, own if own in stops else stops[0]]
+    return start, ids[: end + 1] if end < len(ids) else [
+        *ids,
+        own if own is not None and own in stops else stops[0],
+    ]
 
 
 def _text_ids(tok, prompt: str, answer: str, start: list[int], finished: bool) -> list[int]:

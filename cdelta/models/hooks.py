@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Iterator
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 Registration = Callable[[], Any]
 """Makes one hook when called, and returns its handle."""
@@ -58,7 +59,7 @@ def after(module: nn.Module, look: Callable) -> Registration:
 
 
 def read_end(
-    model: nn.Module,
+    model: PreTrainedModel,
     kept: int,
     ids: Tensor,
     mask: Tensor,

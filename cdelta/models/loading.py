@@ -298,7 +298,7 @@ class ModelCheck:
             yield "fact", f"the template writes the date: always {facts.date} here"
 
     def _tokens(self) -> Iterator[tuple[str, str]]:
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = self.model.get_input_embeddings().get_parameter("weight").shape[0]
         used = {*chat_ids(self.tok, "Which colour has snow?"), *stop_ids(self.model, self.tok)}
         outside = sorted(token for token in used if token >= rows)
         if outside:

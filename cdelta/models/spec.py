@@ -6,6 +6,7 @@ A new family is one entry of `families.toml`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -101,6 +102,9 @@ class Slice:
     stop: int
 
 
+Projection = nn.Linear | Conv1D
+
+
 @dataclass(frozen=True)
 class Block:
     """The modules of one transformer block that attribution and editing touch."""
@@ -108,9 +112,9 @@ class Block:
     module: nn.Module
     attn_norm: nn.Module
     mlp_norm: nn.Module
-    qkv: tuple[nn.Module, ...]
-    o: nn.Module
-    down: nn.Module
+    qkv: tuple[Projection, ...]
+    o: Projection
+    down: Projection
     attn_post: nn.Module | None
     mlp_post: nn.Module | None
 
@@ -204,7 +208,7 @@ class ModelSpec:
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """The modules of every block of `model`, first to last."""
-        return [self._block(module) for module in model.get_submodule(self.layout.blocks)]
+        return [self._block(module) for module in _module(model, self.layout.blocks, self.family)]
 
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """The norm before the unembedding."""
@@ -221,10 +225,10 @@ class ModelSpec:
     # --- inside
 
     def _block(self, module: nn.Module) -> Block:
-        at, layout = module.get_submodule, self.layout
+        at, layout = partial(_module, module, family=self.family), self.layout
         names = ("attn_norm", "mlp_norm", "o", "down", "attn_post", "mlp_post")
         paths = {name: getattr(layout, name) for name in names}
-        parts: Any = {name: at(path) if path else None for name, path in paths.items()}
+        parts = {name: at(path) if path else None for name, path in paths.items()}
         return Block(module=module, qkv=tuple(map(at, layout.qkv)), **parts)
 
     def _name(self, layer: int, path: str, kind: str) -> str:

@@ -125,7 +125,7 @@ def _facts(tok, template: str, arguments: str) -> TemplateFacts:
 def _arguments(tok) -> dict[str, Any]:
     """The bound keywords. Raises `CdeltaError` on a keyword that asks for reasoning."""
     arguments: dict[str, Any] = getattr(tok, "cdelta_template_args", {})
-    own = {"messages", *_parameters(type(tok))}
+    own = {"messages", *_parameters(tok.__class__)}
     for name, value in arguments.items():
         if name in own:
             raise CdeltaError(

@@ -77,8 +77,10 @@ class Policy:
         folder = Path(folder)
         try:
             manifest = read_json(folder / "manifest.json")
-            tables = [pd.read_parquet(folder / f"{name}.parquet") for name in TABLES]
-            frozen = content_hash(tables[0]) == manifest["sha256"]
+            records, dropped, report = (
+                pd.read_parquet(folder / f"{name}.parquet") for name in TABLES
+            )
+            frozen = content_hash(records) == manifest["sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CdeltaError(
                 f"{folder}: no policy here, or a damaged one ({first_line(error)}): build it again."
@@ -87,7 +89,7 @@ class Policy:
             raise CdeltaError(
                 f"{folder}/records.parquet is not what manifest.json froze: build the policy again."
             )
-        return cls(*tables, manifest)
+        return cls(records, dropped, report, manifest)
 
 
 def build_policy(

@@ -58,8 +58,8 @@ class PromptPairs:
     ) -> PromptPairs:
         """Pairs from prompts, through the tokenizer's own chat template. Raises as
         `from_tokens`."""
-        ids = [[chat_ids(tok, prompt) for prompt in side] for side in (clean, corrupted)]
-        return cls.from_tokens(*ids, split)
+        first, second = ([chat_ids(tok, prompt) for prompt in side] for side in (clean, corrupted))
+        return cls.from_tokens(first, second, split)
 
     def __len__(self) -> int:
         return len(self.clean)
