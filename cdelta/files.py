@@ -12,7 +12,7 @@ import tomllib
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 from cdelta.errors import CdeltaError
 
@@ -53,6 +53,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def sorted_json(content: Mapping[str, object]) -> str:
+    """Readable JSON that is the same, byte for byte, for equal contents."""
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
 def read_json(path: str | Path) -> Any:
     """What a JSON file holds."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -61,20 +66,6 @@ def read_json(path: str | Path) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file holds."""
     return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
-def write_hashed(folder: Path, stem: str, content: bytes, suffix: str) -> Path:
-    """Write ``STEM-HASH.SUFFIX``, whose name holds its content's hash: see `hashed_files`."""
-    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
-    with replacing(path) as partial:
-        partial.write_bytes(content)
-    return path
-
-
-def hashed_files(folder: Path, pattern: str) -> list[Path]:
-    """What `write_hashed` wrote, sorted by name; a file that was damaged since is left out."""
-    found = sorted(folder.glob(pattern))
-    return [path for path in found if path.stem.endswith(f"-{file_hash(path)[:16]}")]
 
 
 @contextmanager

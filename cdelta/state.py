@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from cdelta.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+HASHED_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,13 @@ class StateFile:
 
 def _content_hash(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)};".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    add_tensors(digest, sorted(tensors.items()))
     return digest.hexdigest()
+
+
+def add_tensors(digest: hashlib._Hash, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Names, dtypes, shapes and bits into a digest."""
+    for name, tensor in named:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        for chunk in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)

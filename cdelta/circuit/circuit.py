@@ -9,7 +9,6 @@ embeddings and biases that all units share belong to nobody.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cdelta.errors import CdeltaError
-from cdelta.files import read_json
+from cdelta.files import read_json, sorted_json
 from cdelta.models.spec import ModelSpec, Slice
 
 Unit = tuple[str, int, int]
@@ -123,7 +122,7 @@ class Circuit:
     def save(self, path: str | Path) -> Path:
         """Write JSON."""
         content = {"nodes": self.nodes, "edges": self.edges, "provenance": self.provenance}
-        Path(path).write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        Path(path).write_text(sorted_json(content))
         return Path(path)
 
     @classmethod

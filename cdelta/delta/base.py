@@ -8,21 +8,21 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import jinja2
-import torch
 from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
 from cdelta.errors import CdeltaError, first_line
+from cdelta.files import sorted_json
 from cdelta.models.checkpoint import Checkpoint, is_pointer
+from cdelta.state import add_tensors
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 """Entries of a model card's front matter that a derived model must repeat."""
-HASHED_AT_ONCE = 1 << 24
 
 
 class WrongBase(CdeltaError):
@@ -40,10 +40,7 @@ def model_hash(model_or_path) -> str:
     else:
         tensors = iter(sorted(model_or_path.named_parameters()))
     digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        for chunk in tensor.detach().reshape(-1).split(HASHED_AT_ONCE):
-            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    add_tensors(digest, tensors)
     return digest.hexdigest()
 
 
@@ -123,11 +120,11 @@ def sealed(content: Mapping[str, object]) -> str:
     """The text of a JSON file that holds `content` and its sha256, so that no bit of it can change
     unnoticed.
     """
-    digest = hashlib.sha256(_dump(content).encode()).hexdigest()
-    return _dump({**content, "sha256": digest})
+    digest = hashlib.sha256(sorted_json(content).encode()).hexdigest()
+    return sorted_json({**content, "sha256": digest})
 
 
-def read_sealed(path: Path, remedy: str, unsealed: Sequence[str] = ()) -> dict[str, object]:
+def read_sealed(path: Path, remedy: str, unsealed: Sequence[str] = ()) -> dict[str, Any]:
     """What the file holds beside its checksum; one of an `unsealed` format need not have one.
 
     Raises `CdeltaError` for anything that `sealed` did not write.
@@ -143,10 +140,6 @@ def read_sealed(path: Path, remedy: str, unsealed: Sequence[str] = ()) -> dict[s
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, error, remedy) from error
     return content
-
-
-def _dump(content: Mapping[str, object]) -> str:
-    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
 # ---------------------------------------------------------------------- texts

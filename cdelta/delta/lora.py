@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from cdelta.delta.base import CARD, markdown_table, published_facts, render
 from cdelta.delta.weight_delta import WeightDelta, put
 from cdelta.errors import CdeltaError
-from cdelta.files import new_folder, write_text
+from cdelta.files import new_folder, sorted_json, write_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -81,8 +80,8 @@ def export_lora(
     )
     with new_folder(out) as folder:
         save_file(_tensors(delta, modules, scale), folder / "adapter_model.safetensors")
-        config = json.dumps(_config(delta, modules, adapter.rank), indent=1, sort_keys=True)
-        write_text(folder / "adapter_config.json", config + "\n")
+        config = sorted_json(_config(delta, modules, adapter.rank))
+        write_text(folder / "adapter_config.json", config)
         rows = [{"module": "all", "relative error": adapter.error}]
         rows += [{"module": m, "relative error": error} for m, error in adapter.errors.items()]
         card = render(

@@ -100,7 +100,7 @@ class WeightDelta:
             raise CdeltaError(
                 f"{folder} holds no weight delta: expected {WEIGHTS} and {METADATA} in it."
             )
-        header: dict[str, Any] = read_sealed(facts, REMEDY, [UNSEALED_FORMAT])
+        header = read_sealed(facts, REMEDY, [UNSEALED_FORMAT])
         try:
             sealed_one = header.get("format") != UNSEALED_FORMAT
             if sealed_one and header.get("weights_sha256") != file_hash(weights):

@@ -4,10 +4,12 @@ that a killed run goes on.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ import pandas as pd
 from cdelta.errors import CdeltaError
 from cdelta.evaluation.judges import Judge, Rules
 from cdelta.evaluation.rates import with_kind
-from cdelta.files import hashed_files, write_hashed
+from cdelta.files import file_hash, replacing
 from cdelta.models.generation import Answer, answer
 from cdelta.policy.records import normalise
 
@@ -63,10 +65,12 @@ class Condition:
     """How answers were made; filled in by `evaluate`."""
 
 
-_COLUMN_TYPES = {"int": "int64", "float": "float64"}
 DTYPES = (
     dict.fromkeys(RECORD_COLUMNS, "str")
-    | {f.name: _COLUMN_TYPES.get(str(f.type), "str") for f in fields(Condition)}
+    | {
+        f.name: {"int": "int64", "float": "float64"}.get(str(f.type), "str")
+        for f in fields(Condition)
+    }
     | {"kind": "str", "answer": "str", "answer_ids": "object", "n_tokens": "int64"}
     | {"finished": "bool", "log_odds": "float64", "outcome": "str"}
     | {"addressed": "boolean", "correct": "boolean"}
@@ -89,7 +93,7 @@ def evaluate(
     batch_size: int = 64,
     drop_finished: bool = True,
     progress: bool = False,
-    **condition: Any,
+    **condition,
 ) -> pd.DataFrame:
     """One row per record, in the order of the records; columns `DTYPES`.
 
@@ -108,29 +112,30 @@ def evaluate(
     does not is ``incoherent``, and ``addressed`` is false.
     """
     records = _checked(records)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "system": system,
-        "drop_finished": drop_finished,
-        "progress": progress,
-    }
+    ask = partial(
+        answer,
+        model,
+        tok,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        system=system,
+        drop_finished=drop_finished,
+        progress=progress,
+    )
     protocol = f"greedy, {max_new_tokens} tokens"
     protocol += f", system prompt {system!r}" if system else ""
     under = Condition(**condition, protocol=protocol)
     done = store.read(under) if store else empty_rows()
-    done = done[done["id"].isin(records["id"])]
-    parts = [done]
+    parts = [done[done["id"].isin(records["id"])]]
     rest = records[~records["id"].isin(done["id"])]
     rest = rest.sort_values("prompt", key=lambda texts: -texts.str.len(), kind="stable")
     for start in range(0, len(rest), CHUNK):  # records of similar length together
         chunk = rest.iloc[start : start + CHUNK]
-        answers = answer(model, tok, list(chunk["prompt"]), metric, **options)
+        answers = ask(list(chunk["prompt"]), metric)
         parts.append(judged(_with_answers(chunk, answers, under), judge))
         if store:
             store.append(parts[-1])
-    rows = pd.concat(parts)
-    return rows.set_index("id", drop=False).loc[records["id"]].reset_index(drop=True)
+    return pd.concat(parts).set_index("id", drop=False).loc[records["id"]].reset_index(drop=True)
 
 
 def _checked(records: pd.DataFrame | Iterable[Mapping]) -> pd.DataFrame:
@@ -208,7 +213,9 @@ class RowStore:
     def append(self, rows: pd.DataFrame) -> None:
         """Add rows as one more part."""
         content = rows.to_parquet(None, index=False)
-        write_hashed(self.folder, f"{len(self.parts()):05d}", content, ".parquet")
+        digest = hashlib.sha256(content).hexdigest()
+        with replacing(self.folder / f"{len(self.parts()):05d}-{digest[:16]}.parquet") as partial:
+            partial.write_bytes(content)
 
     def read(self, condition: Condition | None = None) -> pd.DataFrame:
         """All rows, or those of one condition, in the order in which they came; a row written twice
@@ -221,5 +228,8 @@ class RowStore:
         return _typed(rows.drop_duplicates(keys)).reset_index(drop=True)
 
     def parts(self) -> list[Path]:
-        """The part files, oldest first, but for damaged ones."""
-        return hashed_files(self.folder, "*.parquet")
+        """The part files, oldest first, but for damaged ones: a name ends with its content's
+        hash.
+        """
+        found = sorted(self.folder.glob("*.parquet"))
+        return [path for path in found if path.stem.endswith(f"-{file_hash(path)[:16]}")]
