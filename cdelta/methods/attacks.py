@@ -15,7 +15,7 @@ from cdelta.edit.rows import TrainingRows
 from cdelta.evaluation.measure import empty_rows
 from cdelta.evaluation.rates import of_category, with_kind
 from cdelta.methods.registry import Task
-from cdelta.methods.steering import Ablation, prompt_vectors
+from cdelta.methods.steering import Ablation
 from cdelta.methods.tuning import Applied, Edited, measure
 from cdelta.models.hooks import hooked
 
@@ -39,8 +39,7 @@ def without_direction(task: Task, rate: float = 1.0) -> Ablation:
     """Ablation of the refusal direction that the model as it stands has for the category, read at
     two thirds of its depth.
     """
-    directions = prompt_vectors(task.model, task.tok, task.prompts, task.benign)
-    return Ablation(directions.vectors[task.depths()[-1]])
+    return Ablation(task.directions().vectors[task.depths()[-1]])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,12 +128,16 @@ class Task:
         answers = replies(self.rows.positive), replies(self.rows.negative)
         return behaviour_vectors(self.model, self.tok, self.prompts, *answers, principal)
 
+    def directions(self) -> Addition:
+        """Arditi's directions of all layers, from benign counterparts to the target."""
+        return prompt_vectors(self.model, self.tok, self.prompts, self.benign)
+
     def fit(
         self,
         mask: ParameterMask,
         rate: float = 1.0,
         rows: TrainingRows | None = None,
-        **changes: Any,
+        **changes,
     ) -> Edited:
         """An update trained on a mask by the recipe, with its learning rate times `rate` and other
         fields of `EditRecipe` changed; on other rows, without stop rule, where `rows` are given.
@@ -156,7 +159,7 @@ def replies(rows: Rows) -> list[str | Sequence[int]]:
 
 
 def trained(
-    task: Task, mask: ParameterMask, cut: ParameterMask | None = None, **changes: Any
+    task: Task, mask: ParameterMask, cut: ParameterMask | None = None, **changes
 ) -> Candidates:
     """One update on a mask per learning rate, by the recipe with some of its fields changed; each
     kept in the task's folder as soon as it is trained.
@@ -181,16 +184,6 @@ def trained(
 def ranked_mask(task: Task, scores: UnitScores) -> ParameterMask:
     """A mask of the circuit's size from other scores."""
     return select_units(task.spec, *scores, task.mask.fraction).to_mask(task.spec)
-
-
-def largest_weights(task: Task) -> ParameterMask:
-    """Units of the largest weights."""
-    return ranked_mask(task, magnitude_scores(task.model, task.spec))
-
-
-def largest_gradients(task: Task) -> ParameterMask:
-    """Units of the largest |gradient × weight| of the refusals' loss."""
-    return ranked_mask(task, gradient_scores(task.model, task.spec, refusal_gradients(task)))
 
 
 def refusal_gradients(task: Task, batch_size: int = 16) -> dict[str, Tensor]:
@@ -222,11 +215,6 @@ def other_circuit(task: Task) -> Candidates:
 def per_layer(task: Task, vectors: Addition) -> dict[str, Addition]:
     """One candidate per layer."""
     return {f"layer {layer}": vectors.at(layer) for layer in task.depths()}
-
-
-def directional(task: Task) -> Candidates:
-    """Arditi's direction, from benign counterparts to the target, added at one layer."""
-    return per_layer(task, prompt_vectors(task.model, task.tok, task.prompts, task.benign))
 
 
 def as_bias(task: Task) -> Candidates:
@@ -283,14 +271,19 @@ MAKE: Mapping[str, Make] = {
     "layer_mask": lambda task: trained(task, whole_layers(task.spec, task.mask)),
     "random": lambda task: trained(task, random_mask(task.spec, task.mask.fraction, task.seed)),
     "random_layer": lambda task: trained(task, layer_matched(task.mask, task.spec, task.seed)),
-    "magnitude": lambda task: trained(task, largest_weights(task)),
-    "gradient": lambda task: trained(task, largest_gradients(task)),
+    "magnitude": lambda task: trained(
+        task, ranked_mask(task, magnitude_scores(task.model, task.spec))
+    ),
+    "gradient": lambda task: trained(
+        task,
+        ranked_mask(task, gradient_scores(task.model, task.spec, refusal_gradients(task))),
+    ),
     "other_circuit": other_circuit,
     "system_prompt": lambda task: {"": SystemPrompt(SYSTEM_PROMPT.format(category=task.category))},
     "as": lambda task: per_layer(task, task.behaviour()),
     "as_multi": lambda task: {"": task.behaviour().at(*task.upper_half())},
     "as_bias": as_bias,
-    "directional": directional,
+    "directional": lambda task: per_layer(task, task.directions()),
     "cast": cast,
 }
 METHODS: Mapping[str, Method] = {

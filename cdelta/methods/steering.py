@@ -25,7 +25,7 @@ from cdelta.attribution.metrics import encode_answer
 from cdelta.errors import CdeltaError
 from cdelta.methods.tuning import Applied
 from cdelta.models.chat import by_length, chat_ids, left_pad, pad_id, positions, rope_boundary
-from cdelta.models.hooks import after, before, hooked
+from cdelta.models.hooks import after, before, hooked, read_end
 from cdelta.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -211,13 +211,7 @@ def _pooled(model, ids: Tensor, mask: Tensor, sizes: Tensor) -> Float[Tensor, "r
 
     blocks = ModelSpec.from_model(model).blocks(model)
     with hooked(*(after(block.module, read) for block in blocks)):
-        model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            logits_to_keep=1,
-            use_cache=False,
-        )
+        read_end(model, 1, ids, mask, positions(mask))
     return torch.stack(seen, dim=1)
 
 

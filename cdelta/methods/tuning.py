@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,14 +63,17 @@ def measure(
     the method's key).
     """
     method = Edited(method) if isinstance(method, WeightDelta) else method
-    facts: dict[str, Any] = {
-        "k": strength,
-        "param_fraction": method.n_changed / ModelSpec.from_model(model).n_params,
-        "system": method.system,
-        "drop_finished": not method.keeps_rows,
-    }
     with method.applied(model, strength):
-        return evaluate(model, tok, records, **facts | options)
+        return evaluate(
+            model,
+            tok,
+            records,
+            k=strength,
+            param_fraction=method.n_changed / ModelSpec.from_model(model).n_params,
+            system=method.system,
+            drop_finished=not method.keeps_rows,
+            **options,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def tune(
     refuse_test(base, "choosing a strength")
     best = {}
     for name, method in options.items():
-        curve: list[dict[str, Any]] = []
+        curve: list[dict] = []
         under = {"edit_category": edit_name(category), "variant": name}
         for k in strengths if strengths and len(method.strengths) > 1 else method.strengths:
             rows = measure(model, tok, method, k, records, **under, **how) if k else base
@@ -148,7 +150,7 @@ def tune_layers(
     refuse_test(base, "choosing a strength")
     delta = k * delta
     layers = sorted({layer_of(name) for name in delta.values})
-    attempts: list[tuple[str, list[int], float]] = [("all", [], 1.0)]
+    attempts = [("all", layers, 1.0)]
     for part in map(np.ndarray.tolist, np.array_split(layers, min(groups, len(layers)))):
         attempts += [(f"{part[0]}-{part[-1]}", part, factor) for factor in factors]
     scales: dict[int, float] = {}
