@@ -8,10 +8,9 @@ weights of linear layers inside the blocks; embeddings, norms and biases stay.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +111,7 @@ def quantisation_survival(
     scale = delta.scale_or_own(scale)
     base = Checkpoint(base_path)
     delta.check_shapes(base.shapes)
-    totals: dict[str, dict[str, float]] = {scheme: defaultdict(int) for scheme in schemes}
+    totals = {scheme: torch.zeros(6, dtype=torch.float64) for scheme in schemes}
     for name in (n for n in delta.values if n.endswith(".weight")):
         dim, index = delta.slices[name]
         wanted = delta.values[name] * scale
@@ -122,34 +121,30 @@ def quantisation_survival(
         if delta.metadata.get("conv1d"):  # stored [in, out]
             old, new, wanted, dim = old.T, new.T, wanted.T, 1 - dim
         for scheme in schemes:
-            found = _survival(codes(old, scheme), codes(new, scheme), wanted, dim, index)
-            for part, value in found.items():
-                totals[scheme][part] += value
+            rounded = codes(old, scheme), codes(new, scheme)
+            totals[scheme] += _survival(*rounded, wanted, dim, index)
     return [_survival_row(scheme, total) for scheme, total in totals.items()]
 
 
-def _survival(old: Codes, new: Codes, wanted: Tensor, dim: int, index: Tensor) -> dict[str, float]:
+def _survival(old: Codes, new: Codes, wanted: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Of one weight: entries meant, survived and outside; the sums along, wanted and missed."""
     moved = (old.numbers != new.numbers).flatten(1)
-    got = take(new.values() - old.values(), dim, index).double()
     inside, meant = take(moved, dim, index), wanted != 0
-    return dict(
-        entries=int(meant.sum()),
-        survived=int((meant & inside).sum()),
-        outside=int(moved.sum() - inside.sum()),
-        along=(got * wanted.double()).sum().item(),
-        wanted=wanted.double().square().sum().item(),
-        missed=(got - wanted.double()).square().sum().item(),
-    )
+    got, wanted = take(new.values() - old.values(), dim, index).double(), wanted.double()
+    counts = meant.sum(), (meant & inside).sum(), moved.sum() - inside.sum()
+    sums = (got * wanted).sum(), wanted.square().sum(), (got - wanted).square().sum()
+    return torch.stack([*counts, *sums])
 
 
-def _survival_row(scheme: str, total: Mapping[str, float]) -> dict[str, object]:
-    norm = max(total["wanted"], 1e-300)
+def _survival_row(scheme: str, total: Tensor) -> dict[str, object]:
+    entries, survived, outside, along, wanted, missed = total.tolist()
+    norm = max(wanted, 1e-300)
     return {
         "scheme": scheme,
-        "entries": total["entries"],
-        "survived": total["survived"],
-        "share": total["survived"] / max(total["entries"], 1),
-        "projection": total["along"] / norm,
-        "error": (total["missed"] / norm) ** 0.5,
-        "outside": total["outside"],
+        "entries": int(entries),
+        "survived": int(survived),
+        "share": survived / max(entries, 1),
+        "projection": along / norm,
+        "error": (missed / norm) ** 0.5,
+        "outside": int(outside),
     }
