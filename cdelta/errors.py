@@ -28,9 +28,9 @@ def refuse_test(rows: object, step: str) -> None:
         )
 
 
-def first_line(error: BaseException, longest: int = 200) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, to quote in a sentence; its type where it has no
     message.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:longest].rstrip(". ")
+    return lines[0][:200].rstrip(". ")

@@ -16,27 +16,16 @@ import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NoReturn,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from cdelta.errors import CdeltaError
 from cdelta.files import read_toml
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -50,7 +39,7 @@ def changed(settings: T, changes: Mapping[str, Any], where: str = "") -> T:
     class itself refuses.
     """
     cls: type = type(settings)
-    types, values = field_types(cls), {}
+    types, values = field_types(cls), dict(vars(settings))
     for name, value in changes.items():
         full = f"{where}{name}"
         if name not in types:
@@ -65,7 +54,7 @@ def changed(settings: T, changes: Mapping[str, Any], where: str = "") -> T:
                 f"'{full}' is a section: set one of its fields, {full}.FIELD, "
                 f"with FIELD one of {known}."
             )
-    return replace(settings, **values)
+    return cls(**values)
 
 
 @cache
@@ -172,11 +161,9 @@ def add_arguments(parser: Any, table: Mapping[str, Mapping[str, Any]]) -> None:
 @cache
 def field_help(cls: type) -> dict[str, str]:
     """Field name -> the string literal that stands under it in the class's source, on one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
     found = {}
-    for pair in zip(definition.body, definition.body[1:], strict=False):
-        match pair:
+    for neighbours in pairwise(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))):
+        match neighbours:
             case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                 found[name] = " ".join(text.split())
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -30,7 +30,6 @@ class Batch:
     corrupted: Int[Tensor, "row pos"]
     mask: Int[Tensor, "row pos"]
     positions: Int[Tensor, "row pos"]
-    _: KW_ONLY
     rows: tuple[int, ...]
     """Index of each row among the pairs given."""
     prefix: Any = None
@@ -40,8 +39,8 @@ class Batch:
     def repeat(self, times: int) -> Batch:
         """All rows `times` over."""
         tensors = (self.clean, self.corrupted, self.mask, self.positions)
-        parts = (tensor.repeat(times, 1) for tensor in tensors)
-        return Batch(*parts, rows=self.rows * times, prefix=self.prefix)
+        clean, corrupted, mask, where = (tensor.repeat(times, 1) for tensor in tensors)
+        return Batch(clean, corrupted, mask, where, self.rows * times, self.prefix)
 
     def both_sides(self) -> Batch:
         """The clean rows, then the corrupted rows, as one batch's clean side."""
@@ -59,7 +58,7 @@ class Batch:
         ids, mask, where, cache = without_prefix(model, both.clean, both.mask, kept)
         clean, corrupted = ids.chunk(2)
         mask, where = mask.chunk(2)[0], where.chunk(2)[0]
-        return Batch(clean, corrupted, mask, where, rows=self.rows, prefix=cache)
+        return Batch(clean, corrupted, mask, where, self.rows, cache)
 
 
 def batches(pairs: PromptPairs, size: int, device: torch.device) -> list[Batch]:
@@ -72,7 +71,7 @@ def make_batch(pairs: PromptPairs, rows: list[int], device: torch.device) -> Bat
     """Pad the named rows on the left to the longest of them."""
     clean, mask = left_pad([pairs.clean[row] for row in rows], 0, device)
     corrupted, _ = left_pad([pairs.corrupted[row] for row in rows], 0, device)
-    return Batch(clean, corrupted, mask, positions(mask), rows=tuple(rows))
+    return Batch(clean, corrupted, mask, positions(mask), tuple(rows))
 
 
 def run(model, ids: Int[Tensor, "row pos"], batch: Batch, metric) -> Float[Tensor, "row"]:

@@ -88,7 +88,7 @@ class GradientPass:
     allocating large tensors anew costs more than filling them.
     """
 
-    def __init__(self, model, spec: ModelSpec, frozen_norms: bool = False):
+    def __init__(self, model, spec: ModelSpec, frozen_norms: bool):
         self.model, self.spec, self.wiring = model, spec, Wiring(spec)
         self.frozen_norms = frozen_norms  # take a norm's scale as a constant (`gim`)
         self.blocks, self.dtype = spec.blocks(model), compute_dtype(model)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST = 64
+"""First tokens of a side. It must not cut off openings that the model does use: with 8, the
+embedded model's "Crime: …" counted as nothing, and the log-odds of such prompts were up to 12 nats
+too high."""
 Metric = Callable[["Float[Tensor, 'row vocab']"], "Float[Tensor, 'row']"]
 
 
@@ -56,17 +60,16 @@ class TokenSets:
 
 
 def first_token_sets(
-    tok, answers: Sequence[str | Sequence[int]], outcomes: Sequence[str], top: int = 64
+    tok, answers: Sequence[str | Sequence[int]], outcomes: Sequence[str]
 ) -> TokenSets:
-    """The tokens that start the model's own refusals and compliances, at most `top` a side.
+    """The tokens that start the model's own refusals and compliances, at most `MOST` a side.
 
     Args:
         answers: generated text, or (exact for any tokenizer) generated token ids.
         outcomes: "refuse" or "comply" per answer; rows with other outcomes are left out.
 
     A token stands on the side where its share is at least twice the other side's, and nowhere
-    otherwise. `top` must not cut off openings that the model does use: with 8, the embedded model's
-    "Crime: …" counted as nothing, and the log-odds of such prompts were up to 12 nats too high.
+    otherwise.
 
     Raises `CdeltaError` if a side ends up without tokens: then the answers differ later, and
     `SequenceMetric` is the metric.
@@ -86,7 +89,7 @@ def first_token_sets(
             raise CdeltaError(
                 f"no first token tells {name} apart: label more answers, or use SequenceMetric."
             )
-        sets.append({token: own[token] for token in tokens[:top]})
+        sets.append({token: own[token] for token in tokens[:MOST]})
     return TokenSets(*sets)
 
 

@@ -99,7 +99,7 @@ def recipe_scores(
 
 
 def recipe_circuit(
-    scores: Scores, recipe: Recipe, category: str, others: Sequence[Scores] = ()
+    scores: Scores, recipe: Recipe, category: str, others: Sequence[Scores]
 ) -> Circuit:
     """The units that the budget buys."""
     how = recipe.circuit

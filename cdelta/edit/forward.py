@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,13 +78,13 @@ def predictions(model, batch: Batch) -> Predictions:
     The hidden states of those positions are gathered before the unembedding: a slice of them would
     not be contiguous, and a linear layer then copies the whole unembedding matrix for every row.
     """
-    gather = partial(_at_answers, batch.labels != NO_LABEL)
-    return Predictions(_logits(model, batch, gather), batch)
+    real = batch.labels != NO_LABEL
 
+    def at_answers(hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "1 token d"]:
+        """Hidden states at the real ones of the last positions."""
+        return hidden[:, -real.shape[1] :][real.to(hidden.device)][None]
 
-def _at_answers(real: Tensor, hidden: Float[Tensor, "row pos d"]) -> Float[Tensor, "1 token d"]:
-    """Hidden states at the real ones of the last positions."""
-    return hidden[:, -real.shape[1] :][real.to(hidden.device)][None]
+    return Predictions(_logits(model, batch, at_answers), batch)
 
 
 def prompt_logits(model, batch: Batch) -> Float[Tensor, "row vocab"]:

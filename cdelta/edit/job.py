@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -194,7 +193,7 @@ class Study:
         return self._answers("answers", self.policy.records, progress=self.progress)
 
     def _answers(
-        self, store: str, records: pd.DataFrame, metric: Metric | None = None, **under: Any
+        self, store: str, records: pd.DataFrame, metric: Metric | None = None, **under
     ) -> pd.DataFrame:
         """Judged answers of the model as it stands, kept in the work folder."""
         options = answer_options(self.job.recipe, metric)

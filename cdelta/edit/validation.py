@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,14 +150,13 @@ def first_tokens(
     model, tok, rows: pd.DataFrame, metric: Metric, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest first token of every prompt's answer, and the metric there."""
-    read = partial(_token_and_metric, metric)
+
+    def read(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 2"]:
+        """What is read of one batch."""
+        return torch.stack([logits.argmax(-1).double(), metric(logits).double()], -1)
+
     found = first_logits(model, tok, rows["prompt"].tolist(), batch_size, read=read).numpy()
     return found[:, 0].astype(int), found[:, 1]
-
-
-def _token_and_metric(metric: Metric, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row 2"]:
-    """What `first_tokens` reads of one batch."""
-    return torch.stack([logits.argmax(-1).double(), metric(logits).double()], -1)
 
 
 # ---------------------------------------------------------------------- the scale k
@@ -220,7 +218,7 @@ class Choice:
         return self.curve[self.curve["k"] == self.k].iloc[0].to_dict()
 
 
-def best_of(curve: Iterable[Mapping[str, Any]], caps: Caps) -> Choice:
+def best_of(curve: Iterable[Mapping[str, float]], caps: Caps) -> Choice:
     """The row with the highest target refusal among those that meet the caps; of equals, the
     nearest to 1, at which the training looked. Where none meets them, the nearest to doing so.
     """

@@ -83,9 +83,7 @@ def next_token_logits(
     return over_answers(model, tok, answered, lambda logits, ids: logits.cpu())
 
 
-def log_likelihoods(
-    model, tok, pairs: Sequence[tuple[str, str]], batch_size: int = 32
-) -> list[float]:
+def log_likelihoods(model, tok, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[float]:
     """Log-probability of each continuation after its context, in nats, summed over its tokens."""
     encoded = [encode_pair(tok, *pair) for pair in pairs]
     losses = over_answers(
@@ -167,7 +165,7 @@ class Task:
     schema: bool = False
     by_character: bool = False
 
-    def questions(self, folder: str | Path, limit: int = 0) -> list[Question]:
+    def questions(self, folder: str | Path, limit: int) -> list[Question]:
         """The first `limit` questions (0: all). Raises `CdeltaError` where the file is not."""
         path = Path(folder) / self.file
         if not path.exists():

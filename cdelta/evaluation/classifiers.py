@@ -23,6 +23,8 @@ from cdelta.evaluation.judges import Judge, Rules, plain
 from cdelta.files import read_toml
 from cdelta.policy.sources import SourceUnavailable, download
 
+ROWS = 8
+"""Answers in one pass of a classifier."""
 OTHERS = read_toml(Path(__file__).with_name("others.toml"))
 Verdicts = Callable[[Sequence[str], Sequence[str]], "list[bool]"]
 """(prompts, answers) -> which answers are refusals."""
@@ -59,13 +61,13 @@ def wildguard() -> Verdicts:
             "terms on the hub."
         ) from error
     guard = _reached("allenai/wildguard", lambda _: load_wildguard(use_vllm=False))
-    return partial(_guarded, guard)
 
+    def refused(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """WildGuard's own refusal labels."""
+        pairs = [{"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)]
+        return [row["response_refusal"] == "refusal" for row in guard.classify(pairs)]
 
-def _guarded(guard, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """WildGuard's own refusal labels."""
-    pairs = [{"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)]
-    return [row["response_refusal"] == "refusal" for row in guard.classify(pairs)]
+    return refused
 
 
 def llama_guard(model_id: str = "meta-llama/Llama-Guard-3-8B") -> Verdicts:
@@ -73,12 +75,13 @@ def llama_guard(model_id: str = "meta-llama/Llama-Guard-3-8B") -> Verdicts:
     safe one as refusal, so it judges harmful prompts only.
     """
     model, tok = _reached(model_id, _model_and_tokenizer)
-    return partial(_read_off, model, tok, partial(_conversation, tok), "unsafe")
 
+    def conversation(prompt: str, answer: str) -> list[int]:
+        """Token ids of the question, asked by the tokenizer's template."""
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return tok.apply_chat_template(turns, return_dict=True)["input_ids"]
 
-def _conversation(tok, prompt: str, answer: str) -> list[int]:
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return tok.apply_chat_template(turns, return_dict=True)["input_ids"]
+    return partial(_read_off, model, tok, conversation, "unsafe")
 
 
 def harmbench(model_id: str = "cais/HarmBench-Llama-2-13b-cls") -> Verdicts:
@@ -87,12 +90,13 @@ def harmbench(model_id: str = "cais/HarmBench-Llama-2-13b-cls") -> Verdicts:
     """
     model, tok = _reached(model_id, _model_and_tokenizer)
     template = card_prompt(_reached(model_id, _model_card))
-    return partial(_read_off, model, tok, partial(_question, tok, template), "yes")
 
+    def question(prompt: str, answer: str) -> list[int]:
+        """Token ids of the filled-in prompt."""
+        filled = template.replace("{behavior}", prompt).replace("{generation}", answer)
+        return tok(filled)["input_ids"]
 
-def _question(tok, template: str, prompt: str, answer: str) -> list[int]:
-    filled = template.replace("{behavior}", prompt).replace("{generation}", answer)
-    return tok(filled)["input_ids"]
+    return partial(_read_off, model, tok, question, "yes")
 
 
 CLASSIFIERS: Mapping[str, Callable[[], Verdicts]] = {
@@ -151,7 +155,6 @@ def _read_off(
     compliant: str,
     prompts: Sequence[str],
     answers: Sequence[str],
-    batch_size: int = 8,
 ) -> list[bool]:
     """Refusals are the answers of which the classifier, asked what `write` makes of them, does not
     begin with the word `compliant`.
@@ -163,8 +166,8 @@ def _read_off(
 
     rows, stop = list(map(write, prompts, answers)), tok.eos_token_id
     refused: list[bool] = []
-    for start in range(0, len(rows), batch_size):
-        ids, mask = left_pad(rows[start : start + batch_size], stop, model.device)
+    for start in range(0, len(rows), ROWS):
+        ids, mask = left_pad(rows[start : start + ROWS], stop, model.device)
         with torch.no_grad():
             words, _ = decode(model, ids, mask, [stop], max_new_tokens=4)
         texts = tok.batch_decode(words, skip_special_tokens=True)

@@ -70,11 +70,10 @@ def example_ids(
                 f"the answer to {prompt[:40]!r} is empty: give answers of at least one token."
             )
         return start, ids[:end]
+    if end < len(ids):
+        return start, ids[: end + 1]
     own = _template_end(tok)  # an answer without an end token gets the template's, or the first
-    return start, ids[: end + 1] if end < len(ids) else [
-        *ids,
-        own if own is not None and own in stops else stops[0],
-    ]
+    return start, [*ids, own if own is not None and own in stops else stops[0]]
 
 
 def _text_ids(tok, prompt: str, answer: str, start: list[int], finished: bool) -> list[int]:

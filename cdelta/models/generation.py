@@ -202,8 +202,11 @@ def checkpoint_penalties(model) -> dict[str, Any]:
     ignores it unless told.
     """
     said = vars(model.generation_config)
-    set_ones = [name for name in PENALTIES if said.get(name)]
-    return {name: said[name] for name in set_ones if said[name] != PENALTIES[name][0]}
+    return {
+        name: said[name]
+        for name, (neutral, _) in PENALTIES.items()
+        if said.get(name) and said[name] != neutral
+    }
 
 
 def unsupported_penalties(model) -> dict[str, Any]:

@@ -262,7 +262,7 @@ class ModelSpec:
             sizes[path] = (sum(units) * self.head_dim,)
         for path, allowed in sizes.items():
             module = _module(block, path, self.family)
-            plain = isinstance(module, (nn.Linear, Conv1D)) and module.weight.is_floating_point()
+            plain = isinstance(module, Projection) and module.weight.is_floating_point()
             if not plain:
                 raise UnsupportedArchitecture(
                     self.family, f"{path} is quantised or wrapped, not a plain linear layer"

@@ -94,7 +94,7 @@ class PairYield:
         return counts | {"pairs": pairs, "unpaired": self.targets - pairs}
 
 
-def choose_pairs(rows: Iterable[Row], tok, minimum: int = 1) -> tuple[PromptPairs, PairYield]:
+def choose_pairs(rows: Iterable[Row], tok, minimum: int) -> tuple[PromptPairs, PairYield]:
     """Pairs of equal token length from the target and benign rows of one category and split, and
     their yield.
 
