@@ -27,8 +27,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from cdelta.evaluation.calibration import calibration, share
+from cdelta.evaluation.calibration import calibration
 from cdelta.evaluation.classifiers import RULE_JUDGES, classifier, xstest_labels
+from cdelta.evaluation.rates import Rate
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ROOT / "tests/fixtures/judge_labels_smollm2.csv"
@@ -92,7 +93,7 @@ def measured(name: str, rows: pd.DataFrame, judges: Sequence[str]) -> list[dict]
         if "agreed" in part:
             found.append(
                 {"set": name, "half": half, "judge": "the other annotator", "source": "all"}
-                | {"n": len(part), **share("accuracy", part["agreed"], low="low", high="high")}
+                | Rate.of(part["agreed"], part.index).row("accuracy")
             )
     return found
 
