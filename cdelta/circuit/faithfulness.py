@@ -196,7 +196,7 @@ def unit_circuits(
     ]
 
 
-def edge_circuits(scores, spec: ModelSpec, fractions: Sequence[float] = FRACTIONS) -> list[Circuit]:
+def edge_circuits(scores, spec: ModelSpec, fractions: Sequence[float]) -> list[Circuit]:
     """Circuits of edges by falling |score|, one per fraction of all edges; with 1, every edge."""
     every = tuple(edge_places(spec))
     return [

@@ -171,7 +171,7 @@ than many short ones.
 def by_length(
     lengths: Sequence[int],
     batch_size: int,
-    boundary: int | None = None,
+    boundary: int | None,
     growth: int = 0,
     equal: bool = False,
 ) -> Iterator[list[int]]:

@@ -6,7 +6,6 @@ A new family is one entry of `families.toml`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -225,11 +224,12 @@ class ModelSpec:
     # --- inside
 
     def _block(self, module: nn.Module) -> Block:
-        at, layout = partial(_module, module, family=self.family), self.layout
+        at, layout = module.get_submodule, self.layout
         names = ("attn_norm", "mlp_norm", "o", "down", "attn_post", "mlp_post")
         paths = {name: getattr(layout, name) for name in names}
-        parts = {name: at(path) if path else None for name, path in paths.items()}
-        return Block(module=module, qkv=tuple(map(at, layout.qkv)), **parts)
+        parts: Any = {name: at(path) if path else None for name, path in paths.items()}
+        parts["qkv"] = tuple(map(at, layout.qkv))
+        return Block(module=module, **parts)
 
     def _name(self, layer: int, path: str, kind: str) -> str:
         return f"{self.layout.blocks}.{layer}.{path}.{kind}"
