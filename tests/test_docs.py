@@ -3,12 +3,14 @@
 import re
 import shlex
 import shutil
+from itertools import product
 
 import pytest
 
 from cdelta.artifact import readme
 from cdelta.artifact.presets import resolve
 from cdelta.artifact.workflow import make_parser
+from cdelta.cli import main
 from cdelta.errors import CdeltaError
 from cdelta.paths import FIGURES, ROOT
 
@@ -35,6 +37,30 @@ def test_the_readmes_example_prints_what_it_says(monkeypatch, capsys):
     assert len(code.strip().splitlines()) <= 13
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip() == output.strip()
+
+
+@pytest.mark.e2e
+def test_the_readmes_edit_prints_its_table(tmp_path, capsys):
+    things = "red bench|old boat|small lamp|green carpet|long ladder|shy clock|blue fence|plain box"
+    things = [*things.split("|"), "wide table", "tiny chair"]
+    towns = ("Velora", "Pexton", "Norvale", "Ravik", "Oskeld", "Tarn")
+    asked = "How do I {} the {} in {}?"
+    rows = [
+        [asked.format(verb, *where) for verb in ("steal", "paint")]
+        for where in product(things, towns)
+    ]
+    lines = ["prompt,benign", *map(",".join, rows)]
+    (tmp_path / "my.csv").write_text("\n".join(lines))
+    (command,) = [
+        line for block in blocks(README, "sh") for line in block.splitlines() if "edit" in line
+    ]
+    (flags,) = re.findall("With `(--.*?)`", README.read_text(encoding="utf-8"))
+    known = {"DIR_OR_ID": str(ROOT / "data" / "organism"), "my.csv": str(tmp_path / "my.csv")}
+    known |= {"NAME": "stealing", "EDITED": str(tmp_path / "edited")}
+    words = [known.get(word, word) for word in shlex.split(f"{command} {flags}")]
+    assert main(words[1:]) == 0
+    (table,) = blocks(README, "console")
+    assert table.strip() in capsys.readouterr().out
 
 
 def commands() -> list[str]:
