@@ -211,9 +211,12 @@ class Stage:
         assert self.ended(place) == self.stamps, "an earlier stage was done again"
 
     def left(self, place: Path) -> str:
-        """What lies in the stage's folder: nothing (empty), the undisturbed output, or other."""
+        """What lies in the stage's folder: nothing (empty), the undisturbed output, or other.
+
+        Snakemake makes the folder, empty, before the stage begins.
+        """
         folder = place / self.stage
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             return ""
         whole = (folder / "stage.json").exists() and outputs(folder) == self.reference
         return IDENTICAL if whole else LOST
