@@ -68,6 +68,8 @@ PROGRAM = [sys.executable, "-m", "cdelta.artifact.workflow", "--preset", GRID[0]
 REMEDY = re.compile(
     r"CdeltaError: .*?(remove (?P<what>\S+) and )?run (again|\./run_all\.sh (?P<flags>.*))\."
 )
+TIMES = ("timings.parquet",)
+"""Data that hold times, in as many rows as it took until they settled."""
 DRAWN = (".pdf", ".png", ".html")
 """Pictures: drawn from the tables, some from times."""
 BOOKKEEPING = (".snakemake", ".jupyter")
@@ -251,6 +253,8 @@ def outputs(folder: Path) -> dict[str, object]:
     found = tables(folder)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if name in TIMES:
+            continue
         if path.suffix == ".parquet":
             found[name] = timeless(pd.read_parquet(path)).to_csv()
         elif path.is_file() and path.suffix not in DRAWN and path.parent.name != "figures":
