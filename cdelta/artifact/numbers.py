@@ -9,9 +9,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RATE = re.compile(
     r"rate|refus(al|ed)(_.*)?|.*_(refusal|low|high)|share|accuracy.*|kept|precision|recall"
@@ -31,6 +34,8 @@ def rate_columns(columns: Iterable[str]) -> set[str]:
 
 def read_table(path: Path, **options: object) -> pd.DataFrame:
     """A recorded table; empty where it is not there, or was written without rows."""
+    import pandas as pd  # not at the top: the processes that start notebooks need none
+
     try:
         return pd.read_csv(path, **options)
     except (FileNotFoundError, pd.errors.EmptyDataError):

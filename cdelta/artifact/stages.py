@@ -29,6 +29,9 @@ from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
+# jsonschema, which checks notebooks, would compile a grammar of web addresses for seconds
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
 RECIPE = ("attribution", "circuit", "edit", "answers")
 SUBJECT = ("model", "revision", "policy", "categories")
 METHOD = (*SUBJECT, *RECIPE, "seeds")
