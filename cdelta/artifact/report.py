@@ -35,7 +35,7 @@ TEXTS = (".csv", ".tex", ".html")
 ABOUT = {
     "faults": "Disturbed commands, and how many trials ended in which way: identical (the output "
     "is an undisturbed run's, byte for byte), refused (a sentence and no output; of a flipped bit: "
-    "verify finds it) or lost. Recorded by tests/robustness/campaign.py and flips.py.",
+    "verify finds it) or lost. Recorded by tests/robustness/campaign.py, flips.py and stages.py.",
     "scale_estimates": "Predicted from the models' shapes, not measured; the rate behind the hours "
     "is assumed, and answers, made token by token, reach less of it. "
     "Recorded by tests/benchmarks/scale_estimates.py.",

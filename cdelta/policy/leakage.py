@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import CountVectorizer
 
 from cdelta.policy.records import normalise
 
@@ -44,22 +43,23 @@ def near_duplicates(texts: Sequence[str], threshold: float = THRESHOLD) -> pd.Da
     threshold share one of each's rarest n - ceil(threshold·n) + 1. Only texts that do are compared,
     those of a few hundred left texts at once, to bound memory.
     """
-    if not len(texts):
+    if not texts:
         return pd.DataFrame(columns=["left", "right", "jaccard"], dtype=int)
-    grams = CountVectorizer(analyzer=word_trigrams, dtype=np.int32).fit_transform(texts)
-    sizes = np.diff(grams.indptr)
-    text = np.arange(len(texts)).repeat(sizes)
-    rarest_first = np.lexsort((np.bincount(grams.indices)[grams.indices], text))
-    place = np.arange(grams.nnz) - grams.indptr[:-1].repeat(sizes)
-    kept = rarest_first[place <= (sizes - np.ceil(threshold * sizes - 1e-9)).repeat(sizes)]
-    entries = (np.ones(len(kept), np.int32), (text[kept], grams.indices[kept]))
+    exploded = pd.Series([word_trigrams(text) for text in texts]).explode()
+    text, gram = exploded.index.to_numpy(), exploded.factorize()[0]
+    sizes = np.bincount(text)
+    grams = sparse.csr_array((np.ones(len(text), np.int32), (text, gram)))
+    rarest_first = np.lexsort((gram, np.bincount(gram)[gram], text))
+    place = np.arange(len(text)) - grams.indptr[text]
+    kept = rarest_first[place <= (sizes - np.ceil(threshold * sizes - 1e-9))[text]]
+    entries = (np.ones(len(kept), np.int32), (text[kept], gram[kept]))
     prefixes = sparse.csr_array(entries, shape=grams.shape)
     by_gram, found = prefixes.T.tocsr(), []
     for start in range(0, len(texts), _CHUNK):
         candidates = (prefixes[start : start + _CHUNK] @ by_gram).tocoo()
         later = candidates.row + start < candidates.col
         left, right = candidates.row[later] + start, candidates.col[later]
-        shared = np.asarray(grams[left].multiply(grams[right]).sum(axis=1)).ravel()
+        shared = grams[left].multiply(grams[right]).sum(axis=1)
         jaccard = shared / (sizes[left] + sizes[right] - shared)
         pairs = pd.DataFrame({"left": left, "right": right, "jaccard": jaccard})
         found.append(pairs[jaccard >= threshold])
