@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,10 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.method} {self.category or 'all'} {self.seed}"
+
+    def among(self, values: Mapping[str, Collection[str]]) -> bool:
+        """Whether each of these fields is one of its values; no category is one of all."""
+        return all(str(getattr(self, field)) in ("", *few) for field, few in values.items())
 
 
 class Jobs(Bench):
@@ -96,16 +100,16 @@ class Jobs(Bench):
             return subprocess.Popen(command, stdout=log, stderr=log, env=own)
 
     def run_all(
-        self, wait: bool = True, only: Collection[str] = (), categories: Collection[str] = ()
+        self, wait: bool = True, among: Mapping[str, Collection[str]] | None = None
     ) -> None:
         """Do every job that is not done and that no other process is at, what is trained first;
         then, with `wait`, wait for those, and do them if their process died.
 
         Args:
-            only: methods; empty: all. categories: likewise.
+            among: values of a job's fields to which to keep; the base's answers to all prompts
+                belong to every category.
         """
-        wanted = [job for job in self.jobs if not only or job.method in only]
-        wanted = [job for job in wanted if not categories or job.category in ("", *categories)]
+        wanted = [job for job in self.jobs if job.among(among or {})]
         wanted.sort(key=lambda job: job.method == EDITED or not METHODS[job.method].trained)
         for patient in (False, True)[: 1 + wait]:
             for number, job in enumerate(wanted, 1):
@@ -208,11 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m cdelta.artifact.jobs", description=text)
     add_arguments(parser, read_toml(Path(__file__).with_suffix(".toml")))
     args = parser.parse_args(argv)
-    only, categories = (list(filter(None, t.split(","))) for t in (args.only, args.categories))
+    asked = {"method": args.only, "category": args.categories, "seed": args.seeds}
+    among = {field: text.split(",") for field, text in asked.items() if text}
     try:
         folder = Path(args.run_dir)
         settings = read_settings(folder) or resolve(args.preset)
-        for key in only:
+        for key in among.get("method", ()):
             method_of(key)
         if args.helper:
             end_with_parent()
@@ -221,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = RunReader(find_stage(args.stage), settings, folder, args.device)
         first, place = args.stage == "04", args.model
         jobs = Edits(run, place) if first else Comparison(run, place, args.harness_data)
-        jobs.run_all(wait=False, only=only, categories=categories)
+        jobs.run_all(False, among)
     except CdeltaError as error:
         print(error, file=sys.stderr)
         return 2

@@ -112,23 +112,28 @@ def _cells(folder: Path, id: str) -> dict[str, Any]:
 
 
 def aggregate(runs: Sequence[Path]) -> Path:
-    """One table over several runs: model x category x method; returns its page in data/runs.
+    """One table over several runs, model x category x method; returns its page in data/runs, which
+    names the runs that have no results.
 
-    Raises `CdeltaError` for a run without an evaluation.
+    Raises `CdeltaError` if none has an evaluation.
     """
-    parts = []
-    for run_dir in runs:
-        path = run_dir / "figures" / "tab_selectivity.csv"
-        if not path.exists():
-            raise CdeltaError(f"run {run_dir.name} has no tab_selectivity: run its stage 05 first.")
-        parts.append(read_table(path).assign(run=run_dir.name, model=_subject(run_dir)))
+    tables = {place: read_table(place / "figures" / "tab_selectivity.csv") for place in runs}
+    lacking = ", ".join(place.name for place, table in tables.items() if table.empty)
+    parts = [
+        table.assign(run=place.name, model=_subject(place))
+        for place, table in tables.items()
+        if len(table)
+    ]
+    if not parts:
+        raise CdeltaError(f"no run has a tab_selectivity ({lacking}): run their stage 05 first.")
     table = pd.concat(parts).set_index(["run", "model", "category", "method"]).reset_index()
     folder = RUNS / "+".join(run_dir.name for run_dir in runs)
     remove_folder(folder)
     with new_folder(folder) as place:
         table.to_csv(place / "tab_models.csv", index=False)
         rows = table.to_html(index=False, formatters=formats(table.columns), border=0)
-        body = f'<h1>Several runs</h1><div class="scroll">{rows}</div>'
+        gaps = f"<p>Not in the table, for want of stage 05: {lacking}.</p>" if lacking else ""
+        body = f'<h1>Several runs</h1>{gaps}<div class="scroll">{rows}</div>'
         write_text(place / "report.html", page("page.html.j2", title=folder.name, body=body))
     return folder / "report.html"
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from subprocess import PIPE, STDOUT
@@ -22,6 +23,7 @@ from cdelta.artifact.stages import (
     PARAMETERS,
     check_parameters,
     clock,
+    end_with_parent,
     find_stage,
     fingerprint,
     finished,
@@ -107,7 +109,7 @@ class Plan:
             prints = {name: fingerprint(name, self.settings) for name in NAMES}
             if taken := reuse_stages(source, self.run_dir, prints):
                 print(f"taken from run {self.preset_file}: {', '.join(taken)}")
-        names = ("device", "began", "threads", "workers", "retrain", "preset_file")
+        names = ("device", "began", "threads", "workers", "retrain", "preset_file", "executor")
         write_settings(self.run_dir, self.settings, **{name: getattr(self, name) for name in names})
 
 
@@ -309,7 +311,17 @@ def run_tests(arguments: Sequence[str]) -> int:
 
 
 def run_preset(args: argparse.Namespace) -> int:
-    """List, plan, run or check one preset, unless another process runs it."""
+    """List, plan, run or check one preset, unless another process runs it; exit code 2 and one line
+    on wrong input.
+    """
+    try:
+        return _run_preset(args)
+    except CdeltaError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run_preset(args: argparse.Namespace) -> int:
     from cdelta.artifact.claims import check_run
 
     plan = make_plan(args)
@@ -335,8 +347,8 @@ def run_preset(args: argparse.Namespace) -> int:
 
 
 def dispatch(args: argparse.Namespace) -> int:
-    """Do what the flags ask for: of several presets one after the other, then one table over all of
-    them.
+    """Do what the flags ask for: of several presets one after the other, or, where an executor
+    brings machines, all at once; then one table over all of them.
     """
     if args.setup_only:
         print(f"environment ready: {sys.prefix}")
@@ -349,8 +361,15 @@ def dispatch(args: argparse.Namespace) -> int:
     if args.check:
         return check_run(args.check)
     names = expand(args.preset)
-    codes = [run_preset(argparse.Namespace(**vars(args) | {"preset": name})) for name in names]
-    if names[1:] and not (args.list or args.dry_run or any(codes)):
+    if args.executor and args.jobs:
+        args.jobs = max(1, args.jobs // len(names))
+    each = [argparse.Namespace(**vars(args) | {"preset": name}) for name in names]
+    if args.executor and names[1:]:
+        with ProcessPoolExecutor(len(names), initializer=end_with_parent) as pool:
+            codes = list(pool.map(run_preset, each))
+    else:
+        codes = list(map(run_preset, each))
+    if names[1:] and not (args.list or args.dry_run):
         print(aggregate([RUNS / name for name in names]))
     return max(codes)
 

@@ -369,7 +369,7 @@ def test_cdelta_is_stage_04s_delta(folder, whole):
 
 def test_a_method_that_cannot_be_is_left_out_with_the_reason(folder):
     alone = comparison(folder, "alone", categories=["crime"], seeds=[0], methods=["other_circuit"])
-    alone.run_all(only=["other_circuit"])
+    alone.run_all(among={"method": ["other_circuit"]})
     assert "no other category" in alone.skipped()["other_circuit"]
 
 

@@ -162,5 +162,9 @@ def test_several_runs_become_one_table(run_dir, tmp_path, monkeypatch):
         list(table)[:4] == ["run", "model", "category", "method"]
         and "50\u00a0%" in page.read_text()
     )
-    with pytest.raises(CdeltaError, match="has no tab_selectivity"):
+    assert "Not in the table" not in page.read_text()
+    gap = aggregate([run_dir, tmp_path / "none"])
+    assert "Not in the table, for want of stage 05: none." in gap.read_text()
+    assert set(pd.read_csv(gap.parent / "tab_models.csv")["run"]) == {"tiny"}
+    with pytest.raises(CdeltaError, match=r"no run has a tab_selectivity \(none\)"):
         aggregate([tmp_path / "none"])

@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import psutil
@@ -393,6 +397,51 @@ def test_local_copies_of_data_sets_are_found_by_name(tmp_path):
     )
     assert settings.evaluation.labels == f"{tmp_path}/xstest_completions"
     assert settings.name == "smollm2", "where the data lie is no other experiment"
+
+
+def test_on_a_cluster_each_category_and_seed_is_a_job_of_its_own(project):
+    settings = project.run_dir / "run.json"
+    told = json.loads(settings.read_text())
+    told["executor"] = "slurm"
+    settings.write_text(json.dumps(told))
+
+    def planned():
+        command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--nocolor"]
+        command += [
+            "--rerun-triggers",
+            "mtime",
+            "params",
+            "--snakefile",
+            project.root / "Snakefile",
+        ]
+        found = subprocess.run(
+            command, cwd=project.run_dir, env=project.environment, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stderr
+        return re.findall(r"^rule edit_part:.*?output: (\S+)$", found.stdout, re.M | re.S), found
+
+    parts, found = planned()
+    assert not parts and "Nothing to be done" in found.stderr + found.stdout
+    shutil.rmtree(project.run_dir / "04_edit")
+    categories, seeds = told["preset"]["categories"], told["preset"]["seeds"]
+    wanted = [f".parts/04_edit/{name}-{seed}" for name in categories for seed in seeds]
+    assert sorted(planned()[0]) == sorted(wanted) and len(wanted) > 1
+
+
+def test_presets_run_side_by_side_on_a_cluster(monkeypatch, capsys):
+    def run(args):
+        print(args.preset, args.jobs, flush=True)
+        return ["smoke", "tiny"].index(args.preset)
+
+    monkeypatch.setattr("cdelta.artifact.workflow.run_preset", run)
+    monkeypatch.setattr("cdelta.artifact.workflow.ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr("cdelta.artifact.workflow.end_with_parent", lambda: None)
+    monkeypatch.setattr("cdelta.artifact.report.aggregate", lambda runs: [r.name for r in runs])
+    assert main(["--preset", "smoke,tiny", "--executor", "slurm", "--jobs", "30"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines[:2]) == ["smoke 15", "tiny 15"] and lines[2] == "['smoke', 'tiny']"
+    assert main(["--preset", "smoke,tiny", "--jobs", "3"]) == 1
+    assert capsys.readouterr().out.splitlines()[:2] == ["smoke 3", "tiny 3"]
 
 
 @pytest.mark.parametrize(("user", "display"), [(0, ""), (0, ":0"), (1000, "")])

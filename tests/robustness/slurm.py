@@ -94,9 +94,9 @@ class Cluster:
         return subprocess.run(command, **options).stdout
 
     def jobs(self, state: str = "R") -> list[dict[str, str]]:
-        """Jobs in this state: number, node, seconds of their limit, memory and resources."""
-        fields = ("JobID", "NodeList", "Comment", "MinMemory", "tres-per-job")
-        wanted = ",".join(f"{field}:|" for field in fields)
+        """Jobs in this state: number, node, rule, memory, resources and log."""
+        fields = ("JobID", "NodeList", "Comment", "MinMemory", "tres-per-job", "STDOUT")
+        wanted = ",".join(f"{field}:400|" for field in fields)
         lines = self.run("squeue", "--noheader", "--states", state, "--Format", wanted)
         return [
             dict(zip(fields, (part.strip() for part in line.split("|")), strict=False))

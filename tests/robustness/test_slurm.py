@@ -1,5 +1,5 @@
-"""A grid of three models on a Slurm cluster of two nodes gives the tables of the local run, though
-jobs are killed and a node fails on the way.
+"""A grid of three models, side by side on a Slurm cluster of two nodes, gives the tables of the
+local run, though jobs are killed and a node fails on the way.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import psutil
 import pytest
 from project import Project
 
-from cdelta.artifact.stages import NAMES, short_name
+from cdelta.artifact.stages import NAMES, SHARED, short_name
 from cdelta.paths import ROOT
 from robustness.grains import GRID, kill_tree, make, run_folder, tables
 from robustness.slurm import Cluster, cluster, missing, wait_for
@@ -78,21 +79,23 @@ class Grid:
 
         wait_for(met, HOURS)
 
-    def jobs(self, rule: str, state: str = "PD,R") -> list[dict[str, str]]:
-        """The jobs of a rule in some states."""
-        return [job for job in self.here.jobs(state) if job["Comment"] == rule]
+    def jobs(self, run_dir: Path, rule: str, state: str = "PD,R") -> list[dict[str, str]]:
+        """The jobs of a rule of a run in some states."""
+        found = [job for job in self.here.jobs(state) if job["Comment"] == rule]
+        return [job for job in found if Path(job["STDOUT"]).is_relative_to(run_dir)]
 
     def at_work(self, run_dir: Path, stage: str) -> dict[str, str]:
         """The job of a stage, as soon as the stage works in its run's folder."""
         rule = f"rule_{short_name(stage)}"
-        self.wait(lambda: list(run_dir.glob(f".{stage}.*")) and self.jobs(rule, "R"))
-        return self.jobs(rule, "R")[-1]
+        self.wait(lambda: list(run_dir.glob(f".{stage}.*")) and self.jobs(run_dir, rule, "R"))
+        return self.jobs(run_dir, rule, "R")[-1]
 
-    def another(self, job: dict[str, str]) -> dict[str, str]:
+    def another(self, run_dir: Path, job: dict[str, str]) -> dict[str, str]:
         """The job that is submitted in the place of a failed one."""
 
         def later() -> list[dict[str, str]]:
-            return [j for j in self.jobs(job["Comment"]) if j["JobID"] != job["JobID"]]
+            own = self.jobs(run_dir, job["Comment"])
+            return [each for each in own if each["JobID"] != job["JobID"]]
 
         self.wait(later)
         return later()[0]
@@ -100,11 +103,11 @@ class Grid:
 
 def kill_stage(run_dir: Path, stage: str) -> None:
     """End a stage and its kernel at once, as the system does where memory is short."""
-    command, root = ["cdelta.artifact.stages", stage], run_dir.parents[2]
+    command = ["cdelta.artifact.stages", stage]
     found = psutil.process_iter(["cmdline", "cwd"])
     named = [p for p in found if (p.info["cmdline"] or [])[-2:] == command]
-    own = [p for p in named if Path(p.info["cwd"] or "/").is_relative_to(root)]
-    assert own, f"no process of {stage} under {root}"
+    own = [p for p in named if Path(p.info["cwd"] or "/").is_relative_to(run_dir)]
+    assert own, f"no process of {stage} under {run_dir}"
     for process in own:
         kill_tree(process)
 
@@ -126,7 +129,7 @@ def cancel_a_job(grid: Grid, run_dir: Path) -> None:
     """`scancel` the first stage: it is submitted again with as much memory again."""
     job = grid.at_work(run_dir, NAMES[0])
     grid.here.cancel(job["JobID"])
-    again = megabytes(grid.another(job)["MinMemory"])
+    again = megabytes(grid.another(run_dir, job)["MinMemory"])
     assert again == pytest.approx(2 * megabytes(job["MinMemory"]), rel=0.01)
 
 
@@ -134,7 +137,7 @@ def kill_a_job(grid: Grid, run_dir: Path) -> None:
     """`kill -9` of the second stage's processes: its job fails and is submitted again."""
     job = grid.at_work(run_dir, NAMES[1])
     kill_stage(run_dir, NAMES[1])
-    grid.another(job)
+    grid.another(run_dir, job)
 
 
 def fail_a_node(grid: Grid, run_dir: Path) -> None:
@@ -188,3 +191,11 @@ def test_a_grid_with_faults_on_slurm_has_the_tables_of_the_local_run(light, tmp_
     for ours, theirs in zip(runs(remote), runs(local), strict=True):
         assert tables(ours) == tables(theirs) and len(tables(ours)) > len(NAMES)
         assert not [path.name for path in ours.iterdir() if re.match(r"\.\d\d_", path.name)]
+        logs = ours / ".snakemake" / "slurm_logs"
+        assert all(list(logs.glob(f"rule_{short_name(name)}_part*")) for name in SHARED)
+    for seed, ours in enumerate(runs(remote) if light else ()):
+        calls = set((ours / "parts.txt").read_text().splitlines())
+        parts = product((name[:2] for name in SHARED), ("crime", "hate"))
+        flags = "--run-dir . --stage {} --categories {} --seeds {}"
+        assert calls == {flags.format(stage, category, seed) for stage, category in parts}
+    assert not list(local.root.rglob("parts.txt"))
