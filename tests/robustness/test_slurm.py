@@ -104,9 +104,10 @@ class Grid:
 def kill_stage(run_dir: Path, stage: str) -> None:
     """End a stage and its kernel at once, as the system does where memory is short."""
     command = ["cdelta.artifact.stages", stage]
-    found = psutil.process_iter(["cmdline", "cwd"])
+    found = psutil.process_iter(["cmdline"])
     named = [p for p in found if (p.info["cmdline"] or [])[-2:] == command]
-    own = [p for p in named if Path(p.info["cwd"] or "/").is_relative_to(run_dir)]
+    # papermill works in the notebooks' folder: it is Snakemake that is told the run's
+    own = [p for p in named if any(str(run_dir) in each.cmdline() for each in p.parents())]
     assert own, f"no process of {stage} under {run_dir}"
     for process in own:
         kill_tree(process)
