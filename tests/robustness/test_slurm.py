@@ -101,14 +101,13 @@ class Grid:
         return later()[0]
 
 
-def kill_stage(run_dir: Path, stage: str) -> None:
+def kill_stage(job: dict[str, str], stage: str) -> None:
     """End a stage and its kernel at once, as the system does where memory is short."""
     command = ["cdelta.artifact.stages", stage]
     found = psutil.process_iter(["cmdline"])
     named = [p for p in found if (p.info["cmdline"] or [])[-2:] == command]
-    # papermill works in the notebooks' folder: it is Snakemake that is told the run's
-    own = [p for p in named if any(str(run_dir) in each.cmdline() for each in p.parents())]
-    assert own, f"no process of {stage} under {run_dir}"
+    own = [p for p in named if p.environ().get("SLURM_JOB_ID") == job["JobID"]]
+    assert own, f"no process of {stage} in job {job}"
     for process in own:
         kill_tree(process)
 
@@ -137,7 +136,7 @@ def cancel_a_job(grid: Grid, run_dir: Path) -> None:
 def kill_a_job(grid: Grid, run_dir: Path) -> None:
     """`kill -9` of the second stage's processes: its job fails and is submitted again."""
     job = grid.at_work(run_dir, NAMES[1])
-    kill_stage(run_dir, NAMES[1])
+    kill_stage(job, NAMES[1])
     grid.another(run_dir, job)
 
 
