@@ -34,7 +34,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,6 +301,17 @@ def damaged(stage: Stage, place: Path, rng: random.Random) -> str:
     return REFUSED if stage.outcome(process, place) == IDENTICAL else LOST
 
 
+def clock_moved(stage: Stage, place: Path, rng: random.Random) -> str:
+    """The earlier stages ended a day ago, or in what is now the future."""
+    days = rng.choice((-1, 1))
+    for path in place.rglob("*"):
+        if path.is_file():
+            when = path.stat().st_mtime + days * 86_400
+            os.utime(path, (when, when))
+    stage.stamps = stage.ended(place)
+    return stage.again(place)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -312,20 +323,26 @@ FAULTS: dict[str, Callable[[Stage, Path, random.Random], str]] = {
     "SIGTERM": ended_by(signal.SIGTERM),
     "two at once": two_at_once,
     "damaged file": damaged,
+    "clock moved": clock_moved,
 }
-ORDER = tuple(word for fault in list(FAULTS)[1:] for word in ("kill -9", fault))
-"""Every second trial of a stage is a kill."""
 
 
 # ---------------------------------------------------------------------- the campaign
 
 
 def campaign(
-    folder: Path, trials: int, seed: int = 0, light: bool = False, first: int = 0
+    folder: Path,
+    trials: int,
+    seed: int = 0,
+    light: bool = False,
+    first: int = 0,
+    faults: Sequence[str] = tuple(FAULTS),
 ) -> Iterator[tuple[str, str, str]]:
     """(fault, stage, outcome) of the trials from `first` up to `trials`: every ten of them have
-    every stage once, every eight of a stage have every fault.
+    every stage once, every ten of a stage have every fault, and a kill is every second one.
     """
+    others = [fault for fault in faults if fault != "kill -9"]
+    order = [word for fault in others for word in ("kill -9", fault) if word in faults] or faults
     project = make(folder / "project", light)
     place, whole = run_folder(project), folder / "whole"
     stages = [Stage(name, project, whole) for name in NAMES]
@@ -337,8 +354,8 @@ def campaign(
     for number in range(first, trials):
         lap, position = divmod(number, len(NAMES))
         stage = stages[places[position]]
-        fault = ORDER[(lap + places[position]) % len(ORDER)]
-        if not stage.earlier and fault == "damaged file":
+        fault = order[(lap + places[position]) % len(order)]
+        if not stage.earlier and fault in ("damaged file", "clock moved"):
             fault = "kill -9"  # nothing is before the first stage
         if not stage.reference:
             stage.measure(place)
@@ -361,13 +378,15 @@ def main() -> int:
     """Run the campaign on one core; exit code 1 if anything was lost."""
     parser = tally.make_parser(__doc__)
     parser.add_argument("--light", action="store_true", help="on notebooks that take seconds")
+    parser.add_argument("--fault", choices=FAULTS, help="trials of this one alone")
     arguments = parser.parse_args()
     light, seed = arguments.light, arguments.seed
+    faults = [arguments.fault] if arguments.fault else list(FAULTS)
 
     def trials(folder: Path, first: int) -> Iterator[tuple[str, str, str]]:
-        return campaign(folder, arguments.trials, seed, light, first)
+        return campaign(folder, arguments.trials, seed, light, first, faults)
 
-    return tally.count(trials, arguments, FAULTS, [row(name, light) for name in NAMES])
+    return tally.count(trials, arguments, faults, [row(name, light) for name in NAMES])
 
 
 if __name__ == "__main__":
