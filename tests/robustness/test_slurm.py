@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -173,10 +174,15 @@ def run_on_slurm(project: Project, folder: Path, *flags: str) -> None:
         environment = here.environment | project.environment | {"PATH": here.environment["PATH"]}
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         process = start(project, environment, "--executor", "slurm", "--jobs", "2", *flags)
+        grid = Grid(here, process)
+
+        def disturb(fault: Callable[[Grid, Path], None], hold: Path) -> None:
+            fault(grid, hold.parent)
+            hold.unlink()
+
         try:
-            for fault, hold in zip(FAULTS, holds):
-                fault(Grid(here, process), hold.parent)
-                hold.unlink()
+            with ThreadPoolExecutor(len(FAULTS)) as pool:  # the runs go on side by side
+                list(pool.map(disturb, FAULTS, holds))
             finish(project, process)
         finally:
             process.kill()
