@@ -34,3 +34,9 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200].rstrip(". ")
+
+
+def not_written(error: OSError, place: object) -> str:
+    """What the system said of a file, or of a folder where it names none, and the remedy."""
+    name = error.filename or place
+    return f"{name}: {error.strerror}: make room there, or make it writable, and run again."

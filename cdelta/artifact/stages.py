@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cdelta.artifact.presets import Preset
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, not_written
 from cdelta.files import file_hash, read_json, write_json
 from cdelta.paths import NOTEBOOKS, ORGANISM, ROOT
 
@@ -250,17 +250,24 @@ def run_stage(stage: str, run_dir: Path, parameters: dict[str, Any]) -> None:
     """Execute a stage's notebook and leave it as ``notebooks/<stage>.ipynb``, or after an error as
     ``<stage>.failed.ipynb``.
 
-    Raises `CdeltaError` with the notebook, the error's line and the half-executed notebook.
+    Raises `CdeltaError` with the notebook, the error's line and the half-executed notebook, and
+    `OSError` where something cannot be written.
     """
     from cdelta.artifact.run import discard
 
-    use_own_kernel(run_dir / ".jupyter")
     folder = run_dir / "notebooks"
     for left in folder.glob(f".{stage}.*"):
         left.unlink(missing_ok=True)
     working, failed = folder / f".{stage}.{os.getpid()}.ipynb", folder / f"{stage}.failed.ipynb"
-    write_json(working, load_notebook(stage))
-    problem = _execute(working, parameters)
+    try:
+        use_own_kernel(run_dir / ".jupyter")
+        write_json(working, load_notebook(stage))
+        problem = _execute(working, parameters)
+    except OSError:
+        for left in (working, run_dir / stage / "stage.json"):
+            left.unlink(missing_ok=True)
+        discard(run_dir, stage)
+        raise
     if not problem and not (run_dir / stage / "stage.json").exists():
         problem = "ended without run.finish()"
     if problem:
@@ -345,8 +352,9 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> int:
     os.environ |= dict.fromkeys(THREADS, str(facts["threads"]))
     try:
         run_stage(stage, Path.cwd(), parameters)
-    except CdeltaError as error:
-        print(f"{progress.label} failed: {error}", file=sys.stderr, flush=True)
+    except (CdeltaError, OSError) as error:
+        reason = not_written(error, Path.cwd()) if isinstance(error, OSError) else error
+        print(f"{progress.label} failed: {reason}", file=sys.stderr, flush=True)
         return 1
     progress.say("done in")
     return 0

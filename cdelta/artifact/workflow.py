@@ -33,7 +33,7 @@ from cdelta.artifact.stages import (
     short_name,
     use_own_kernel,
 )
-from cdelta.errors import CdeltaError
+from cdelta.errors import CdeltaError, not_written
 from cdelta.files import locked, read_toml
 from cdelta.paths import CACHE, FIGURES, ROOT, RUNS
 from cdelta.settings import OneLineParser, add_arguments, changed
@@ -299,6 +299,17 @@ def open_lab(arguments: Sequence[str]) -> int:
     return subprocess.call([*command, *arguments])
 
 
+def use_writable_home() -> None:
+    """Where the home folder cannot be written to, as of a service, have Snakemake and Jupyter keep
+    their files in ``data/cache``.
+    """
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        place = os.environ.get(variable)
+        if place and not os.access(place, os.W_OK):
+            os.environ[variable] = str(CACHE / "home")
+            (CACHE / "home").mkdir(parents=True, exist_ok=True)
+
+
 def run_tests(arguments: Sequence[str]) -> int:
     """Pytest in this environment, a file at a time on up to four cores; the toy models are fastest
     on one thread."""
@@ -318,7 +329,9 @@ def run_preset(args: argparse.Namespace) -> int:
         return _run_preset(args)
     except CdeltaError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"{PROGRAM}: {not_written(error, RUNS)}", file=sys.stderr)
+    return 2
 
 
 def _run_preset(args: argparse.Namespace) -> int:
@@ -379,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.test is not None:
         return run_tests(args.test)
+    use_writable_home()
     try:
         return dispatch(args)
     except CdeltaError as error:

@@ -51,7 +51,15 @@ from cdelta.artifact.run import reuse_stages  # noqa: E402
 from cdelta.artifact.stages import NAMES, read_stage  # noqa: E402
 from cdelta.files import file_hash  # noqa: E402
 from robustness import tally  # noqa: E402
-from robustness.campaign import damage, ended_by, two_at_once  # noqa: E402
+from robustness.campaign import (  # noqa: E402
+    MOUNTING,
+    can_mount,
+    damage,
+    ended_by,
+    mounted,
+    two_at_once,
+    worst,
+)
 from robustness.grains import (  # noqa: E402
     GRID,
     kill_tree,
@@ -84,9 +92,10 @@ class Tree:
     processes: list[psutil.Process] = field(default_factory=list)
 
     @classmethod
-    def start(cls, project: Project, log: Path, *flags: str) -> Tree:
+    def start(cls, project: Project, log: Path, *flags: str, **variables: str) -> Tree:
         """The workflow, as from a terminal of its own, with its messages in a file."""
-        options = {"cwd": project.root, "env": project.environment, "start_new_session": True}
+        environment = project.environment | variables
+        options = {"cwd": project.root, "env": environment, "start_new_session": True}
         heard = (signal.SIGINT, signal.SIGTERM)  # a shell starts what is in the background deaf
         with log.open("w") as file:
             popen = subprocess.Popen(
@@ -137,8 +146,8 @@ class Tree:
 
     def refused(self) -> bool:
         """One sentence about it: the command's own, or a stage's."""
-        own = re.findall(r"^run_all\.sh: .*", self.said(), re.MULTILINE)
-        sentences = own if self.wait() == 2 else re.findall("CdeltaError: .*", self.said())
+        own = "run_all\\.sh: " if self.wait() == 2 else "stage .* failed: "
+        sentences = re.findall(f"^{own}.*", self.said(), re.MULTILINE)
         return self.rc in (1, 2) and len(sentences) == 1 and "Traceback" not in self.said()
 
 
@@ -177,12 +186,13 @@ class Stage:
         paths = {name: place / name / "stage.json" for name in self.earlier}
         return {name: path.stat().st_mtime_ns for name, path in paths.items()}
 
-    def start(self, place: Path, *flags: str) -> Tree:
+    def start(self, place: Path, *flags: str, **variables: str) -> Tree:
         """Begin the command; `flags` in the place of those for this stage."""
         logs = self.project.root / "logs"
         logs.mkdir(exist_ok=True)
         log = logs / f"{len(list(logs.iterdir())):04}"
-        self.started.append(Tree.start(self.project, log, *(flags or ("--only", self.stage[:2]))))
+        flags = flags or ("--only", self.stage[:2])
+        self.started.append(Tree.start(self.project, log, *flags, **variables))
         return self.started[-1]
 
     def let(self, process: Tree, share: float) -> None:
@@ -312,6 +322,43 @@ def clock_moved(stage: Stage, place: Path, rng: random.Random) -> str:
     return stage.again(place)
 
 
+def home_not_writable(stage: Stage, place: Path, rng: random.Random) -> str:
+    """No home to write to, for this run only."""
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HF_HOME"), "/proc/none")
+    return stage.outcome(stage.start(place, **nowhere), place)
+
+
+def disk_full(stage: Stage, place: Path, rng: random.Random) -> str:
+    """Room for a part of what the stage writes only."""
+    written = sum(path.stat().st_size for path in (stage.whole / stage.stage).rglob("*"))
+    return on_a_disk(stage, place, rng.randrange(written + 200_000))
+
+
+def read_only_output(stage: Stage, place: Path, rng: random.Random) -> str:
+    """A run's folder that cannot be written to."""
+    return on_a_disk(stage, place, None)
+
+
+def on_a_disk(stage: Stage, place: Path, room: int | None) -> str:
+    """The stage on a file system that leaves so many bytes for it, or none to write to; then
+    again where the run lay before.
+    """
+    aside = place.with_name("aside")
+    place.rename(aside)
+    used = sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in aside.rglob("*"))
+    with mounted(place, f"size={used + (room or 0)}"):
+        shutil.copytree(aside, place, dirs_exist_ok=True)
+        if room is None:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+        process = stage.start(place)
+        process.wait()
+        told = process.refused() and stage.left(place) != LOST
+        outcome = REFUSED if told else stage.outcome(process, place)
+    place.rmdir()
+    aside.rename(place)
+    return worst(outcome, stage.again(place))
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -324,6 +371,9 @@ FAULTS: dict[str, Callable[[Stage, Path, random.Random], str]] = {
     "two at once": two_at_once,
     "damaged file": damaged,
     "clock moved": clock_moved,
+    "home not writable": home_not_writable,
+    "disk full": disk_full,
+    "read-only output": read_only_output,
 }
 
 
@@ -339,8 +389,10 @@ def campaign(
     faults: Sequence[str] = tuple(FAULTS),
 ) -> Iterator[tuple[str, str, str]]:
     """(fault, stage, outcome) of the trials from `first` up to `trials`: every ten of them have
-    every stage once, every ten of a stage have every fault, and a kill is every second one.
+    every stage once, every sixteen of a stage have every fault, half of them a kill.
     """
+    if not can_mount():
+        faults = [fault for fault in faults if fault not in MOUNTING]
     others = [fault for fault in faults if fault != "kill -9"]
     order = [word for fault in others for word in ("kill -9", fault) if word in faults] or faults
     project = make(folder / "project", light)
@@ -378,10 +430,10 @@ def main() -> int:
     """Run the campaign on one core; exit code 1 if anything was lost."""
     parser = tally.make_parser(__doc__)
     parser.add_argument("--light", action="store_true", help="on notebooks that take seconds")
-    parser.add_argument("--fault", choices=FAULTS, help="trials of this one alone")
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="of these alone")
     arguments = parser.parse_args()
     light, seed = arguments.light, arguments.seed
-    faults = [arguments.fault] if arguments.fault else list(FAULTS)
+    faults = arguments.fault or list(FAULTS)
 
     def trials(folder: Path, first: int) -> Iterator[tuple[str, str, str]]:
         return campaign(folder, arguments.trials, seed, light, first, faults)
