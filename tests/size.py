@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cdelta"
 CEILINGS = {
-    "tokens": 134_200,
+    "tokens": 134_300,
     "lines of the largest module": 450,
     "lines of the median function": 8,
     "lines of the longest function": 40,

@@ -17,7 +17,15 @@ from project import Project
 
 from cdelta.artifact.presets import resolve
 from cdelta.artifact.stages import NAMES
-from cdelta.artifact.workflow import Plan, main, make_parser, make_plan, open_lab
+from cdelta.artifact.workflow import (
+    Plan,
+    end_by_now,
+    main,
+    make_parser,
+    make_plan,
+    open_lab,
+    use_writable_home,
+)
 from cdelta.errors import CdeltaError
 from cdelta.paths import ROOT
 
@@ -426,6 +434,47 @@ def test_on_a_cluster_each_category_and_seed_is_a_job_of_its_own(project):
     categories, seeds = told["preset"]["categories"], told["preset"]["seeds"]
     wanted = [f".parts/04_edit/{name}-{seed}" for name in categories for seed in seeds]
     assert sorted(planned()[0]) == sorted(wanted) and len(wanted) > 1
+
+
+def test_stages_that_ended_in_the_future_end_by_now_in_their_order(tmp_path):
+    paths = [tmp_path / name / "stage.json" for name in NAMES[:3]]
+    paths.append(tmp_path / "notebooks" / f"{NAMES[2]}.ipynb")
+    now = time.time()
+    for hours, path in enumerate(paths):
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path, (now + 3600 * hours,) * 2)
+    end_by_now(tmp_path)
+    times = [path.stat().st_mtime for path in paths]
+    assert times == sorted(times) and now - 1 < times[-1] <= time.time()
+    assert times[3] - times[0] == pytest.approx(3 * 3600, abs=0.01)
+    end_by_now(tmp_path)
+    assert [path.stat().st_mtime for path in paths] == times, "the past is left alone"
+
+
+def test_a_home_that_cannot_be_written_to_is_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr("cdelta.artifact.workflow.CACHE", tmp_path)
+    monkeypatch.setenv("HOME", "/proc/none")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    use_writable_home()
+    assert os.environ["HOME"] == str(tmp_path / "home") and os.path.isdir(os.environ["HOME"])
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "file"])
+def test_what_cannot_be_written_is_one_sentence(name, monkeypatch, capsys, tmp_path):
+    error = OSError(28, "No space left on device", *([name] if name else []))
+
+    def full(args):
+        raise error
+
+    monkeypatch.setattr("cdelta.artifact.workflow._run_preset", full)
+    monkeypatch.setattr("cdelta.artifact.workflow.RUNS", tmp_path)
+    assert main(["--preset", "smoke"]) == 2
+    said = capsys.readouterr().err
+    place = name or tmp_path
+    assert said == f"run_all.sh: {place}: No space left on device: {said.split(': ', 3)[3]}"
+    assert said.endswith("make room there, or make it writable, and run again.\n")
 
 
 def test_presets_run_side_by_side_on_a_cluster(monkeypatch, capsys):
