@@ -33,6 +33,10 @@ PICTURE = "fig_seen"
 NOT_SHOWN = "<em>Not shown here: this picture holds prompts that are not ours to ship.</em>"
 TEXTS = (".csv", ".tex", ".html")
 ABOUT = {
+    "determinism": "Two runs of three presets (every stage, one category, very little training), "
+    "compared byte for byte: one on two nodes of Slurm with jobs killed on the way, one without, "
+    "both on one machine (AMD EPYC). What differs holds times or memory. "
+    "Recorded by tests/robustness/twice.py.",
     "faults": "Disturbed commands, and how many trials ended in which way: identical (the output "
     "is an undisturbed run's, byte for byte), refused (a sentence and no output; of a flipped bit: "
     "verify finds it) or lost. Recorded by tests/robustness/campaign.py, flips.py and stages.py.",

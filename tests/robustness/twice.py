@@ -37,7 +37,7 @@ def compare(first: Path, second: Path) -> list[dict[str, object]]:
         names = sorted({*ours, *theirs})
         different = [name for name in names if ours.get(name) != theirs.get(name)]
         same = len(names) - len(different)
-        stems = " ".join(Path(name).stem for name in different)
+        stems = " ".join(sorted({Path(name).stem for name in different}))
         rows.append({"kind": kind, "files": len(names), "identical": same, "different": stems})
     return rows
 
