@@ -31,6 +31,7 @@ def test_the_examples_of_a_page_run(page, monkeypatch):
         exec(compile(block, str(page), "exec"), names)
 
 
+@pytest.mark.long
 def test_the_readmes_example_prints_what_it_says(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (code,), (output,) = blocks(README, "python"), blocks(README, "text")
