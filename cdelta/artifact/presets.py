@@ -23,7 +23,7 @@ from cdelta.settings import changed, parse_overrides
 FOLDER = Path(__file__).parent / "presets"
 PAPER = "qwen2.5-0.5b,llama-3.2-1b,llama-3.2-3b,gemma-2-2b,qwen2.5-7b,llama-3.1-8b"
 GROUPS = {"paper": PAPER.split(",")}
-"""Names for several presets that run one after the other: the paper's scale is six models, five
+"""Names for several presets that run in one command: the paper's scale is six models, five
 categories and three seeds."""
 
 

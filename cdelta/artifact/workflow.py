@@ -111,7 +111,6 @@ class Plan:
                 print(f"taken from run {self.preset_file}: {', '.join(taken)}")
         names = ("device", "began", "threads", "workers", "retrain", "preset_file", "executor")
         write_settings(self.run_dir, self.settings, **{name: getattr(self, name) for name in names})
-        end_by_now(self.run_dir)
 
 
 def end_by_now(run_dir: Path) -> None:
@@ -211,6 +210,7 @@ def snakemake_arguments(plan: Plan) -> list[str]:
 def pending(plan: Plan) -> list[str]:
     """Stages that Snakemake would run, in order."""
     plan.write()
+    end_by_now(plan.run_dir)
     command = [sys.executable, "-m", "snakemake", "--dry-run", *snakemake_arguments(plan)]
     planned = subprocess.run(command, stdout=PIPE, stderr=STDOUT, text=True)
     if planned.returncode:
